@@ -1,0 +1,118 @@
+"""Argument checks with one error voice.
+
+Every message names the argument, what was expected, what was received and,
+where there is something to say, what would work:
+
+    Invalid value for `mining`: expected one of 'semi_hard', 'hard', 'all',
+    received 'semihard'. Did you mean 'semi_hard'?
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def describe(value: Any) -> str:
+    """A short text for a received value: shape and dtype for arrays."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is not None and dtype is not None:
+        if tuple(shape) == ():
+            return f"{value!r}"
+        return f"an array of shape {tuple(shape)} and dtype {np.dtype(dtype).name}"
+    return _SHORT.repr(value)
+
+
+def message(name: str, expected: str, received: Any, advice: str = "") -> str:
+    """The text of an error about one argument.
+
+    Args:
+        name: the argument, as the user wrote it.
+        expected: what would be accepted, a noun phrase.
+        received: what came: a value, shown short, or a `str` subclass `Told`
+            that is shown as it stands.
+        advice: a sentence on what would work.
+    """
+    told = received if isinstance(received, Told) else describe(received)
+    text = f"Invalid value for `{name}`: expected {expected}, received {told}."
+    return f"{text} {advice}" if advice else text
+
+
+class Told(str):
+    """Words for `message(received=...)` that are shown without quotes."""
+
+    __slots__ = ()
+
+
+def one_of(name: str, value: Any, options: Sequence[str]) -> str:
+    """`value` if it is one of `options`, else ValueError with the nearest word."""
+    if isinstance(value, str) and value in options:
+        return value
+    near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.6)
+    advice = f"Did you mean {near[0]!r}?" if near else ""
+    words = ", ".join(repr(option) for option in options)
+    raise ValueError(message(name, f"one of {words}", value, advice))
+
+
+def integer(name: str, value: Any, minimum: int | None = None, advice: str = "") -> int:
+    """`value` as int, at least `minimum`; TypeError for anything but an integer."""
+    expected = "an integer" if minimum is None else f"an integer of at least {minimum}"
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
+        raise TypeError(message(name, expected, value, advice))
+    if minimum is not None and value < minimum:
+        raise ValueError(message(name, expected, value, advice))
+    return int(value)
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    minimum: float | None = None,
+    below: float | None = None,
+    maximum: float | None = None,
+    advice: str = "",
+) -> float:
+    """`value` as a finite float within the given bounds.
+
+    Args:
+        name: the argument.
+        value: what came.
+        above: exclusive lower bound.
+        minimum: inclusive lower bound.
+        below: exclusive upper bound.
+        maximum: inclusive upper bound.
+        advice: a sentence on what would work.
+    """
+    bounds = [
+        f"{sign} {bound:g}"
+        for sign, bound in (
+            (">", above),
+            (">=", minimum),
+            ("<", below),
+            ("<=", maximum),
+        )
+        if bound is not None
+    ]
+    expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(message(name, expected, value, advice))
+    if (
+        not math.isfinite(value)
+        or (above is not None and not value > above)
+        or (minimum is not None and not value >= minimum)
+        or (below is not None and not value < below)
+        or (maximum is not None and not value <= maximum)
+    ):
+        raise ValueError(message(name, expected, value, advice))
+    return float(value)
