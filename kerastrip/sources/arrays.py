@@ -1,0 +1,281 @@
+"""Sources over what is already an array, or behaves like a list of samples.
+
+A source is anything with `len(source)` and `source.take(indices)`, without
+`__getitem__`: `take` returns fresh arrays, the rows in the order asked for, in the
+structure that the model gets (an array, a tuple or a dict of arrays). A source that
+knows the labels of its samples has them as `labels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kerastrip._checks import Told, message
+
+_NO_NUMBERS = "OSUTMm"  # dtype kinds that no model takes as input
+
+
+def as_source(x: Any, name: str = "x") -> Any:
+    """The source that gives random access to `x`.
+
+    | `x` | read by |
+    |---|---|
+    | array, `np.memmap`, tensor, data frame | one indexing call |
+    | h5py or zarr array, or what else has `shape` and `dtype` | one call, in sorted order |
+    | Hugging Face or PyTorch dataset, list, `keras.utils.Sequence` of samples | one call if it has `__getitems__`, else sample by sample; sorted, each once |
+    | dict or tuple of these | one source per part |
+    | a source (`len`, `take`, no `__getitem__`) | itself |
+
+    Nothing is copied: a change made later to the array is seen by the source.
+
+    Args:
+        x: the samples, first axis first.
+        name: what error messages call it.
+
+    Returns:
+        An object with `len()` and `take(indices)`.
+
+    Raises:
+        TypeError: if `x` gives no random access to samples made of numbers.
+        ValueError: if it is empty, or the parts of a structure differ in length.
+
+    Example:
+        >>> import numpy as np
+        >>> source = as_source({"image": np.zeros((5, 8, 8)), "age": [3, 1, 4, 1, 5]})
+        >>> len(source), source.take([4, 0])["age"].tolist()
+        (5, [5, 3])
+    """
+    if hasattr(x, "take") and hasattr(x, "__len__") and not hasattr(x, "__getitem__"):
+        return x
+    if isinstance(x, (Mapping, tuple)):
+        return StructureSource(x, name)
+    if isinstance(x, np.ndarray):
+        return RowSource(x, name) if x.dtype == object else ArraySource(x, name)
+    if hasattr(x, "__dlpack__"):
+        return ArraySource(np.asarray(x), name)
+    if hasattr(x, "to_numpy"):
+        return as_source(x.to_numpy(), name)
+    if isinstance(x, (str, bytes)) or not (
+        hasattr(x, "__len__") and hasattr(x, "__getitem__")
+    ):
+        raise TypeError(
+            message(
+                name,
+                "samples with random access: an array, np.memmap, anything with "
+                "`__len__` and `__getitem__`, a kerastrip source, or a dict or tuple "
+                "of those",
+                x,
+            )
+        )
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return LazyArraySource(x, name)
+    return RowSource(x, name)
+
+
+class ArraySource:
+    """Rows of a NumPy array or memory map, gathered by one indexing call.
+
+    Args:
+        array: (samples, ...) array of numbers.
+        name: what error messages call it.
+
+    Raises:
+        TypeError: if the array holds no numbers.
+        ValueError: if it has no rows.
+    """
+
+    def __init__(self, array: np.ndarray, name: str = "x"):
+        _check_array(array, name)
+        self._array = array
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def take(self, indices: Any) -> np.ndarray:
+        """(len(indices), ...) fresh array of the rows, in the order asked for."""
+        return np.asarray(self._array[np.asarray(indices)])
+
+
+class LazyArraySource:
+    """Rows of an array that lives elsewhere (h5py, zarr), read in sorted order.
+
+    Such arrays read ranges from disk and want increasing indices, each once.
+
+    Args:
+        array: object with `shape`, `dtype` and indexing by a list of rows.
+        name: what error messages call it.
+
+    Raises:
+        TypeError: if the array holds no numbers.
+        ValueError: if it has no rows.
+    """
+
+    def __init__(self, array: Any, name: str = "x"):
+        _check_array(array, name)
+        self._array, self._name = array, name
+
+    def __len__(self) -> int:
+        return int(self._array.shape[0])
+
+    def take(self, indices: Any) -> np.ndarray:
+        """(len(indices), ...) fresh array of the rows, in the order asked for."""
+        rows, inverse = np.unique(np.asarray(indices), return_inverse=True)
+        # zarr keeps indexing by lists of rows under this name.
+        got = np.asarray(getattr(self._array, "oindex", self._array)[rows])
+        expected = (len(rows), *self._array.shape[1:])
+        if got.shape != expected or got.dtype.kind in _NO_NUMBERS:
+            raise TypeError(
+                message(
+                    self._name,
+                    f"an array that returns shape {expected} for {len(rows)} rows",
+                    got,
+                    "Convert it to a NumPy array first.",
+                )
+            )
+        return got[inverse]
+
+
+class RowSource:
+    """Samples of anything with `__len__` and `__getitem__`, stacked.
+
+    A sample may be an array, a number, an image object, or a dict or tuple of
+    those. Every sample must have the shapes of the first.
+
+    Args:
+        rows: the samples.
+        name: what error messages call it.
+
+    Raises:
+        TypeError: if the first sample is not made of numbers.
+        ValueError: if there are no samples.
+    """
+
+    def __init__(self, rows: Any, name: str = "x"):
+        _check_length(len(rows), rows, name)
+        self._rows, self._name = rows, name
+        self._first = self._read([0])[0]
+        _stack([self._first], [0], [0], self._first, name)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _read(self, indices: list[int]) -> Sequence[Any]:
+        if hasattr(self._rows, "__getitems__"):
+            return self._rows.__getitems__(indices)
+        return [self._rows[index] for index in indices]
+
+    def take(self, indices: Any) -> Any:
+        """Fresh arrays of the samples, in the order asked for."""
+        unique, inverse = np.unique(np.asarray(indices), return_inverse=True)
+        places = unique.tolist()
+        return _stack(
+            self._read(places), places, inverse.tolist(), self._first, self._name
+        )
+
+
+class StructureSource:
+    """A dict or tuple of sources of one length: the inputs of a model.
+
+    Args:
+        parts: dict or tuple of anything that `as_source` takes.
+        name: what error messages call it.
+
+    Raises:
+        TypeError: if a part gives no random access to samples.
+        ValueError: if there are no parts or their lengths differ.
+    """
+
+    def __init__(self, parts: Mapping | tuple, name: str = "x"):
+        if not parts:
+            raise ValueError(message(name, "at least one input", parts))
+        keyed = parts.items() if isinstance(parts, Mapping) else enumerate(parts)
+        self._parts = {key: as_source(part, f"{name}[{key!r}]") for key, part in keyed}
+        self._named = isinstance(parts, Mapping)
+        lengths = {key: len(part) for key, part in self._parts.items()}
+        if len(set(lengths.values())) > 1:
+            told = ", ".join(f"{key!r}: {size}" for key, size in lengths.items())
+            raise ValueError(
+                message(name, "parts of one length", Told(f"lengths {{{told}}}"))
+            )
+
+    def __len__(self) -> int:
+        return len(next(iter(self._parts.values())))
+
+    def take(self, indices: Any) -> dict | tuple:
+        """Dict or tuple of what each part returns for `indices`."""
+        taken = {key: part.take(indices) for key, part in self._parts.items()}
+        return taken if self._named else tuple(taken.values())
+
+
+def _check_length(length: int, received: Any, name: str) -> None:
+    if length == 0:
+        raise ValueError(message(name, "at least one sample", received))
+
+
+def _check_array(array: Any, name: str) -> None:
+    if len(array.shape) == 0:
+        raise ValueError(message(name, "an array with a first axis", array))
+    dtype = np.dtype(array.dtype)
+    if dtype.kind in _NO_NUMBERS or dtype.names is not None:
+        raise TypeError(
+            message(
+                name,
+                "numbers",
+                array,
+                "A structured array goes in as a dict of its fields."
+                if dtype.names
+                else "",
+            )
+        )
+    _check_length(array.shape[0], array, name)
+
+
+def _stack(
+    rows: Sequence[Any], places: list[int], order: list[int], first: Any, name: str
+) -> Any:
+    """Stacks `rows[i] for i in order`; `places` are their positions in the source."""
+    if isinstance(first, (Mapping, tuple)):
+        keys = list(first) if isinstance(first, Mapping) else range(len(first))
+        for row, place in zip(rows, places, strict=True):
+            if type(row) is not type(first) or len(row) != len(first):
+                raise ValueError(
+                    message(
+                        f"{name}[{place}]",
+                        f"a {type(first).__name__} of {len(first)} entries, as "
+                        f"{name}[0]",
+                        row,
+                    )
+                )
+        parts = {
+            key: _stack(
+                [row[key] for row in rows],
+                places,
+                order,
+                first[key],
+                f"{name}[{key!r}]",
+            )
+            for key in keys
+        }
+        return parts if isinstance(first, Mapping) else tuple(parts.values())
+    model = np.asarray(first)
+    if model.dtype.kind in _NO_NUMBERS or model.dtype.names is not None:
+        raise TypeError(message(f"{name}[0]", "an array of numbers", first))
+    arrays = [np.asarray(row) for row in rows]
+    for array, place in zip(arrays, places, strict=True):
+        if array.shape != model.shape or not np.can_cast(array.dtype, model.dtype):
+            raise ValueError(
+                message(
+                    f"{name}[{place}]",
+                    f"a sample of shape {model.shape} and dtype {model.dtype.name}, "
+                    f"as {name}[0]",
+                    Told(f"shape {array.shape} and dtype {array.dtype.name}"),
+                    "Batches need one shape: resize, crop or pad the samples.",
+                )
+            )
+    stacked = np.empty((len(order), *model.shape), model.dtype)
+    for position, which in enumerate(order):
+        stacked[position] = arrays[which]
+    return stacked
