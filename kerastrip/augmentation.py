@@ -1,0 +1,628 @@
+"""Image augmentation as a pure function of a key.
+
+Every random number of one augmented image is drawn from one pair of
+generators whose states are a hash of (seed, *key). Nothing is drawn from a
+stream that other images draw from too, so the order of the calls, the thread
+and the process do not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import enum
+import hashlib
+import json
+import os
+import pathlib
+import random
+import struct
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kerastrip import _checks
+from kerastrip._version import __version__
+
+# albumentations asks the network for a newer version in every process that
+# imports it. The variable is set here, not round an import of ours, because a
+# worker process imports albumentations while it unpickles a pipeline.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+# The way from a key to random numbers. It is frozen: another way is another
+# number, or augmentations that were saved would silently become others.
+_SCHEME = 1
+_HASH_NAME = b"kerastrip-aug-v1"
+
+# Threads that augment small images at once spend their time handing the
+# interpreter lock to each other: two are half as fast as one. So batches of
+# small images take turns. Larger ones stay long enough inside OpenCV, which
+# lets other threads run.
+_SMALL = 160 * 160
+_turn = threading.RLock()
+
+
+def _new_turn() -> None:
+    """After a fork the lock may be held by a thread that was left behind."""
+    global _turn
+    _turn = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_turn)
+
+
+def _unchanged(image: Any, rng: np.random.Generator) -> Any:
+    return image
+
+
+class Augmentation:
+    """An augmentation pipeline as a pure function of (seed, *key).
+
+        aug(image, *key) == aug(image, *key)
+
+    holds for any order of calls, in any thread, in any process, after pickle
+    and after JSON, and different keys give independent draws. In a sampler the
+    key is (sampler seed, epoch, step, position in the batch), so that a sample
+    which occurs twice in one batch gets two views.
+
+    What goes in comes out: an image gives an image; a dict of targets (image,
+    mask, boxes, keypoints, further images) gives a dict, all transformed alike.
+    uint8 stays uint8, unless the pipeline says otherwise: scale in the model
+    (`keras.layers.Rescaling(1 / 255)`), not in the pipeline, where it is slow.
+
+    Args:
+        pipeline: an albumentations `Compose` or transform (anything with
+            `set_random_state`), which is copied, or any callable
+            `(image, rng) -> image`, which is used as it stands. `rng` is a
+            `numpy.random.Generator` of the key; a callable that draws every
+            number from it, and keeps nothing, is pure.
+        seed: integer of 64 bits. Default 0.
+
+    Raises:
+        TypeError: `pipeline` is neither, or `seed` is not an integer.
+
+    Warns:
+        UserWarning: the Compose has a seed of its own. It is not used: a seeded
+            Compose gives every transform the *same* random numbers, so that
+            for example HorizontalFlip and VerticalFlip only ever occur
+            together.
+
+    Results are equal bit for bit under one version of albumentations and
+    OpenCV; between OpenCV versions rotated and resized pixels may differ by a
+    few grey levels.
+
+    Example:
+        >>> import albumentations as A
+        >>> import numpy as np
+        >>> aug = Augmentation(A.Compose([A.RandomCrop(24, 24), A.HorizontalFlip()]))
+        >>> image = np.arange(32 * 32 * 3, dtype="uint8").reshape(32, 32, 3)
+        >>> view = aug(image, 0, 5, 1)  # epoch 0, step 5, position 1
+        >>> view.shape, view.dtype
+        ((24, 24, 3), dtype('uint8'))
+        >>> bool((view == aug(image, 0, 5, 1)).all())
+        True
+        >>> aug.batch([image, image], 0, 5).shape
+        (2, 24, 24, 3)
+
+        Any callable works in place of albumentations:
+
+        >>> darker = Augmentation(lambda image, rng: image // rng.integers(2, 4))
+        >>> darker(np.full((1, 2), 60), 0)
+        array([[30, 30]])
+    """
+
+    def __init__(self, pipeline: Any, seed: int = 0):
+        self.seed = _checks.integer("seed", seed)
+        self._words(())
+        self._keyed = hasattr(pipeline, "set_random_state")
+        if self._keyed:
+            if getattr(pipeline, "seed", None) is not None:
+                warnings.warn(
+                    f"The seed of the pipeline ({pipeline.seed}) is not used: a "
+                    "seeded Compose gives all its transforms the same random "
+                    "numbers, so that they are not independent. Pass the seed to "
+                    "Augmentation and leave it out of the Compose.",
+                    stacklevel=2,
+                )
+            pipeline = copy.deepcopy(pipeline)
+        elif not callable(pipeline):
+            raise TypeError(
+                _checks.message(
+                    "pipeline",
+                    "an albumentations transform or a callable (image, rng) -> image",
+                    pipeline,
+                    "Wrap a list of transforms in albumentations.Compose."
+                    if isinstance(pipeline, Sequence)
+                    else "",
+                )
+            )
+        self._pipeline = pipeline
+        self._local = threading.local()
+
+    @classmethod
+    def none(cls) -> Augmentation:
+        """An Augmentation that changes nothing.
+
+        Example:
+            >>> import numpy as np
+            >>> Augmentation.none()(np.array([[3]]), 0)
+            array([[3]])
+        """
+        return cls(_unchanged)
+
+    def __repr__(self) -> str:
+        name = "none" if self._pipeline is _unchanged else self._pipeline
+        return f"Augmentation({name}, seed={self.seed})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"pipeline": self._pipeline, "seed": self.seed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["pipeline"], state["seed"])  # type: ignore[misc]
+
+    # -- one image ---------------------------------------------------------
+
+    def __call__(self, image: Any, *key: int) -> Any:
+        """The view of one image that belongs to a key.
+
+        Args:
+            image: array (height, width) or (height, width, channels), uint8 or
+                float32 in [0, 1]; or a dict of targets, see `batch`. It is not
+                modified and the result shares no memory with it. (A plain
+                callable takes whatever it can work on.)
+            *key: integers of 64 bits, any number of them, none included. Keys
+                of different length are different keys.
+
+        Returns:
+            The augmented image, or a dict with the same keys.
+
+        Raises:
+            TypeError: a key that is no integer, an image that is no array or of
+                another dtype, a bool mask.
+            ValueError: an image of the wrong rank or range, a target that the
+                pipeline does not know.
+        """
+        run, generator = self._run(key)
+        if not self._keyed:
+            return _array_or_dict(run(_copied(image), generator), image)
+        if isinstance(image, Mapping):
+            self._check_targets(image)
+            result = run(**{name: _copied(value) for name, value in image.items()})
+            return {name: result[name] for name in image}
+        _check_image("image", image)
+        return _array_or_dict(run(image=_copied(image))["image"], image)
+
+    def _words(self, key: tuple[int, ...]) -> bytes:
+        """(seed, *key) hashed to 48 bytes."""
+        try:
+            packed = struct.pack(f"<{len(key) + 1}q", self.seed, *key)
+        except struct.error:
+            for name, value in [
+                ("seed", self.seed),
+                *(("key", value) for value in key),
+            ]:
+                value = _checks.integer(
+                    name, value, advice="Write aug(image, epoch, step, position)."
+                )
+                if not -(2**63) <= value < 2**63:
+                    raise ValueError(
+                        _checks.message(name, "an integer of 64 bits", value)
+                    ) from None
+            raise
+        return hashlib.blake2b(packed, digest_size=48, person=_HASH_NAME).digest()
+
+    def _run(self, key: tuple[int, ...]) -> tuple[Callable, np.random.Generator]:
+        """This thread's copy of the pipeline, its generators set to the key."""
+        words = self._words(key)
+        try:
+            run, bits, generator, python = self._local.own
+        except AttributeError:
+            run, bits, python = self._pipeline, np.random.PCG64(0), random.Random(0)
+            generator = np.random.Generator(bits)
+            if self._keyed:
+                run = copy.deepcopy(run)
+                # Not set_random_seed: it gives every transform the same numbers.
+                run.set_random_state(generator, python)
+            self._local.own = run, bits, generator, python
+        bits.state = {
+            "bit_generator": "PCG64",
+            "state": {
+                "state": int.from_bytes(words[:16], "little"),
+                "inc": int.from_bytes(words[16:32], "little") | 1,
+            },
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        python.seed(int.from_bytes(words[32:], "little"))
+        return run, generator
+
+    def _check_targets(self, targets: Mapping[str, Any]) -> None:
+        """Refuse what albumentations would leave alone or spoil without a word."""
+        if "image" not in targets:
+            raise ValueError(
+                _checks.message(
+                    "image", "a dict with the key 'image'", _checks.Told(list(targets))
+                )
+            )
+        kinds = getattr(self._pipeline, "additional_targets", {})
+        size = np.shape(targets["image"])[:2]
+        for name, value in targets.items():
+            kind = kinds.get(name, name)
+            if kind == "image":
+                _check_image(name, value)
+            elif kind in ("mask", "masks"):
+                _check_mask(name, value)
+            elif kind in ("bboxes", "keypoints"):
+                if kind not in getattr(self._pipeline, "processors", {}):
+                    option = {"bboxes": "bbox", "keypoints": "keypoint"}[kind]
+                    raise ValueError(
+                        f"Invalid value for `pipeline`: `{name}` can be transformed "
+                        f"only by an albumentations.Compose with {option}_params=..., "
+                        "which says their format."
+                    )
+            elif (
+                name not in getattr(self._pipeline, "available_keys", ())
+                and np.ndim(value) > 1
+                and np.shape(value)[:2] == size
+            ):
+                raise ValueError(
+                    f"Invalid value for `{name}`: an array of the size of the image "
+                    "that the pipeline does not know and would leave untransformed. "
+                    "Declare it: albumentations.Compose(..., additional_targets="
+                    f"{{{name!r}: 'image'}}) or 'mask'."
+                )
+
+    # -- many images -------------------------------------------------------
+
+    def batch(
+        self,
+        images: Any,
+        *key: int,
+        first: int = 0,
+        views: int | None = None,
+        out: Any = None,
+    ) -> Any:
+        """A batch of views: image i under the key (*key, first + i).
+
+        Args:
+            images: array (batch, height, width[, channels]), or a list of images,
+                which may differ in size if the pipeline makes them equal; or a
+                dict of such: image, mask and other arrays, lists for boxes.
+            *key: what the keys of all images begin with.
+            first: position of images[0]; not 0 for a part of a larger batch.
+            views: number of views of each image, at least 1; view v of image i
+                has the key (*key, first + i, v). None, the default: one view
+                with the key (*key, first + i).
+            out: array (or dict of arrays) to write into, of the result's shape,
+                any dtype that holds the result's. Default: a new one.
+
+        Returns:
+            Array (batch, height, width[, channels]), with `views`
+            (batch, views, height, width[, channels]). For a dict a dict: boxes,
+            keypoints, their labels and `masks`, whose number may change, as
+            lists, everything else stacked.
+
+        Raises:
+            ValueError: no images, lists of different lengths, augmented images
+                of different sizes or dtypes, an `out` that does not fit.
+
+        Example:
+            Two views of each image, and a mask that goes with its image:
+
+            >>> import albumentations as A
+            >>> import numpy as np
+            >>> aug = Augmentation(A.Compose([A.RandomCrop(6, 6), A.D4()]), seed=1)
+            >>> images = np.zeros((4, 8, 8, 3), "uint8")
+            >>> aug.batch(images, 0, views=2).shape
+            (4, 2, 6, 6, 3)
+            >>> both = aug.batch({"image": images, "mask": images[..., 0]}, 0)
+            >>> both["image"].shape, both["mask"].shape
+            ((4, 6, 6, 3), (4, 6, 6))
+        """
+        first = _checks.integer("first", first)
+        shape: tuple[int, ...] = (len(rows := _rows(images)),)
+        if views is not None:
+            shape += (_checks.integer("views", views, minimum=1),)
+        outs = dict(out or {}) if isinstance(images, Mapping) else {"image": out}
+        lists = self._list_names()
+        stacks: dict[str, _Stack] = {}
+        others: dict[str, list] = {}
+        with _turn if _is_small(rows[0]) else contextlib.nullcontext():
+            for index in np.ndindex(shape):
+                position, *view = index
+                result = self(rows[position], *key, first + position, *view)
+                if not isinstance(result, Mapping):
+                    result = {"image": result}
+                for name, value in result.items():
+                    if name in lists or not isinstance(value, _STACKED):
+                        others.setdefault(name, []).append(value)
+                        continue
+                    if name not in stacks:
+                        stacks[name] = _Stack(name, shape, value, outs.get(name))
+                    stacks[name].put(index, value)
+        if not isinstance(images, Mapping):
+            return stacks["image"].out
+        for name, values in others.items():
+            if views is not None:
+                values = [values[i : i + views] for i in range(0, len(values), views)]
+            others[name] = values
+        return {n: stacks[n].out if n in stacks else others[n] for n in result}
+
+    def _list_names(self) -> set[str]:
+        """Targets whose number may change from image to image."""
+        names = {"bboxes", "keypoints", "masks"}
+        for processor in getattr(self._pipeline, "processors", {}).values():
+            names.update(processor.data_fields, processor.params.label_fields or ())
+        return names
+
+    # -- as text -----------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The pipeline, the seed and the versions as JSON text.
+
+        Returns:
+            Text for `from_json`. Beside a saved model it makes training and
+            inference repeatable; `save` writes it to a file.
+
+        Raises:
+            TypeError: the pipeline is a plain callable, or holds a value that
+                JSON cannot.
+            ValueError: an albumentations Lambda without a name.
+        """
+        transform: Any = None
+        if self._pipeline is not _unchanged:
+            if not hasattr(self._pipeline, "to_dict"):
+                raise TypeError(
+                    f"A plain callable cannot be written as JSON: {self._pipeline!r}. "
+                    "Write it as a subclass of albumentations.ImageOnlyTransform that "
+                    "draws from self.random_generator, or as a "
+                    "albumentations.Lambda(name=...); or pickle the Augmentation."
+                )
+            transform = self._pipeline.to_dict()["transform"]
+        content = {
+            "kerastrip": __version__,
+            "scheme": _SCHEME,
+            "seed": self.seed,
+            "versions": {} if transform is None else _versions(),
+            "transform": transform,
+        }
+        return json.dumps(content, indent=1, default=_plain) + "\n"
+
+    @classmethod
+    def from_json(
+        cls, text: str, *, lambdas: Mapping[str, Any] | None = None
+    ) -> Augmentation:
+        """The Augmentation that `to_json` described.
+
+        Args:
+            text: what `to_json` returned.
+            lambdas: albumentations `Lambda` transforms by their names; their
+                functions are not in the text. Own transform classes must have
+                been imported.
+
+        Raises:
+            ValueError: another text, or a transform that is not known here.
+
+        Warns:
+            UserWarning: written under another version of albumentations,
+                OpenCV or of the key scheme: the views may differ.
+
+        Example:
+            >>> import albumentations as A
+            >>> aug = Augmentation(A.Compose([A.HorizontalFlip(p=0.3)]), seed=7)
+            >>> again = Augmentation.from_json(aug.to_json())
+            >>> again.seed, again.to_json() == aug.to_json()
+            (7, True)
+        """
+        try:
+            content = json.loads(text)
+            scheme, seed = content["scheme"], content["seed"]
+            versions, transform = content["versions"], content["transform"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                _checks.message(
+                    "text",
+                    "the JSON text of Augmentation.to_json()",
+                    text,
+                    "Use Augmentation.load(path) for a file.",
+                )
+            ) from None
+        if transform is None:
+            return cls(_unchanged, seed)
+        here = {"scheme": _SCHEME, **_versions()}
+        there = {"scheme": scheme, **versions}
+        changed = [
+            f"{name} {there.get(name)}, here {here[name]}"
+            for name in here
+            if here[name] != there.get(name)
+        ]
+        if changed:
+            warnings.warn(
+                f"The augmentation was written with {'; '.join(changed)}: "
+                "its views may differ from those it was trained with.",
+                stacklevel=2,
+            )
+        import albumentations
+
+        with warnings.catch_warnings():
+            if not changed:
+                # Some transforms do not know all they have written themselves.
+                warnings.filterwarnings("ignore", message=r"Argument\(s\) .* not valid")
+            try:
+                pipeline = albumentations.from_dict(
+                    {"transform": transform}, nonserializable=dict(lambdas or {})
+                )
+            except KeyError as error:
+                raise ValueError(
+                    f"The transform {error} is not known. Import the module that "
+                    "defines it first; pass a Lambda by its name in `lambdas`."
+                ) from error
+        return cls(pipeline, seed)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write `to_json()` to a file, such as augmentation.json."""
+        pathlib.Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, *, lambdas: Mapping[str, Any] | None = None
+    ) -> Augmentation:
+        """`from_json` of a file that `save` wrote.
+
+        Example:
+            >>> import albumentations as A, pathlib, tempfile
+            >>> path = pathlib.Path(tempfile.mkdtemp(), "augmentation.json")
+            >>> Augmentation(A.Compose([A.VerticalFlip()]), seed=3).save(path)
+            >>> Augmentation.load(path).seed
+            3
+        """
+        return cls.from_json(
+            pathlib.Path(path).read_text(encoding="utf-8"), lambdas=lambdas
+        )
+
+
+_STACKED = (np.ndarray, np.number, np.bool_)
+
+
+class _Stack:
+    """Equal arrays, written one by one into one array."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], value: Any, out: Any):
+        self.name, self.shape, self.dtype = name, value.shape, value.dtype
+        whole = shape + value.shape
+        if out is None:
+            out = np.empty(whole, value.dtype)
+        elif out.shape != whole or not np.can_cast(value.dtype, out.dtype):
+            raise ValueError(
+                _checks.message(
+                    "out", f"an array of shape {whole} that holds {value.dtype}", out
+                )
+            )
+        self.out = out
+
+    def put(self, index: tuple[int, ...], value: Any) -> None:
+        if value.shape != self.shape or value.dtype != self.dtype:
+            raise ValueError(
+                f"The pipeline must give every `{self.name}` of a batch one size and "
+                f"dtype: received {self.shape} {self.dtype} first and {value.shape} "
+                f"{value.dtype} at position {index[0]}. Begin it with "
+                "albumentations.RandomResizedCrop(size=(height, width)) or end it "
+                "with albumentations.Resize(height, width)."
+            )
+        self.out[index] = value
+
+
+def _rows(images: Any) -> list:
+    """The samples of a batch: images, or dicts of targets."""
+    try:
+        if isinstance(images, Mapping):
+            columns = zip(*images.values(), strict=True)
+            rows: list = [dict(zip(images, row, strict=True)) for row in columns]
+        else:
+            rows = list(images)
+    except ValueError:
+        lengths = {name: len(column) for name, column in images.items()}
+        raise ValueError(
+            _checks.message("images", "targets of one length", lengths)
+        ) from None
+    if not rows:
+        raise ValueError(_checks.message("images", "at least one image", images))
+    return rows
+
+
+def _is_small(row: Any) -> bool:
+    image = row.get("image") if isinstance(row, Mapping) else row
+    return int(np.prod(np.shape(image)[:2])) <= _SMALL
+
+
+def _copied(value: Any) -> Any:
+    """A copy in memory: some transforms write into their input, others return it."""
+    return np.array(value) if isinstance(value, np.ndarray) else value
+
+
+def _array_or_dict(result: Any, given: Any) -> Any:
+    """`result`, if the pipeline gave an array for an array, a dict for a dict."""
+    expected = Mapping if isinstance(given, Mapping) else np.ndarray
+    if not isinstance(result, expected):
+        raise TypeError(
+            f"The pipeline must give a {'dict' if expected is Mapping else 'NumPy array'}"
+            f", received {type(result).__name__}."
+        )
+    return result
+
+
+def _check_image(name: str, image: Any) -> None:
+    if not isinstance(image, np.ndarray):
+        raise TypeError(_checks.message(name, "a NumPy array", image))
+    if image.ndim not in (2, 3):
+        raise ValueError(
+            _checks.message(
+                name,
+                "one image, (height, width) or (height, width, channels)",
+                image,
+                "Use aug.batch(images, *key) for several." if image.ndim == 4 else "",
+            )
+        )
+    if image.dtype == np.uint8:
+        return
+    if image.dtype != np.float32:
+        raise TypeError(
+            _checks.message(
+                name,
+                "dtype uint8, or float32 in [0, 1]",
+                image,
+                "Convert it with .astype('uint8') or .astype('float32').",
+            )
+        )
+    low, high = image.min(), image.max()
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+        raise ValueError(
+            _checks.message(
+                name,
+                "float32 values in [0, 1]",
+                _checks.Told(f"values from {low:g} to {high:g}"),
+                "albumentations would clip them. Keep images uint8 and scale in the "
+                "model (keras.layers.Rescaling), or scale them to [0, 1] first.",
+            )
+        )
+
+
+_ROUNDING = 1e-3
+
+
+def _check_mask(name: str, mask: Any) -> None:
+    dtype = getattr(mask, "dtype", None)
+    if dtype is None and isinstance(mask, Sequence) and len(mask):
+        dtype = getattr(mask[0], "dtype", None)
+    if dtype in (np.dtype(bool), np.dtype("int64"), np.dtype("uint64")):
+        raise TypeError(
+            _checks.message(
+                name,
+                "a mask of dtype uint8, int32 or float32",
+                mask,
+                "OpenCV knows neither bool nor 64-bit masks: use .astype('uint8').",
+            )
+        )
+
+
+def _versions() -> dict[str, str]:
+    import albumentations
+    import cv2
+
+    return {"albumentations": albumentations.__version__, "opencv": cv2.__version__}
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: enumerations and NumPy values as plain ones."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(
+        f"The pipeline holds a {type(value).__name__}, which cannot be written as JSON: "
+        f"{_checks.describe(value)}. Pickle the Augmentation instead."
+    )
