@@ -28,7 +28,8 @@ def describe(value: Any) -> str:
     if shape is not None and dtype is not None:
         if tuple(shape) == ():
             return f"{value!r}"
-        return f"an array of shape {tuple(shape)} and dtype {np.dtype(dtype).name}"
+        kind = getattr(dtype, "name", dtype)  # a torch dtype has no name
+        return f"an array of shape {tuple(shape)} and dtype {kind}"
     return _SHORT.repr(value)
 
 
@@ -107,12 +108,13 @@ def number(
     expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(message(name, expected, value, advice))
+    x = float(value)
     if (
-        not math.isfinite(value)
-        or (above is not None and not value > above)
-        or (minimum is not None and not value >= minimum)
-        or (below is not None and not value < below)
-        or (maximum is not None and not value <= maximum)
+        not math.isfinite(x)
+        or (above is not None and not x > above)
+        or (minimum is not None and not x >= minimum)
+        or (below is not None and not x < below)
+        or (maximum is not None and not x <= maximum)
     ):
         raise ValueError(message(name, expected, value, advice))
-    return float(value)
+    return x

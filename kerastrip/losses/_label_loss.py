@@ -1,0 +1,37 @@
+"""A loss that receives its labels as the integers the user gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from kerastrip._numerics import integer_labels
+
+
+class _Bound(keras.losses.Loss):
+    """One call of a LabelLoss: reduction and masks are Keras', labels are ours."""
+
+    def __init__(self, loss: LabelLoss, labels: Any) -> None:
+        super().__init__(name=loss.name, reduction=loss.reduction, dtype=loss.dtype)
+        self._loss = loss
+        self._labels = labels
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        return self._loss.call(self._labels, y_pred)
+
+
+class LabelLoss(keras.losses.Loss):
+    """A `keras.losses.Loss` that hands integer labels to `call` undamaged.
+
+    Keras casts `y_true` to the dtype of the loss before `call`: in float32 class
+    ids above 2^24 collide. Here the labels go round that cast.
+    """
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        labels = integer_labels(y_true)
+        return _Bound(self, labels)(y_pred, y_pred, sample_weight)
+
+    def get_config(self) -> dict[str, Any]:
+        """Name, reduction and dtype."""
+        return {**super().get_config(), "dtype": self.dtype}
