@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import keras
 from keras import ops
 
 from kerastrip import _checks
