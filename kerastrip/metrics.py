@@ -1,0 +1,243 @@
+"""TripletCensus: what the mining sees, as a Keras metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from kerastrip import _checks
+from kerastrip.distances import DISTANCES
+from kerastrip.mining import triplet_census
+
+KEYS = (
+    "easy",
+    "semi_hard",
+    "hard",
+    "active",
+    "pairs_with_semi_hard",
+    "anchors_without_positive",
+    "pos_dist",
+    "neg_dist",
+    "norm",
+    "spread",
+    "effective_dim",
+)
+
+# What is summed over rows and batches; every figure is a ratio of two of these.
+_COUNTS = (
+    "triplets",
+    "easy",
+    "semi_hard",
+    "hard",
+    "pairs",
+    "pairs_with_semi_hard",
+    "negative_pairs",
+    "lonely",
+    "rows",
+)
+_SUMS = (*_COUNTS, "pos_dist", "neg_dist", "norm", "spread", "dimensions", "batches")
+
+
+def _effective_dim(rows: Any, total: Any) -> Any:
+    """Participation ratio tr(C)^2 / tr(C^2) of the centred rows.
+
+    Args:
+        rows: (batch, dim) float32, centred.
+        total: sum of the squares of `rows`.
+    """
+    unit = rows / ops.sqrt(ops.maximum(total, 1e-30))
+    size, dim = unit.shape
+    # Both Gram matrices have the same squared sum: take the smaller one.
+    if size is not None and size < dim:
+        gram = ops.matmul(unit, ops.transpose(unit))
+    else:
+        gram = ops.matmul(ops.transpose(unit), unit)
+    return 1.0 / ops.maximum(ops.sum(ops.square(gram)), 1e-30)
+
+
+def _measure(labels: Any, embeddings: Any, margin: float, distance: str) -> tuple:
+    """The sums of one batch as two float32 vectors whose sum is exact for counts."""
+    embeddings = ops.stop_gradient(ops.cast(embeddings, "float32"))
+    census = triplet_census(labels, embeddings, margin=margin, distance=distance)
+    counts = ops.stack(
+        [
+            census.positives * census.negatives,
+            census.easy,
+            census.semi_hard,
+            census.hard,
+            census.positives,
+            census.pairs_with_semi_hard,
+            census.negatives,
+            ops.cast(ops.equal(census.positives, 0), "int32"),
+            ops.ones_like(census.positives),
+        ]
+    )
+    # An int32 sum would overflow and a float32 sum would round: sum the two halves.
+    upper = ops.floor_divide(counts, 65536)
+    lower = ops.cast(ops.sum(counts - 65536 * upper, axis=1), "float32")
+    upper = 65536.0 * ops.cast(ops.sum(upper, axis=1), "float32")
+
+    squares = ops.sum(ops.square(embeddings), axis=1)
+    centred = embeddings - ops.mean(embeddings, axis=0, keepdims=True)
+    spread = ops.sum(ops.square(centred))
+    # Below the rounding of the mean the rows are one point, of no dimension.
+    is_point = spread <= 1e-12 * ops.sum(squares)
+    dimension = ops.where(is_point, 0.0, _effective_dim(centred, spread))
+    sums = ops.stack(
+        [
+            ops.sum(census.pos_dist),
+            ops.sum(census.neg_dist),
+            ops.sum(ops.sqrt(squares)),
+            spread,
+            dimension,
+            ops.ones_like(spread),
+        ]
+    )
+    zeros = ops.zeros_like(sums)
+    return ops.concatenate([upper, sums]), ops.concatenate([lower, zeros])
+
+
+def _add(total: Any, value: Any) -> tuple:
+    """`total + value` and the error of its rounding (Knuth's two-sum)."""
+    new = total + value
+    virtual = new - total
+    return new, (total - (new - virtual)) + (value - virtual)
+
+
+def _figures(totals: Any, prefix: str) -> dict[str, Any]:
+    """The reported ratios from the summed vector."""
+    value = dict(zip(_SUMS, ops.unstack(totals, len(_SUMS)), strict=True))
+
+    def ratio(part: Any, whole: str) -> Any:
+        return part / ops.maximum(value[whole], 1.0)
+
+    figures = {
+        "easy": ratio(value["easy"], "triplets"),
+        "semi_hard": ratio(value["semi_hard"], "triplets"),
+        "hard": ratio(value["hard"], "triplets"),
+        "active": ratio(value["semi_hard"] + value["hard"], "triplets"),
+        "pairs_with_semi_hard": ratio(value["pairs_with_semi_hard"], "pairs"),
+        "anchors_without_positive": ratio(value["lonely"], "rows"),
+        "pos_dist": ratio(value["pos_dist"], "pairs"),
+        "neg_dist": ratio(value["neg_dist"], "negative_pairs"),
+        "norm": ratio(value["norm"], "rows"),
+        "spread": ratio(value["spread"], "rows"),
+        "effective_dim": ratio(value["dimensions"], "batches"),
+    }
+    return {f"{prefix}{key}": figures[key] for key in KEYS}
+
+
+@keras.saving.register_keras_serializable(package="kerastrip")
+class TripletCensus(keras.metrics.Metric):
+    """Exact census of the triplets of every batch, reported as one dict.
+
+    With d the distance and m the margin, a triplet (anchor, positive, negative) is
+    *hard* if d(a,n) <= d(a,p), *semi-hard* if d(a,p) < d(a,n) < d(a,p) + m, else
+    *easy*. Over all triplets of the batches seen since the last reset:
+
+    | key | meaning |
+    |---|---|
+    | `easy`, `semi_hard`, `hard` | fractions of all triplets; they sum to 1 |
+    | `active` | fraction with a hinge loss above 0 = `semi_hard` + `hard` |
+    | `pairs_with_semi_hard` | fraction of (anchor, positive) pairs that have a semi-hard negative |
+    | `anchors_without_positive` | fraction of rows that are alone with their label |
+    | `pos_dist`, `neg_dist` | mean distance of pairs of one label / of different labels |
+    | `norm` | mean euclidean length of the embeddings |
+    | `spread` | mean squared distance to the batch mean; 0 when all are one point |
+    | `effective_dim` | tr(C)^2 / tr(C^2) of the batch covariance C, mean over batches: 1 for a line, 0 for a point |
+
+    Counts are exact per batch for the float32 distances used; across batches they
+    are added with compensation, so that an epoch may hold any number of triplets.
+    Without any triplet every fraction is 0. Sample weights are ignored. Under a
+    `tf.distribute` strategy the triplets are those within each replica.
+
+    Args:
+        margin: float > 0, in units of `distance`. Default 0.2.
+        distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`.
+        prefix: str put before every key, to tell two of them apart.
+        name: name of the metric.
+
+    Raises:
+        ValueError, TypeError: from the constructor, for bad arguments.
+
+    Example:
+
+    >>> import numpy as np
+    >>> census = TripletCensus(margin=0.5)
+    >>> census.update_state([0, 0, 1], np.array([[0.0], [1.0], [1.25]], "float32"))
+    >>> {key: round(float(value), 2) for key, value in census.result().items()}
+    {'easy': 0.0, 'semi_hard': 0.5, 'hard': 0.5, ...}
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.2,
+        distance: str = "euclidean",
+        *,
+        prefix: str = "",
+        name: str = "triplet_census",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, dtype=dtype)
+        self.margin = _checks.number("margin", margin, above=0)
+        self.distance = _checks.one_of("distance", distance, DISTANCES)
+        if not isinstance(prefix, str):
+            raise TypeError(_checks.message("prefix", "a str", prefix))
+        self.prefix = prefix
+        # Takes this metric's part from whole targets and outputs: MiningStats sets
+        # it, because training steps hand every metric all of them.
+        self.take: Callable[[Any], Any] = _whole
+        # True once a batch has been counted, or the counting has been traced.
+        self.updated = False
+        shape = (len(_SUMS),)
+        self._total = self.add_variable(shape, "zeros", "float32", name="total")
+        self._rest = self.add_variable(shape, "zeros", "float32", name="rest")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of `result()`."""
+        return tuple(f"{self.prefix}{key}" for key in KEYS)
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Count one batch.
+
+        Args:
+            y_true: labels, integers (batch,), (batch, 1) or one-hot (batch, classes).
+            y_pred: embeddings (batch, dim).
+            sample_weight: ignored.
+        """
+        self._count(y_true, y_pred)
+
+    def update_and_report(self, y_true: Any, y_pred: Any) -> dict[str, Any]:
+        """Count one batch and return the figures of this batch alone."""
+        return _figures(self._count(y_true, y_pred), self.prefix)
+
+    def _count(self, y_true: Any, y_pred: Any) -> Any:
+        value, rest = _measure(
+            self.take(y_true), self.take(y_pred), self.margin, self.distance
+        )
+        total, error = _add(self._total, value)
+        self._total.assign(total)
+        self._rest.assign_add(error + rest)
+        self.updated = True
+        return value + rest
+
+    def result(self) -> dict[str, Any]:
+        """The figures over all batches since the last reset, a dict of scalars."""
+        return _figures(self._total + self._rest, self.prefix)
+
+    def get_config(self) -> dict[str, Any]:
+        """Everything the constructor takes."""
+        return {
+            **super().get_config(),
+            "margin": self.margin,
+            "distance": self.distance,
+            "prefix": self.prefix,
+        }
+
+
+def _whole(structure: Any) -> Any:
+    return structure
