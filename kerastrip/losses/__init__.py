@@ -1,5 +1,14 @@
-"""Losses."""
+"""Metric-learning and focal losses: functions, and Keras losses over them."""
 
+from kerastrip.losses.focal import (
+    BinaryFocalLoss,
+    CategoricalFocalLoss,
+    SparseCategoricalFocalLoss,
+    binary_focal_loss,
+    categorical_focal_loss,
+    class_balanced_alpha,
+    sparse_categorical_focal_loss,
+)
 from kerastrip.losses.triplet import (
     TripletHardLoss,
     TripletLoss,
@@ -9,9 +18,16 @@ from kerastrip.losses.triplet import (
 )
 
 __all__ = [
+    "BinaryFocalLoss",
+    "CategoricalFocalLoss",
+    "SparseCategoricalFocalLoss",
     "TripletHardLoss",
     "TripletLoss",
     "TripletSemiHardLoss",
+    "binary_focal_loss",
+    "categorical_focal_loss",
+    "class_balanced_alpha",
+    "sparse_categorical_focal_loss",
     "triplet_hard_loss",
     "triplet_semihard_loss",
 ]
