@@ -1,0 +1,616 @@
+"""PKSampler: plan + source + augmentation -> batches for `Model.fit`."""
+
+from __future__ import annotations
+
+import operator
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+
+from kerastrip import _checks
+from kerastrip._workers import WorkerPool, in_flight
+from kerastrip.augmentation import Augmentation
+from kerastrip.plan import PKPlan
+from kerastrip.sources import as_source
+
+_WORDS = ("label", "one_hot")
+
+
+class PKSampler(keras.utils.PyDataset):
+    """Batches of P classes with K samples each, as a Keras dataset.
+
+    A batch is a pure function of (seed, epoch, step): any order of calls, in any
+    thread or process, gives the same answer, augmentation included. Rows of one
+    class lie side by side.
+
+    Args:
+        x: the samples: an array, `np.memmap`, anything with `__len__` and
+            `__getitem__`, a source of `kerastrip.sources`, or a dict or tuple of
+            those (several model inputs). Not copied.
+        y: (samples,) integer or text labels, or (samples, classes) one-hot rows.
+            Default None: the labels of the source. Copied.
+        classes_per_batch: P >= 1, distinct classes in a batch.
+        samples_per_class: K >= 1, samples of each of them.
+        targets: what the model gets as y. "label": (rows,) int32 codes, positions in
+            `classes_`. "one_hot": (rows, classes) float32 over all of `classes_`. An
+            array of one row per sample: its rows. A tuple of those in the order of
+            the model's outputs, or a dict by output name.
+        classes: the label table, if it is not that of `y`: pass the training
+            sampler's `classes_` for validation, so that codes agree.
+        epoch_mode: "balanced": classes are drawn equally often. "coverage": every
+            kept sample at least once in an epoch.
+        batches_per_epoch: length of an epoch ("balanced" only).
+        small_classes: classes of fewer than K samples: "repeat" their samples in a
+            batch, "drop" them, or "error".
+        min_class_size: classes of fewer samples are left out. Default 2.
+        max_per_class: samples an epoch takes from a class at most, others each epoch.
+        groups: one group per sample or class; a batch stays in one group.
+        sample_weight: (samples,) weights for all outputs, or one array per output in
+            the structure of `targets`.
+        augment: `Augmentation`, albumentations pipeline or callable (image, rng) ->
+            image; for dict or tuple inputs a dict or tuple of those by input (an
+            `Augmentation` alone gets a whole dict as its targets: image, mask, ...).
+            The key of an image is (seed, epoch, step, position in the global batch).
+        fixed: True for validation: always the batches of epoch 0.
+        replicas: devices that share a batch in contiguous parts (on this host). P
+            must be divisible, so that no class is cut.
+        shard: (index, count) of this host; it gets P / count classes of each batch.
+            A sampler with a shard refuses steps out of order: pass `shuffle=False`.
+        seed: integer of 64 bits. Default 0.
+        workers: threads that prepare batches, or processes with
+            `use_multiprocessing=True`. Default 2 on TensorFlow, 1 on JAX and
+            PyTorch, where with more the first `fit` is ahead by a batch.
+        use_multiprocessing: True: a pool of processes, forked here once (spawned on
+            macOS and Windows), prepares the inputs. Worth it where augmentation or
+            decoding is slow. `close()` ends it.
+        max_queue_size: batches that Keras keeps ready. Default 10.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not work, naming what would.
+
+    Corner cases:
+        * Classes smaller than `min_class_size` are left out, classes smaller than K
+          repeat samples inside a batch; one warning names them and `report()`
+          counts. Repeated samples have different augmentations.
+        * P larger than the number of classes left is an error: every batch holds P
+          *distinct* classes.
+        * P need not divide the number of classes, nor K a class: no batch is short;
+          counts even out over the epochs.
+        * `classes_` holds classes that were left out too, `one_hot` has a column for
+          each.
+        * Epochs: `EpochSync(sampler)` among the callbacks sets the number that `fit`
+          passes, which makes `initial_epoch` and `BackupAndRestore` exact. Without
+          it the sampler counts the epochs that it has been through.
+        * `fit` permutes the steps unless it is given `shuffle=False`; the content of
+          a step stays the same. Leave `steps_per_epoch` alone: `len()` is the epoch.
+        * `sampler[step]` is a batch of the current epoch, `sampler.batch(step,
+          epoch)` of any.
+        * h5py files are read safely by threads; open files do not go well with
+          `use_multiprocessing=True`.
+
+    Example:
+        >>> import numpy as np
+        >>> images = np.zeros((12, 8, 8, 1), "uint8")
+        >>> labels = np.repeat(["cat", "dog", "emu"], 4)
+        >>> train = PKSampler(images, labels, classes_per_batch=2, samples_per_class=3,
+        ...                   targets=("one_hot", "label"))
+        >>> x, (one_hot, label) = train[0]
+        >>> x.shape, one_hot.shape, label.shape, len(train)
+        ((6, 8, 8, 1), (6, 3), (6,), 2)
+        >>> bool((train.decode(label[:3]) == train.decode(label[0])).all())
+        True
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        classes_per_batch: int,
+        samples_per_class: int,
+        targets: Any = "label",
+        classes: Any = None,
+        epoch_mode: str = "balanced",
+        batches_per_epoch: int | None = None,
+        small_classes: str = "repeat",
+        min_class_size: int = 2,
+        max_per_class: int | None = None,
+        groups: Any = None,
+        sample_weight: Any = None,
+        augment: Any = None,
+        fixed: bool = False,
+        replicas: int = 1,
+        shard: tuple[int, int] = (0, 1),
+        seed: int = 0,
+        workers: int | None = None,
+        use_multiprocessing: bool = False,
+        max_queue_size: int = 10,
+    ):
+        if workers is None:
+            workers = 2 if keras.backend.backend() == "tensorflow" else 1
+        workers = _checks.integer("workers", workers, minimum=int(use_multiprocessing))
+        # Keras' own processes repeat random numbers and hang when one dies: it gets
+        # threads only. One more than there are processes copies while they work.
+        threads = workers + 1 if use_multiprocessing else workers
+        super().__init__(
+            workers=threads,
+            use_multiprocessing=False,
+            max_queue_size=_checks.integer("max_queue_size", max_queue_size, minimum=1),
+        )
+        self.source = as_source(x)
+        if y is None:
+            y = getattr(self.source, "labels", None)
+            if y is None:
+                raise ValueError(
+                    _checks.message(
+                        "y",
+                        "labels, as `x` has none of its own",
+                        None,
+                        "Pass PKSampler(x, y).",
+                    )
+                )
+        self.plan = PKPlan(
+            y,
+            classes_per_batch=classes_per_batch,
+            samples_per_class=samples_per_class,
+            classes=classes,
+            epoch_mode=epoch_mode,
+            batches_per_epoch=batches_per_epoch,
+            small_classes=small_classes,
+            min_class_size=min_class_size,
+            max_per_class=max_per_class,
+            groups=groups,
+            shard=shard,
+            seed=seed,
+        )
+        self.labels = self.plan.codes
+        self.classes_ = self.plan.classes_
+        if len(self.source) != len(self.labels):
+            raise ValueError(
+                _checks.message(
+                    "x",
+                    f"{len(self.labels)} samples, as many as labels",
+                    _checks.Told(f"{len(self.source)} samples"),
+                    "Several inputs go in as a tuple or a dict, not as a list."
+                    if isinstance(x, list)
+                    else "",
+                )
+            )
+        self.fixed = bool(fixed)
+        self.check_replicas(replicas)
+        self._targets = _per_output("targets", targets, partial(_target, self.plan))
+        self._weights = _weights(sample_weight, targets, len(self.labels))
+        self._epoch, self._begun, self._closed = 0, False, False
+        self._order = _Order(max(threads, 1)) if self.plan.shard[1] > 1 else None
+        # Makes one batch: what is wrong with samples or augmentation shows here.
+        self._inputs = _Inputs(self.source, augment, self.plan)
+        self._pool: WorkerPool | None = None
+        if use_multiprocessing:
+            self._pool = WorkerPool(
+                self._inputs.arrays, self._inputs.layout, workers, threads
+            )
+            weakref.finalize(self, self._pool.close)
+
+    # -- batches -------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, step: int) -> tuple:
+        epoch = self._epoch  # once: another thread may set it meanwhile
+        step = operator.index(step)
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} of an epoch of {len(self)} batches")
+        if self._order is not None:
+            self._order.check(step)
+        return self.batch(step, epoch)
+
+    def batch(self, step: int, epoch: int | None = None) -> tuple:
+        """The batch of any step and epoch.
+
+        Args:
+            step: 0 <= step < len(self).
+            epoch: at least 0. Default: the current one.
+
+        Returns:
+            (x, y) or (x, y, sample_weight), fresh arrays.
+        """
+        epoch = self._epoch if epoch is None else epoch
+        if self._closed:
+            raise RuntimeError("This sampler was closed: no more batches.")
+        with in_flight.call():
+            try:
+                rows = self.plan.indices(epoch, step)
+                make = self._inputs.arrays if self._pool is None else self._pool
+                x = self._inputs.packed(make(rows, epoch, step))
+                y = _gather(self._targets, rows)
+            except SystemExit as error:
+                # Keras' threads would swallow it and wait for the batch for ever.
+                raise RuntimeError(
+                    f"Something called sys.exit({error.code!r}) while preparing step "
+                    f"{step} of epoch {epoch}."
+                ) from error
+        return (x, y) if self._weights is None else (x, y, _gather(self._weights, rows))
+
+    def as_dataset(self, initial_epoch: int | None = None) -> Any:
+        """The same batches as a `tf.data.Dataset`: one endless stream, in order.
+
+            model.fit(sampler.as_dataset(), steps_per_epoch=len(sampler))
+
+        Step s of epoch e is element `(e - initial_epoch) * len(sampler) + s`; the
+        epoch of the sampler, `set_epoch` and `EpochSync` have no influence.
+
+        Args:
+            initial_epoch: the first epoch, at least 0, as given to `fit`. Default:
+                the current one.
+
+        Returns:
+            A dataset whose elements have fully known shapes.
+        """
+        import tensorflow as tf
+
+        start = self._epoch
+        if initial_epoch is not None:
+            start = _checks.integer("initial_epoch", initial_epoch, minimum=0)
+        example = self.batch(0, start)
+        specs = keras.tree.flatten(example)
+
+        def make(index: np.ndarray) -> list[np.ndarray]:
+            epoch, step = divmod(int(index), len(self))
+            return keras.tree.flatten(
+                self.batch(step, 0 if self.fixed else start + epoch)
+            )
+
+        def load(index: Any) -> Any:
+            tensors = tf.numpy_function(make, [index], [spec.dtype for spec in specs])
+            for tensor, spec in zip(tensors, specs, strict=True):
+                tensor.set_shape(spec.shape)
+            return keras.tree.pack_sequence_as(example, tensors)
+
+        threads = max(self.workers, 1)
+        return (
+            tf.data.Dataset.counter()
+            .map(load, num_parallel_calls=threads, deterministic=True)
+            .prefetch(threads)
+        )
+
+    def plot_batch(
+        self,
+        step: int,
+        epoch: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+    ) -> Any:
+        """Draws the images of one batch, a row for each class (needs matplotlib).
+
+        Args:
+            step: 0 <= step < len(self).
+            epoch: default: the current one.
+            path: where to write the figure; nothing is written by default.
+
+        Returns:
+            The `matplotlib.figure.Figure`.
+
+        Raises:
+            ValueError: if no input of the model is made of images.
+        """
+        from kerastrip.plotting import plot_batch
+
+        epoch = self._epoch if epoch is None else epoch
+        arrays = keras.tree.flatten(self.batch(step, epoch)[0])
+        images = [array for array in arrays if array.ndim in (3, 4)]
+        if not images:
+            raise ValueError(
+                _checks.message(
+                    "x",
+                    "an input of images, (rows, height, width[, channels])",
+                    _checks.Told(f"shapes {[array.shape for array in arrays]}"),
+                )
+            )
+        codes = self.labels[self.plan.indices(epoch, step)]
+        names = self.decode(codes[:: self.plan.samples_per_class])
+        return plot_batch(
+            images[0], codes, names=[str(name) for name in names], path=path
+        )
+
+    # -- epochs --------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose batches `sampler[step]` gives."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes `sampler[step]` give the batches of `epoch`.
+
+        Args:
+            epoch: at least 0; only 0 for a sampler with `fixed=True`.
+        """
+        epoch = _checks.integer("epoch", epoch, minimum=0)
+        if self.fixed and epoch != 0:
+            raise ValueError(
+                _checks.message("epoch", "0, as the sampler has `fixed=True`", epoch)
+            )
+        self._epoch = epoch
+
+    # Keras calls on_epoch_end before the first epoch and twice round a validation, so
+    # only an epoch that was begun counts.
+    def on_epoch_begin(self) -> None:
+        self._begun = True
+
+    def on_epoch_end(self) -> None:
+        if self._begun and not self.fixed:
+            self._epoch += 1
+        self._begun = False
+
+    # -- what is in it -------------------------------------------------------
+
+    def encode(self, labels: Any) -> np.ndarray:
+        """Labels as int32 codes, positions in `classes_`."""
+        return self.plan.encode(labels)
+
+    def decode(self, codes: Any) -> np.ndarray:
+        """Codes as the labels that were passed in."""
+        return self.plan.decode(codes)
+
+    def report(self) -> Any:
+        """What is kept, left out and repeated: see `PKPlan.report`."""
+        return self.plan.report()
+
+    def check_replicas(self, replicas: int) -> None:
+        """Raises ValueError if `replicas` parts of a batch would cut a class.
+
+        Args:
+            replicas: devices of this host that share a batch, at least 1.
+        """
+        replicas = _checks.integer("replicas", replicas, minimum=1)
+        classes, hosts = self.plan.classes_per_batch, self.plan.shard[1]
+        if classes % (replicas * hosts):
+            near = max(round(classes / (replicas * hosts)), 1) * replicas * hosts
+            host = f" on each of {hosts} hosts" if hosts > 1 else ""
+            raise ValueError(
+                _checks.message(
+                    "classes_per_batch",
+                    f"a multiple of the {replicas} replicas{host}, so that every "
+                    "replica gets whole classes",
+                    classes,
+                    f"The nearest that works is classes_per_batch={near}.",
+                )
+            )
+
+    def close(self) -> None:
+        """Ends the worker processes; the sampler gives no more batches."""
+        self._closed = True
+        if self._pool is not None:
+            self._pool.close()
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        shard = f", shard={plan.shard}" if plan.shard[1] > 1 else ""
+        return (
+            f"PKSampler({plan.classes_per_batch} classes x {plan.samples_per_class} "
+            f"samples, {len(self)} batches per epoch, {len(self.labels)} samples in "
+            f"{len(self.classes_)} classes, epoch={self.epoch}{shard})"
+        )
+
+
+class _Inputs:
+    """The model inputs of a batch; holds no sampler, so that a worker can have it."""
+
+    def __init__(self, source: Any, augment: Any, plan: PKPlan):
+        self._source, self._key, self._first = source, plan.seed, plan.first_row
+        rows = plan.indices(0, 0)
+        self._augment = _augmentations(augment, source.take(rows[:1]))
+        self._example = self._made(rows, 0, 0)
+        arrays = keras.tree.flatten(self._example)
+        for array in arrays:
+            if not isinstance(array, np.ndarray):
+                raise TypeError(
+                    _checks.message(
+                        "augment" if augment is not None else "x",
+                        "arrays that stack to a batch",
+                        array,
+                    )
+                )
+        self.layout = [(array.shape, array.dtype) for array in arrays]
+
+    def _made(self, rows: np.ndarray, epoch: int, step: int) -> Any:
+        x, key = self._source.take(rows), (self._key, epoch, step)
+        if self._augment is None:
+            return x
+        if isinstance(self._augment, Augmentation):
+            return self._augment.batch(x, *key, first=self._first)
+        parts = {
+            name: self._augment[name].batch(part, *key, first=self._first)
+            if name in self._augment
+            else part
+            for name, part in _items(x)
+        }
+        return parts if isinstance(x, Mapping) else tuple(parts.values())
+
+    def arrays(self, rows: np.ndarray, epoch: int, step: int) -> list[np.ndarray]:
+        """The inputs one after the other, checked to be as in the first batch."""
+        arrays = keras.tree.flatten(self._made(rows, epoch, step))
+        found = [(array.shape, array.dtype) for array in arrays]
+        if found != self.layout:
+            raise ValueError(
+                f"The inputs of step {step} of epoch {epoch} differ from those of the "
+                f"first batch: expected {_told(self.layout)}, received {_told(found)}."
+            )
+        return arrays
+
+    def packed(self, arrays: Sequence[np.ndarray]) -> Any:
+        """What `arrays` returned, in the structure that the model gets."""
+        return keras.tree.pack_sequence_as(self._example, arrays)
+
+
+class _Order:
+    """Refuses steps out of order, as far as `threads` concurrent callers let it."""
+
+    def __init__(self, threads: int):
+        self._threads, self._next, self._ahead = threads, 0, set[int]()
+        self._lock = threading.Lock()
+
+    def check(self, step: int) -> None:
+        """Notes a step; RuntimeError unless it was due or begins a new pass."""
+        with self._lock:
+            # Threads take steps in order but may arrive in another: each of the
+            # others can be on its way here with one step.
+            due = self._next <= step < self._next + self._threads
+            if due and step not in self._ahead:
+                self._ahead.add(step)
+            elif step < self._threads:
+                self._next, self._ahead = 0, {step}
+            else:
+                raise RuntimeError(
+                    f"Step {step} was asked for when step {self._next} was due. Every "
+                    "host must go through the steps of a sampler with a shard in "
+                    "order: pass `shuffle=False` to `fit`. (`sampler.batch(step)` "
+                    "gives any batch.)"
+                )
+            while self._next in self._ahead:
+                self._ahead.remove(self._next)
+                self._next += 1
+
+
+_Reader = Callable[[np.ndarray], Any]
+
+
+def _gather(readers: Any, rows: np.ndarray) -> Any:
+    return keras.tree.map_structure(lambda read: read(rows), readers)
+
+
+def _per_output(name: str, value: Any, reader: Callable[[str, Any], _Reader]) -> Any:
+    """One reader, or a tuple or dict of them by output."""
+    if isinstance(value, list):
+        raise TypeError(
+            _checks.message(
+                name,
+                "one entry, a tuple in the order of the outputs or a dict by output name",
+                value,
+                "Keras takes no lists here: write a tuple, or np.asarray for values.",
+            )
+        )
+    if isinstance(value, (tuple, Mapping)):
+        if not value:
+            raise ValueError(_checks.message(name, "at least one entry", value))
+        parts = {key: reader(f"{name}[{key!r}]", part) for key, part in _items(value)}
+        return parts if isinstance(value, Mapping) else tuple(parts.values())
+    return reader(name, value)
+
+
+def _items(structure: Mapping | tuple) -> Any:
+    named = isinstance(structure, Mapping)
+    return structure.items() if named else enumerate(structure)
+
+
+def _target(plan: PKPlan, name: str, value: Any) -> _Reader:
+    if isinstance(value, str):
+        word = _checks.one_of(name, value, _WORDS)
+        if word == "label":
+            return plan.codes.__getitem__
+        return partial(_one_hot, plan.codes, len(plan.classes_))
+    if isinstance(value, (list, tuple, Mapping)) or not hasattr(value, "__len__"):
+        raise TypeError(
+            _checks.message(
+                name,
+                "'label', 'one_hot', an array of one row per sample, or a tuple or "
+                "dict of those by output",
+                value,
+            )
+        )
+    source = as_source(value, name)
+    if len(source) != len(plan.codes):
+        raise ValueError(
+            _checks.message(
+                name,
+                f"{len(plan.codes)} rows, one per sample",
+                _checks.Told(f"{len(source)} rows"),
+            )
+        )
+    return source.take
+
+
+def _one_hot(codes: np.ndarray, classes: int, rows: np.ndarray) -> np.ndarray:
+    encoded = np.zeros((len(rows), classes), np.float32)
+    encoded[np.arange(len(rows)), codes[rows]] = 1
+    return encoded
+
+
+def _weights(sample_weight: Any, targets: Any, samples: int) -> Any:
+    """Readers of the weights, in a structure that Keras accepts, or None."""
+    if sample_weight is None:
+        return None
+    if isinstance(sample_weight, (tuple, Mapping)):
+        # Keras pairs them with the outputs by place or by name, as it does the targets.
+        kind = Mapping if isinstance(sample_weight, Mapping) else tuple
+        keys = [key for key, _ in _items(sample_weight)]
+        if not isinstance(targets, kind) or {*keys} != {k for k, _ in _items(targets)}:
+            raise ValueError(
+                _checks.message(
+                    "sample_weight",
+                    "one array for all outputs, or one per output in the structure of "
+                    "`targets`",
+                    _checks.Told(
+                        f"a {type(sample_weight).__name__} with the entries {keys} for "
+                        f"targets={_checks.describe(targets)}"
+                    ),
+                )
+            )
+
+    def reader(name: str, value: Any) -> _Reader:
+        if value is None:
+            raise ValueError(
+                _checks.message(
+                    name, "an array", value, "For an output without weights: np.ones."
+                )
+            )
+        array = np.array(value)
+        if array.dtype.kind not in "biuf" or array.ndim == 0:
+            raise TypeError(_checks.message(name, f"{samples} numbers", value))
+        if len(array) != samples or not np.isfinite(array).all() or (array < 0).any():
+            raise ValueError(
+                _checks.message(
+                    name, f"{samples} finite weights >= 0, one per sample", value
+                )
+            )
+        return array.astype(np.float32).__getitem__
+
+    return _per_output("sample_weight", sample_weight, reader)
+
+
+def _augmentations(augment: Any, x: Any) -> Any:
+    """None, one Augmentation, or a dict of them by input."""
+    if augment is None or isinstance(augment, Augmentation):
+        if augment is None or isinstance(x, (np.ndarray, Mapping)):
+            return augment
+    elif isinstance(augment, (Mapping, tuple)):
+        known = dict(_items(x)) if type(augment) is type(x) else {}
+        parts = {
+            key: part if isinstance(part, Augmentation) else Augmentation(part)
+            for key, part in _items(augment)
+            if part is not None
+        }
+        if parts and parts.keys() <= known.keys():
+            return parts
+    elif isinstance(x, np.ndarray):
+        return Augmentation(augment)
+    inputs = [key for key, _ in _items(x)] if not isinstance(x, np.ndarray) else []
+    raise ValueError(
+        _checks.message(
+            "augment",
+            f"a {type(x).__name__} of augmentations for some of the inputs {inputs}"
+            if inputs
+            else "one augmentation, as `x` is one array",
+            augment,
+        )
+    )
+
+
+def _told(layout: Sequence[tuple]) -> str:
+    return ", ".join(f"{shape} {dtype}" for shape, dtype in layout)
