@@ -1,3 +1,7 @@
 """Callbacks for `Model.fit`."""
 
 from kerastrip.callbacks.epoch_sync import EpochSync as EpochSync
+
+from kerastrip.callbacks.mining_stats import MiningStats
+
+__all__ = ["MiningStats"]
