@@ -1,7 +1,4 @@
 """Callbacks for `Model.fit`."""
 
 from kerastrip.callbacks.epoch_sync import EpochSync as EpochSync
-
-from kerastrip.callbacks.mining_stats import MiningStats
-
-__all__ = ["MiningStats"]
+from kerastrip.callbacks.mining_stats import MiningStats as MiningStats
