@@ -12,14 +12,16 @@ import contextlib
 import copy
 import enum
 import hashlib
+import itertools
 import json
+import math
 import os
 import pathlib
 import random
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,17 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 # number, or augmentations that were saved would silently become others.
 _SCHEME = 1
 _HASH_NAME = b"kerastrip-aug-v1"
+
+# What a batch can stack; strings, for example, stay a list.
+_ARRAYS = (np.ndarray, np.number, np.bool_)
+
+# How far outside [0, 1] a float image may lie, from rounding.
+_ROUNDING = 1e-3
+
+# Number of keys that `check` tries.
+_CHECKS = 16
+
+_UINT8, _FLOAT32 = np.dtype("uint8"), np.dtype("float32")
 
 # Threads that augment small images at once spend their time handing the
 # interpreter lock to each other: two are half as fast as one. So batches of
@@ -116,19 +129,19 @@ class Augmentation:
     """
 
     def __init__(self, pipeline: Any, seed: int = 0):
-        self.seed = _checks.integer("seed", seed)
-        self._words(())
-        self._keyed = hasattr(pipeline, "set_random_state")
-        if self._keyed:
+        self.seed = _integer64("seed", seed)
+        self._seedable = hasattr(pipeline, "set_random_state")
+        if self._seedable:
+            pipeline = copy.deepcopy(pipeline)
             if getattr(pipeline, "seed", None) is not None:
                 warnings.warn(
                     f"The seed of the pipeline ({pipeline.seed}) is not used: a "
                     "seeded Compose gives all its transforms the same random "
-                    "numbers, so that they are not independent. Pass the seed to "
-                    "Augmentation and leave it out of the Compose.",
+                    "numbers, so that they are not independent. Leave it out of the "
+                    "Compose and pass it to Augmentation.",
                     stacklevel=2,
                 )
-            pipeline = copy.deepcopy(pipeline)
+                pipeline.seed = None
         elif not callable(pipeline):
             raise TypeError(
                 _checks.message(
@@ -159,10 +172,11 @@ class Augmentation:
         return f"Augmentation({name}, seed={self.seed})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"pipeline": self._pipeline, "seed": self.seed}
+        return {k: v for k, v in self.__dict__.items() if k != "_local"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["pipeline"], state["seed"])  # type: ignore[misc]
+        self.__dict__.update(state)
+        self._local = threading.local()
 
     # -- one image ---------------------------------------------------------
 
@@ -186,49 +200,44 @@ class Augmentation:
             ValueError: an image of the wrong rank or range, a target that the
                 pipeline does not know.
         """
-        run, generator = self._run(key)
-        if not self._keyed:
-            return _array_or_dict(run(_copied(image), generator), image)
-        if isinstance(image, Mapping):
+        run, rng = self._run(key)
+        if not self._seedable:
+            result = run(_copied(image), rng)
+        elif isinstance(image, dict):
             self._check_targets(image)
             result = run(**{name: _copied(value) for name, value in image.items()})
-            return {name: result[name] for name in image}
-        _check_image("image", image)
-        return _array_or_dict(run(image=_copied(image))["image"], image)
-
-    def _words(self, key: tuple[int, ...]) -> bytes:
-        """(seed, *key) hashed to 48 bytes."""
-        try:
-            packed = struct.pack(f"<{len(key) + 1}q", self.seed, *key)
-        except struct.error:
-            for name, value in [
-                ("seed", self.seed),
-                *(("key", value) for value in key),
-            ]:
-                value = _checks.integer(
-                    name, value, advice="Write aug(image, epoch, step, position)."
-                )
-                if not -(2**63) <= value < 2**63:
-                    raise ValueError(
-                        _checks.message(name, "an integer of 64 bits", value)
-                    ) from None
-            raise
-        return hashlib.blake2b(packed, digest_size=48, person=_HASH_NAME).digest()
+            result = {name: result[name] for name in image}
+        else:
+            _check_image("image", image)
+            result = run(image=_copied(image))["image"]
+        expected = dict if isinstance(image, dict) else np.ndarray
+        if not isinstance(result, expected):
+            raise TypeError(
+                f"The pipeline must give a {expected.__name__} for a "
+                f"{expected.__name__}, received {type(result).__name__}."
+            )
+        return result
 
     def _run(self, key: tuple[int, ...]) -> tuple[Callable, np.random.Generator]:
         """This thread's copy of the pipeline, its generators set to the key."""
-        words = self._words(key)
         try:
-            run, bits, generator, python = self._local.own
+            packed = struct.pack(f"<{len(key) + 1}q", self.seed, *key)
+        except struct.error:
+            for value in key:
+                _integer64("key", value, "Write aug(image, epoch, step, position).")
+            raise
+        words = hashlib.blake2b(packed, digest_size=48, person=_HASH_NAME).digest()
+        try:
+            run, rng, python = self._local.own
         except AttributeError:
-            run, bits, python = self._pipeline, np.random.PCG64(0), random.Random(0)
-            generator = np.random.Generator(bits)
-            if self._keyed:
+            run, python = self._pipeline, random.Random(0)
+            rng = np.random.Generator(np.random.PCG64(0))
+            if self._seedable:
                 run = copy.deepcopy(run)
                 # Not set_random_seed: it gives every transform the same numbers.
-                run.set_random_state(generator, python)
-            self._local.own = run, bits, generator, python
-        bits.state = {
+                run.set_random_state(rng, python)
+            self._local.own = run, rng, python
+        rng.bit_generator.state = {
             "bit_generator": "PCG64",
             "state": {
                 "state": int.from_bytes(words[:16], "little"),
@@ -238,17 +247,17 @@ class Augmentation:
             "uinteger": 0,
         }
         python.seed(int.from_bytes(words[32:], "little"))
-        return run, generator
+        return run, rng
 
-    def _check_targets(self, targets: Mapping[str, Any]) -> None:
+    def _check_targets(self, targets: dict[str, Any]) -> None:
         """Refuse what albumentations would leave alone or spoil without a word."""
         if "image" not in targets:
             raise ValueError(
-                _checks.message(
-                    "image", "a dict with the key 'image'", _checks.Told(list(targets))
-                )
+                _checks.message("image", "a dict with the key 'image'", targets)
             )
-        kinds = getattr(self._pipeline, "additional_targets", {})
+        pipeline = self._pipeline
+        kinds = getattr(pipeline, "additional_targets", {})
+        known = getattr(pipeline, "available_keys", ())
         size = np.shape(targets["image"])[:2]
         for name, value in targets.items():
             kind = kinds.get(name, name)
@@ -257,23 +266,28 @@ class Augmentation:
             elif kind in ("mask", "masks"):
                 _check_mask(name, value)
             elif kind in ("bboxes", "keypoints"):
-                if kind not in getattr(self._pipeline, "processors", {}):
+                if kind not in getattr(pipeline, "processors", {}):
                     option = {"bboxes": "bbox", "keypoints": "keypoint"}[kind]
                     raise ValueError(
-                        f"Invalid value for `pipeline`: `{name}` can be transformed "
-                        f"only by an albumentations.Compose with {option}_params=..., "
-                        "which says their format."
+                        _checks.message(
+                            "pipeline",
+                            f"an albumentations.Compose with {option}_params=..., "
+                            f"because a sample has {name!r}",
+                            pipeline,
+                        )
                     )
             elif (
-                name not in getattr(self._pipeline, "available_keys", ())
-                and np.ndim(value) > 1
-                and np.shape(value)[:2] == size
+                name not in known and np.ndim(value) > 1 and np.shape(value)[:2] == size
             ):
                 raise ValueError(
-                    f"Invalid value for `{name}`: an array of the size of the image "
-                    "that the pipeline does not know and would leave untransformed. "
-                    "Declare it: albumentations.Compose(..., additional_targets="
-                    f"{{{name!r}: 'image'}}) or 'mask'."
+                    _checks.message(
+                        name,
+                        "a target that the pipeline knows",
+                        value,
+                        "It has the size of the image and would stay as it is. Declare "
+                        f"it: Compose(..., additional_targets={{{name!r}: 'image'}}) "
+                        "or 'mask'.",
+                    )
                 )
 
     # -- many images -------------------------------------------------------
@@ -323,33 +337,33 @@ class Augmentation:
             >>> both["image"].shape, both["mask"].shape
             ((4, 6, 6, 3), (4, 6, 6))
         """
-        first = _checks.integer("first", first)
-        shape: tuple[int, ...] = (len(rows := _rows(images)),)
+        rows = _rows(images)
+        shape: tuple[int, ...] = (len(rows),)
         if views is not None:
             shape += (_checks.integer("views", views, minimum=1),)
-        outs = dict(out or {}) if isinstance(images, Mapping) else {"image": out}
+        several = isinstance(images, dict)
+        outs = (out or {}) if several else {"image": out}
         lists = self._list_names()
         stacks: dict[str, _Stack] = {}
         others: dict[str, list] = {}
         with _turn if _is_small(rows[0]) else contextlib.nullcontext():
-            for index in np.ndindex(shape):
+            for index in itertools.product(*map(range, shape)):
                 position, *view = index
                 result = self(rows[position], *key, first + position, *view)
-                if not isinstance(result, Mapping):
-                    result = {"image": result}
-                for name, value in result.items():
-                    if name in lists or not isinstance(value, _STACKED):
+                for name, value in result.items() if several else [("image", result)]:
+                    if name in lists or not isinstance(value, _ARRAYS):
                         others.setdefault(name, []).append(value)
-                        continue
-                    if name not in stacks:
-                        stacks[name] = _Stack(name, shape, value, outs.get(name))
-                    stacks[name].put(index, value)
-        if not isinstance(images, Mapping):
+                    else:
+                        if name not in stacks:
+                            stacks[name] = _Stack(name, shape, value, outs.get(name))
+                        stacks[name].put(index, value)
+        if not several:
             return stacks["image"].out
-        for name, values in others.items():
-            if views is not None:
-                values = [values[i : i + views] for i in range(0, len(values), views)]
-            others[name] = values
+        if views is not None:
+            others = {
+                name: [values[i : i + views] for i in range(0, len(values), views)]
+                for name, values in others.items()
+            }
         return {n: stacks[n].out if n in stacks else others[n] for n in result}
 
     def _list_names(self) -> set[str]:
@@ -358,6 +372,151 @@ class Augmentation:
         for processor in getattr(self._pipeline, "processors", {}).values():
             names.update(processor.data_fields, processor.params.label_fields or ())
         return names
+
+    def map(
+        self,
+        dataset: Any,
+        *key: int,
+        batched: bool = False,
+        spec: Any = None,
+        num_parallel_calls: int | None = None,
+    ) -> Any:
+        """A `tf.data.Dataset` of views: image i under the key (*key, i).
+
+        Images are counted, not batches: before or after `batch`, the views are
+        the same. Every pass over the dataset begins at 0 and gives the same
+        views, which suits validation. For training repeat first, then map, so
+        that the count runs on: `aug.map(dataset.repeat(epochs))`, and
+        `steps_per_epoch` in `fit`.
+
+        Args:
+            dataset: its elements are images, or tuples that begin with one, whose
+                rest passes through; instead of an image a dict of targets.
+            *key: what the keys of all images begin with.
+            batched: whether the elements are batches. Those cost less, because
+                one call from TensorFlow to Python takes 35 to 60 microseconds.
+            spec: `tf.TensorSpec` of the augmented image (or batch, or a dict of
+                them). Default: that of the image, which is right unless the
+                pipeline changes the size or the dtype.
+            num_parallel_calls: as in `tf.data.Dataset.map`.
+
+        Returns:
+            The dataset, in the same order and structure.
+
+        Raises:
+            tf.errors.InvalidArgumentError: when iterated, if the pipeline gives
+                another shape or dtype than `spec`.
+
+        Example:
+            >>> import albumentations as A
+            >>> import numpy as np
+            >>> import tensorflow as tf
+            >>> images, labels = np.zeros((5, 8, 8, 3), "uint8"), np.arange(5)
+            >>> dataset = tf.data.Dataset.from_tensor_slices((images, labels))
+            >>> aug = Augmentation(A.Compose([A.RandomCrop(6, 6)]))
+            >>> small = tf.TensorSpec((6, 6, 3), tf.uint8)
+            >>> aug.map(dataset, spec=small).batch(5).element_spec[0].shape
+            TensorShape([None, 6, 6, 3])
+        """
+        import tensorflow as tf
+
+        element = dataset.element_spec
+        paired = isinstance(element, tuple)
+        given = element[0] if paired else element
+        if spec is None:
+            spec = given
+        tf.nest.assert_same_structure(given, spec)
+        specs = tf.nest.flatten(spec)
+
+        def count(first: Any, element: Any) -> Any:
+            leaf = tf.nest.flatten(element)[0]
+            size = tf.shape(leaf, tf.int64)[0] if batched else tf.ones((), tf.int64)
+            return first + size, (first, element)
+
+        def views(first: Any, *leaves: Any) -> list:
+            images = tf.nest.pack_sequence_as(given, leaves)
+            if batched:
+                images = self.batch(images, *key, first=int(first))
+            else:
+                images = self(images, *key, int(first))
+            results = [np.asarray(leaf) for leaf in tf.nest.flatten(images)]
+            for leaf, expected in zip(results, specs, strict=True):
+                received = tf.TensorSpec(leaf.shape, leaf.dtype)
+                if not expected.is_compatible_with(received):
+                    raise ValueError(
+                        f"Invalid value for `spec`: the pipeline gives {received}, "
+                        f"expected {expected}. Pass spec=tf.TensorSpec(shape, dtype) "
+                        "of what the pipeline gives."
+                    )
+            return results
+
+        def augment(first: Any, element: Any) -> Any:
+            images = element[0] if paired else element
+            leaves = tf.numpy_function(
+                views,
+                [first, *tf.nest.flatten(images)],
+                [expected.dtype for expected in specs],
+            )
+            for leaf, expected in zip(leaves, specs, strict=True):
+                leaf.set_shape(expected.shape)
+            images = tf.nest.pack_sequence_as(spec, leaves)
+            return (images, *element[1:]) if paired else images
+
+        numbered = dataset.scan(tf.zeros((), tf.int64), count)
+        return numbered.map(augment, num_parallel_calls)
+
+    def check(self, image: Any) -> None:
+        """Look for transforms that are not a pure function of the key.
+
+        Own transforms may draw from `np.random` or `random`, or keep something
+        from call to call; then no key repeats their result. Each key is used
+        twice, in another order the second time, with every transform applied.
+
+        Args:
+            image: an image or a dict of targets that the pipeline can work on.
+
+        Raises:
+            ValueError: names the first such transform.
+
+        Example:
+            >>> import numpy as np
+            >>> Augmentation(lambda image, rng: image + rng.normal()).check(np.ones(3))
+            >>> Augmentation(lambda image, rng: image + np.random.rand()).check(np.ones(3))
+            Traceback (most recent call last):
+            ...
+            ValueError: Not a pure function of its key: ...
+        """
+        for transform, part in self._prefixes():
+            there = [part(image, key) for key in range(_CHECKS)]
+            back = [part(image, key) for key in reversed(range(_CHECKS))]
+            try:
+                np.testing.assert_equal(there, back[::-1])
+            except AssertionError:
+                source = (
+                    "self.py_random or self.random_generator"
+                    if self._seedable
+                    else "`rng`"
+                )
+                raise ValueError(
+                    f"Not a pure function of its key: {transform!r} gave two results "
+                    f"for one key. Draw every random number from {source}, and keep "
+                    "nothing from call to call."
+                ) from None
+
+    def _prefixes(self) -> Iterator[tuple[Any, Augmentation]]:
+        """The pipeline up to each of its transforms in turn, then as it is.
+
+        The shortest impure one ends in the culprit.
+        """
+        if self._seedable:
+            for last, transform in enumerate(_leaves(self._pipeline)):
+                part = copy.deepcopy(self._pipeline)
+                for node in _nodes(part):
+                    node.p = 1.0
+                for leaf in _leaves(part)[last + 1 :]:
+                    leaf.p = 0.0
+                yield transform, Augmentation(part, self.seed)
+        yield self._pipeline, self
 
     # -- as text -----------------------------------------------------------
 
@@ -485,9 +644,6 @@ class Augmentation:
         )
 
 
-_STACKED = (np.ndarray, np.number, np.bool_)
-
-
 class _Stack:
     """Equal arrays, written one by one into one array."""
 
@@ -518,41 +674,49 @@ class _Stack:
 
 def _rows(images: Any) -> list:
     """The samples of a batch: images, or dicts of targets."""
-    try:
-        if isinstance(images, Mapping):
-            columns = zip(*images.values(), strict=True)
-            rows: list = [dict(zip(images, row, strict=True)) for row in columns]
-        else:
-            rows = list(images)
-    except ValueError:
+    if not isinstance(images, dict):
+        rows = list(images)
+    else:
         lengths = {name: len(column) for name, column in images.items()}
-        raise ValueError(
-            _checks.message("images", "targets of one length", lengths)
-        ) from None
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                _checks.message("images", "targets of one length", lengths)
+            )
+        rows = [
+            dict(zip(images, row, strict=True))
+            for row in zip(*images.values(), strict=True)
+        ]
     if not rows:
         raise ValueError(_checks.message("images", "at least one image", images))
     return rows
 
 
 def _is_small(row: Any) -> bool:
-    image = row.get("image") if isinstance(row, Mapping) else row
-    return int(np.prod(np.shape(image)[:2])) <= _SMALL
+    image = row.get("image", ()) if isinstance(row, dict) else row
+    return math.prod(np.shape(image)[:2]) <= _SMALL
 
 
 def _copied(value: Any) -> Any:
-    """A copy in memory: some transforms write into their input, others return it."""
+    """A copy of an array: some transforms write into it, others return it."""
     return np.array(value) if isinstance(value, np.ndarray) else value
 
 
-def _array_or_dict(result: Any, given: Any) -> Any:
-    """`result`, if the pipeline gave an array for an array, a dict for a dict."""
-    expected = Mapping if isinstance(given, Mapping) else np.ndarray
-    if not isinstance(result, expected):
-        raise TypeError(
-            f"The pipeline must give a {'dict' if expected is Mapping else 'NumPy array'}"
-            f", received {type(result).__name__}."
-        )
-    return result
+def _integer64(name: str, value: Any, advice: str = "") -> int:
+    value = _checks.integer(name, value, advice=advice)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(_checks.message(name, "an integer of 64 bits", value))
+    return value
+
+
+def _nodes(pipeline: Any) -> Iterator[Any]:
+    """A pipeline and all transforms in it."""
+    yield pipeline
+    for transform in getattr(pipeline, "transforms", ()):
+        yield from _nodes(transform)
+
+
+def _leaves(pipeline: Any) -> list:
+    return [node for node in _nodes(pipeline) if not hasattr(node, "transforms")]
 
 
 def _check_image(name: str, image: Any) -> None:
@@ -567,9 +731,9 @@ def _check_image(name: str, image: Any) -> None:
                 "Use aug.batch(images, *key) for several." if image.ndim == 4 else "",
             )
         )
-    if image.dtype == np.uint8:
+    if image.dtype == _UINT8:
         return
-    if image.dtype != np.float32:
+    if image.dtype != _FLOAT32:
         raise TypeError(
             _checks.message(
                 name,
@@ -589,9 +753,6 @@ def _check_image(name: str, image: Any) -> None:
                 "model (keras.layers.Rescaling), or scale them to [0, 1] first.",
             )
         )
-
-
-_ROUNDING = 1e-3
 
 
 def _check_mask(name: str, mask: Any) -> None:
