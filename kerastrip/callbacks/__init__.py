@@ -2,3 +2,4 @@
 
 from kerastrip.callbacks.epoch_sync import EpochSync as EpochSync
 from kerastrip.callbacks.mining_stats import MiningStats as MiningStats
+from kerastrip.callbacks.retrieval import RetrievalEvaluation as RetrievalEvaluation

@@ -1,0 +1,130 @@
+"""What RetrievalEvaluation and VerificationEvaluation share: when, on what, where to."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from kerastrip import _checks
+from kerastrip._outputs import embedding_output
+from kerastrip.evaluation import labels_array
+from kerastrip.inference import embed_with_targets, is_batches
+from kerastrip.sources import as_source
+
+
+class EpochEvaluation:
+    """Embeds a fixed set of data every few epochs and logs what `measure` finds.
+
+    Args:
+        callback: the Keras callback this works for.
+        x, y, every, prefix, output, batch_size, verbose: arguments of the callback.
+        keys: the figures to log, in order.
+        measure: `(embeddings, labels) -> dict` with those figures.
+        labelled: whether `y` is needed.
+    """
+
+    def __init__(
+        self,
+        callback: keras.callbacks.Callback,
+        x: Any,
+        y: Any,
+        *,
+        keys: Sequence[str],
+        measure: Callable[[np.ndarray, Any], dict[str, float]],
+        every: int,
+        prefix: str,
+        output: int | str | None,
+        batch_size: int,
+        verbose: bool,
+        labelled: bool = True,
+    ):
+        self.results: dict[int, dict[str, float]] = {}
+        self._latest: dict[str, float] | None = None
+        self._callback = callback
+        self._keys = {key: f"{prefix}{key}" for key in keys}
+        self._measure = measure
+        self._every = _checks.integer("every", every, 1)
+        self._output = output
+        self._batch_size = _checks.integer("batch_size", batch_size, 1)
+        self._verbose = verbose
+        self._labelled = labelled
+        self._x = x if is_batches(x) else as_source(getattr(x, "source", x))
+        if y is None:
+            y = getattr(x, "labels", None)
+        elif is_batches(x):
+            raise ValueError(
+                _checks.message("y", "None for a dataset, which has its own targets", y)
+            )
+        if y is None and labelled and not is_batches(x):
+            raise ValueError(_checks.message("y", "one label per sample", y))
+        self.labels = None if y is None else labels_array("y", y, len(self._x))
+
+    def begin(self) -> None:
+        """Looks for what would fail, or be missed, at the end of the first epoch."""
+        self._latest = None
+        if getattr(self._callback.model, "output_names", None):
+            embedding_output(self._callback.model, self._output)
+        names = set(self._keys.values())
+        for other in _listed_before(self._callback):
+            if getattr(other, "monitor", None) in names:
+                warnings.warn(
+                    f"{type(other).__name__}(monitor={other.monitor!r}) is listed "
+                    f"before {type(self._callback).__name__} and will not see that "
+                    "key. List it after.",
+                    stacklevel=2,
+                )
+
+    def end(self, epoch: int, logs: dict[str, Any] | None) -> None:
+        """Measures if it is the turn of this epoch, and adds the figures to `logs`."""
+        params = self._callback.params or {}
+        turn = (epoch + 1) % self._every == 0 or epoch + 1 == params.get("epochs")
+        if turn or self._latest is None:
+            self._latest = self.results[epoch] = self._evaluate(epoch)
+        if logs is not None:
+            logs.update({self._keys[key]: self._latest[key] for key in self._keys})
+
+    def _evaluate(self, epoch: int) -> dict[str, float]:
+        embeddings, targets = embed_with_targets(
+            self._callback.model,
+            self._x,
+            output=self._output,
+            batch_size=self._batch_size,
+            verbose=self._verbose,
+        )
+        labels = self.labels
+        if targets is not None:
+            labels = labels_array("x", targets, len(embeddings))
+        elif labels is None and self._labelled:
+            raise ValueError(
+                _checks.message("x", "batches of (inputs, targets)", self._x)
+            )
+        bad = len(embeddings) - int(np.isfinite(embeddings).all(axis=1).sum())
+        if bad:
+            warnings.warn(
+                f"{type(self._callback).__name__}: {bad} of {len(embeddings)} "
+                f"embeddings hold NaN or infinity after epoch {epoch + 1}; its "
+                "figures are NaN. The training has diverged.",
+                stacklevel=2,
+            )
+            return dict.fromkeys(self._keys, float("nan"))
+        return self._measure(embeddings, labels)
+
+
+def _listed_before(callback: keras.callbacks.Callback) -> list[Any]:
+    """The callbacks before this one in the list that is calling it.
+
+    Keras does not tell a callback of the others: the list is a few frames up.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList):
+            listed = list(caller.callbacks)
+            return listed[: listed.index(callback)] if callback in listed else []
+        frame = frame.f_back
+    return []

@@ -1,0 +1,114 @@
+"""RetrievalEvaluation: retrieval figures of held-out data in the epoch logs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from kerastrip import _checks
+from kerastrip.callbacks._evaluation import EpochEvaluation
+from kerastrip.distances import DISTANCES
+from kerastrip.evaluation import check_metrics, retrieval_metrics
+
+
+class RetrievalEvaluation(keras.callbacks.Callback):
+    """Adds `val_recall@1`, `val_map@r`, ... of held-out data to the epoch logs.
+
+    After an epoch every sample is embedded once, and looked up among all others
+    (`kerastrip.evaluation.retrieval_metrics`). Callbacks that monitor these keys
+    stand *after* this one in the list; one that stands before it is warned of:
+
+        callbacks=[RetrievalEvaluation(x_val, y_val),
+                   ModelCheckpoint("best.keras", monitor="val_recall@1",
+                                   mode="max", save_best_only=True)]
+
+    With `every=n` it measures after every n-th epoch, and after the first and the
+    last of a `fit`. In between the last figures are repeated, so that CSVLogger,
+    which fixes its columns in the first epoch, and callbacks with a monitor find
+    their keys; patience still counts epochs.
+
+    If the training has diverged (NaN embeddings) the figures are NaN, with a
+    warning.
+
+    Args:
+        x: held-out data: an array, a dict or tuple of arrays, a source of
+            `kerastrip.sources`; a sampler, whose source and labels are read, every
+            sample once and not augmented; or a dataset of batches (inputs,
+            targets), whose targets of the embedding output are the labels.
+        y: (n,) integer or string labels or (n, classes) one-hot rows. Default None:
+            those of the sampler, source or dataset.
+        metrics: words of `retrieval_metrics`. Default `("recall@1", "map@r")`.
+        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+        every: epochs from one measurement to the next, at least 1. Default 1.
+        prefix: put before each key. Default `"val_"`.
+        output: name or position of the embedding among the outputs of the model.
+            None takes the output whose loss has a `distance`, or the only one.
+        batch_size: rows per call of the model. Default 128.
+        verbose: whether to show a progress bar while embedding. Default False.
+
+    Attributes:
+        results: what was measured: epoch -> dict as `retrieval_metrics` returns it,
+            with the numbers of queries with and without a partner.
+
+    Raises:
+        TypeError, ValueError: if x and y do not fit each other, a word is unknown,
+            or no label occurs twice.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    >>> model.compile("sgd", "mse")
+    >>> x, y = np.eye(3)[[0, 0, 1, 1, 2, 2]], [0, 0, 1, 1, 2, 2]
+    >>> history = model.fit(x, np.zeros((6, 2)), verbose=0,
+    ...                     callbacks=[RetrievalEvaluation(x, y)])
+    >>> history.history["val_recall@1"]
+    [1.0]
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        metrics: Sequence[str] = ("recall@1", "map@r"),
+        distance: str = "euclidean",
+        every: int = 1,
+        prefix: str = "val_",
+        output: int | str | None = None,
+        batch_size: int = 128,
+        verbose: bool = False,
+    ):
+        super().__init__()
+        keys = check_metrics(metrics)
+        _checks.one_of("distance", distance, DISTANCES)
+        self._evaluation = EpochEvaluation(
+            self,
+            x,
+            y,
+            keys=keys,
+            measure=lambda embeddings, labels: retrieval_metrics(
+                embeddings, labels, metrics=keys, distance=distance
+            ),
+            every=every,
+            prefix=prefix,
+            output=output,
+            batch_size=batch_size,
+            verbose=verbose,
+        )
+        labels = self._evaluation.labels
+        if labels is not None and len(np.unique(labels)) == len(labels):
+            raise ValueError(_checks.message("y", "a label that occurs twice", labels))
+
+    @property
+    def results(self) -> dict[int, dict[str, float]]:
+        return self._evaluation.results
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._evaluation.begin()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._evaluation.end(epoch, logs)

@@ -1,0 +1,270 @@
+"""Retrieval figures of a set of embeddings: how good are the nearest neighbours?
+
+NumPy on the CPU, exact, in blocks of rows. Verification ("are these two the
+same?") is in `kerastrip.verification`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kerastrip import _checks
+from kerastrip.inference import Space, embeddings_array, nearest
+
+METRICS = (
+    "recall@1",
+    "recall@5",
+    "recall@10",
+    "precision@1",
+    "r_precision",
+    "map@r",
+    "mrr",
+)
+_WORDS = ("r_precision", "map@r", "mrr", "nmi", "ami")
+
+
+def retrieval_metrics(
+    embeddings: Any,
+    labels: Any,
+    *,
+    gallery: Any = None,
+    gallery_labels: Any = None,
+    metrics: Sequence[str] = METRICS,
+    distance: str = "euclidean",
+    seed: int = 0,
+) -> dict[str, float]:
+    """How well the nearest neighbours of every embedding have its label.
+
+    Every row is a query. It is looked up among all other rows (leave-one-out), or
+    in `gallery` where that is given. With R the number of rows there that have the
+    query's label, and hit(i) whether its i-th neighbour is one of them:
+
+    | word | mean over the queries of |
+    |---|---|
+    | `recall@k` | 1 if one of the first k neighbours is a hit, else 0 |
+    | `precision@k` | 1/k sum_{i<=k} hit(i) |
+    | `r_precision` | 1/R sum_{i<=R} hit(i) |
+    | `map@r` | 1/R sum_{i<=R} hit(i) precision@i |
+    | `mrr` | 1 / rank of the first hit |
+    | `knn@k` | 1 if most of the first k neighbours have the label; of labels with as many, the one met first wins |
+    | `nmi`, `ami` | (not a mean) normalised and adjusted mutual information of the labels and a k-means clustering of the queries into as many clusters; needs scikit-learn |
+
+    A query with R = 0 has no partner to be found. It is left out of the means and
+    counted. Equal distances are in the order of the rows.
+
+    Args:
+        embeddings: (n, dim) finite numbers.
+        labels: (n,) integers or strings, or (n, classes) one-hot rows.
+        gallery: (m, dim) embeddings to search in. Default: `embeddings`, each row
+            without itself.
+        gallery_labels: labels of `gallery`.
+        metrics: words of the table, k at least 1. If there are fewer than k
+            neighbours, `recall@k` and `knn@k` take all there are, and
+            `precision@k` counts the missing ones as misses.
+        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+        seed: of the k-means behind `nmi` and `ami`. Default 0.
+
+    Returns:
+        Dict with one float in [0, 1] (`ami` also below 0) per word, in the order
+        of `metrics`, and the counts `"queries"` (those in the means) and
+        `"lone_queries"` (those left out).
+
+    Raises:
+        TypeError, ValueError: if arrays do not fit each other, a word is unknown,
+            or no query has a partner.
+
+    Example:
+
+    >>> found = retrieval_metrics(
+    ...     [[0.0], [1.0], [5.0], [7.0], [99.0]], ["a", "a", "b", "b", "c"],
+    ...     metrics=("recall@1", "map@r"),
+    ... )
+    >>> found
+    {'recall@1': 1.0, 'map@r': 1.0, 'queries': 4, 'lone_queries': 1}
+
+    References:
+        Musgrave, Belongie, Lim, "A Metric Learning Reality Check", 2020,
+        section 3.2 (R-precision and MAP@R).
+    """
+    metrics = check_metrics(metrics)
+    queries = embeddings_array("embeddings", embeddings)
+    if (gallery is None) != (gallery_labels is None):
+        raise ValueError(
+            _checks.message(
+                "gallery", "`gallery` and `gallery_labels` together", gallery
+            )
+        )
+    alone = gallery is None
+    rows = queries if alone else embeddings_array("gallery", gallery)
+    codes, row_codes = _codes(
+        labels_array("labels", labels, len(queries)),
+        None if alone else labels_array("gallery_labels", gallery_labels, len(rows)),
+    )
+    partners = np.bincount(row_codes, minlength=codes.max() + 1)[codes] - alone
+    chosen = np.flatnonzero(partners > 0)
+    if not len(chosen):
+        raise ValueError(
+            _checks.message(
+                "labels",
+                "a label that occurs twice" if alone else "a label of the gallery",
+                _checks.Told(f"{len(queries)} labels without a partner"),
+            )
+        )
+    # Queries of like R together: each block then looks no further than it needs.
+    chosen = chosen[np.argsort(partners[chosen], kind="stable")]
+    sums = dict.fromkeys(metrics, 0.0)
+    space = Space.of(queries[chosen], rows, distance)
+    for part, block in space.blocks():
+        who = chosen[part]
+        if alone:
+            block[np.arange(len(who)), who] = np.inf
+        for word, values in _block_values(
+            block, codes[who], row_codes, partners[who], len(rows) - alone, metrics
+        ):
+            sums[word] += float(values.sum())
+    results = {word: total / len(chosen) for word, total in sums.items()}
+    if "nmi" in metrics or "ami" in metrics:
+        results.update(_clustering(queries, codes, metrics, seed))
+    return {
+        **results,
+        "queries": len(chosen),
+        "lone_queries": len(queries) - len(chosen),
+    }
+
+
+def _block_values(
+    block: np.ndarray,
+    codes: np.ndarray,
+    row_codes: np.ndarray,
+    partners: np.ndarray,
+    available: int,
+    metrics: Sequence[str],
+) -> Iterable[tuple[str, np.ndarray]]:
+    """For each word that is a mean: the values of the queries of one block."""
+    averaged = [word for word in metrics if word not in ("nmi", "ami")]
+    wanted = [int(word.partition("@")[2]) for word in averaged if _has_k(word)]
+    if "map@r" in averaged or "r_precision" in averaged:
+        wanted.append(partners.max())
+    depth = min(max(wanted, default=1), available)
+    neighbours = row_codes[nearest(block, depth)]
+    hits = neighbours == codes[:, None]
+    hits_within_r = hits & (np.arange(depth) < partners[:, None])
+    for word in averaged:
+        name, _, k = word.partition("@")
+        if word == "map@r":
+            precision = np.cumsum(hits, axis=1) / np.arange(1, depth + 1)
+            yield word, (precision * hits_within_r).sum(axis=1) / partners
+        elif word == "r_precision":
+            yield word, hits_within_r.sum(axis=1) / partners
+        elif word == "mrr":
+            yield word, 1.0 / _first_rank(block, hits, codes, row_codes)
+        elif name == "recall":
+            yield word, hits[:, : int(k)].any(axis=1)
+        elif name == "precision":
+            yield word, hits[:, : int(k)].sum(axis=1) / int(k)
+        else:
+            yield word, _vote(neighbours[:, : int(k)]) == codes
+
+
+def _first_rank(
+    block: np.ndarray, hits: np.ndarray, codes: np.ndarray, row_codes: np.ndarray
+) -> np.ndarray:
+    """Rank (from 1) of the first hit of every query, in the whole gallery."""
+    ranks = hits.argmax(axis=1) + 1
+    for i in np.flatnonzero(~hits.any(axis=1)):
+        same = np.flatnonzero(row_codes == codes[i])
+        first = same[block[i, same].argmin()]
+        ranks[i] = (
+            (block[i] < block[i, first]).sum()
+            + (block[i, :first] == block[i, first]).sum()
+            + 1
+        )
+    return ranks
+
+
+def _vote(neighbours: np.ndarray) -> np.ndarray:
+    """The most frequent code of every row; of equally frequent ones the first."""
+    best = neighbours[:, 0].copy()
+    most = np.zeros(len(neighbours), np.int64)
+    for column in neighbours.T:
+        count = (neighbours == column[:, None]).sum(axis=1)
+        better = count > most
+        best[better], most[better] = column[better], count[better]
+    return best
+
+
+def _clustering(
+    rows: np.ndarray, codes: np.ndarray, metrics: Sequence[str], seed: int
+) -> dict[str, float]:
+    """`nmi` and `ami` of a k-means clustering, those of them that are wanted."""
+    try:
+        from sklearn import cluster
+        from sklearn import metrics as scores
+    except ImportError as error:
+        raise ImportError(
+            "The metrics 'nmi' and 'ami' need scikit-learn: pip install scikit-learn."
+        ) from error
+    count = len(np.unique(codes))
+    found = cluster.KMeans(count, n_init=1, random_state=seed).fit_predict(rows)
+    functions = {
+        "nmi": scores.normalized_mutual_info_score,
+        "ami": scores.adjusted_mutual_info_score,
+    }
+    return {
+        word: float(score(codes, found))
+        for word, score in functions.items()
+        if word in metrics
+    }
+
+
+def check_metrics(metrics: Any) -> tuple[str, ...]:
+    """The words of `retrieval_metrics`, else an error that names the wrong one."""
+    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    if not metrics:
+        raise ValueError(_checks.message("metrics", "at least one word", metrics))
+    for word in metrics:
+        if not (isinstance(word, str) and _has_k(word)):
+            _checks.one_of("metrics", word, (*_WORDS, *METRICS[:4], "knn@5"))
+    return metrics
+
+
+def _has_k(word: str) -> bool:
+    return re.fullmatch(r"(recall|precision|knn)@[1-9][0-9]*", word) is not None
+
+
+def labels_array(name: str, value: Any, length: int) -> np.ndarray:
+    """`length` integer or string labels from labels or one-hot rows."""
+    labels = np.asarray(value)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim == 2:
+        ones = labels == 1
+        if not ((ones | (labels == 0)).all() and (ones.sum(axis=1) == 1).all()):
+            raise ValueError(
+                _checks.message(
+                    name, "(n,) labels or (n, classes) rows with a single 1", labels
+                )
+            )
+        labels = labels.argmax(axis=1)
+    if labels.ndim != 1 or len(labels) != length:
+        raise ValueError(_checks.message(name, f"{length} labels", labels))
+    if labels.dtype.kind == "f" and (labels == np.floor(labels)).all():
+        labels = labels.astype(np.int64)
+    if labels.dtype.kind not in "iubUSO":
+        raise TypeError(
+            _checks.message(name, "integers, strings or one-hot rows", labels)
+        )
+    return labels
+
+
+def _codes(
+    labels: np.ndarray, others: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The labels, and those of the gallery, as numbers 0 ... classes - 1."""
+    both = labels if others is None else np.concatenate([labels, others])
+    codes = np.unique(both, return_inverse=True)[1]
+    return codes[: len(labels)], codes if others is None else codes[len(labels) :]

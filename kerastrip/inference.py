@@ -1,0 +1,448 @@
+"""Embeddings of data by a trained model, and the nearest of them.
+
+`embed` runs on every Keras backend; `search` is NumPy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from kerastrip import _checks
+from kerastrip._outputs import embedding_output
+from kerastrip.distances import DISTANCES
+from kerastrip.sources import as_source
+
+# A block of distances is at most so many rows, and at most so many numbers.
+_ROWS, _NUMBERS = 256, 1 << 24
+
+
+def embed(
+    model: Any,
+    x: Any,
+    *,
+    output: int | str | None = None,
+    batch_size: int = 128,
+    augmentation: Any = None,
+    views: int = 1,
+    verbose: bool = False,
+) -> np.ndarray:
+    """The embeddings of `x`, every sample once and in order.
+
+    With `augmentation`, sample i is seen as `augmentation(sample, view, i)` for
+    view = 0 ... views - 1, and for `views > 1` the embedding is the direction of
+    the mean of the normalised embeddings of the views:
+
+        e_i = normalise(1 / views * sum_v normalise(model(aug(x_i, v, i))))
+
+    The model runs through `predict_on_batch` on batches of one size, the last one
+    filled up, so that it is traced once, however often it is called.
+
+    Args:
+        model: a Keras model, compiled or not.
+        x: what to embed: (n, ...) array; dict or tuple of arrays; a
+            `kerastrip.sources` object; a sampler, whose source is read (no
+            repeats, no augmentation); or batches, from a `tf.data.Dataset` or a
+            `keras.utils.PyDataset`, of inputs or of (inputs, targets, ...).
+        output: name or position of the embedding among the outputs of the model.
+            None takes the output whose compiled loss has a `distance`, or the
+            only output there is.
+        batch_size: rows per call of the model, at least 1. Batches that come as
+            batches keep their size. Default 128.
+        augmentation: `kerastrip.Augmentation` for test-time views. Default None.
+        views: augmented views per sample, at least 1. Default 1.
+        verbose: whether to show a progress bar. Default False.
+
+    Returns:
+        (n, dim) float32 array.
+
+    Raises:
+        TypeError, ValueError: if the arguments do not fit each other, `x` holds no
+            samples, the output is left open, or it is not (batch, dim).
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> embed(model, np.ones((5, 4))).shape
+    (5, 2)
+    """
+    return embed_with_targets(
+        model,
+        x,
+        output=output,
+        batch_size=batch_size,
+        augmentation=augmentation,
+        views=views,
+        verbose=verbose,
+    )[0]
+
+
+def embed_with_targets(
+    model: Any,
+    x: Any,
+    *,
+    output: int | str | None = None,
+    batch_size: int = 128,
+    augmentation: Any = None,
+    views: int = 1,
+    verbose: bool = False,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`embed`, and the targets of the embedding where `x` are batches with targets.
+
+    Returns:
+        (n, dim) float32 embeddings, and the (n, ...) targets of the same output
+        or None. Both come from one pass, so the order of a shuffled dataset
+        does not matter.
+    """
+    batch_size = _checks.integer("batch_size", batch_size, 1)
+    views = _checks.integer("views", views, 1)
+    batches: Any
+    if is_batches(x):
+        if augmentation is not None:
+            raise ValueError(
+                _checks.message(
+                    "augmentation",
+                    "None for data that come in batches",
+                    augmentation,
+                    "Pass the images as an array or a source.",
+                )
+            )
+        batches, total = _read_batches(x), None
+    else:
+        source = as_source(getattr(x, "source", x))
+        total = len(source)
+        batches = _take_batches(source, batch_size, augmentation, views)
+    if augmentation is None and views > 1:
+        raise ValueError(
+            _checks.message(
+                "views",
+                "1 without `augmentation`",
+                views,
+                "Without it every view is the same.",
+            )
+        )
+
+    chosen = embedding_output(model, output)
+    bar = keras.utils.Progbar(total, unit_name="sample") if verbose else None
+    rows, targets = [], []
+    size = 0
+    for inputs, target in batches:
+        seen = [_run(model, chosen, one, size) for one in inputs]
+        size = max(size, len(seen[0]))
+        if views > 1:
+            seen = [_normalise(np.mean([_normalise(one) for one in seen], axis=0))]
+        rows.append(seen[0])
+        if target is not None:
+            targets.append(np.asarray(chosen.take(target)))
+        if bar is not None:
+            bar.add(len(seen[0]))
+    if not rows:
+        raise ValueError(_checks.message("x", "at least one batch", x))
+    return np.concatenate(rows), np.concatenate(targets) if targets else None
+
+
+def is_batches(x: Any) -> bool:
+    """Whether `x` gives batches (`tf.data.Dataset`, `PyDataset`), not samples."""
+    if hasattr(x, "source"):
+        return False
+    return hasattr(x, "as_numpy_iterator") or isinstance(x, keras.utils.PyDataset)
+
+
+def _read_batches(x: Any) -> Iterator[tuple[list[Any], Any]]:
+    """The ([inputs], targets) of a dataset; targets None where there are none."""
+    if hasattr(x, "as_numpy_iterator"):
+        batches = x.as_numpy_iterator()
+    else:
+        batches = (x[i] for i in range(len(x)))
+    for batch in batches:
+        if isinstance(batch, tuple):
+            yield [batch[0]], batch[1] if len(batch) > 1 else None
+        else:
+            yield [batch], None
+
+
+def _take_batches(
+    source: Any, batch_size: int, augmentation: Any, views: int
+) -> Iterator[tuple[list[Any], None]]:
+    """The samples of a source in order, as a list of their views."""
+    for first in range(0, len(source), batch_size):
+        samples = source.take(np.arange(first, min(first + batch_size, len(source))))
+        if augmentation is None:
+            yield [samples], None
+        else:
+            yield (
+                [augmentation.batch(samples, v, first=first) for v in range(views)],
+                None,
+            )
+
+
+def _run(model: Any, chosen: Any, inputs: Any, size: int) -> np.ndarray:
+    """The embeddings of one batch, filled up to `size` rows for the call."""
+    arrays = keras.tree.flatten(inputs)
+    count = len(arrays[0])
+
+    def fill(array: Any) -> np.ndarray:
+        array = np.asarray(array)
+        if array.dtype == np.float64:
+            array = array.astype(keras.config.floatx())
+        if len(array) < size:
+            array = np.concatenate([array, np.repeat(array[-1:], size - count, axis=0)])
+        return array
+
+    outputs = model.predict_on_batch(keras.tree.map_structure(fill, inputs))
+    if isinstance(outputs, (list, tuple, dict)) and len(outputs) > chosen.count == 1:
+        raise ValueError(
+            _checks.message(
+                "output",
+                "the position or name of the embedding",
+                _checks.Told(f"None for a model with {len(outputs)} outputs"),
+                "Give output=....",
+            )
+        )
+    rows = np.asarray(chosen.take(outputs))
+    if rows.ndim != 2:
+        raise ValueError(
+            _checks.message(
+                "output",
+                "an embedding of shape (batch, dim)",
+                rows,
+                "Flatten or pool it in the model, or name another output.",
+            )
+        )
+    # Under a distribution strategy every replica has returned all the rows.
+    return rows[:count].astype("float32")
+
+
+def _normalise(rows: np.ndarray) -> np.ndarray:
+    """Rows of length 1; a row of zeros stays."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(length > 0, length, 1.0)
+
+
+def search(
+    queries: Any, gallery: Any, k: int, *, distance: str = "euclidean"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest rows of the gallery for every query: exact, by brute force.
+
+    A matrix product in float32, in blocks, finds the candidates; the mean of the
+    gallery is taken off first, so that it is accurate relative to the *spread* of
+    the embeddings. The distances returned are computed again from the rows, and
+    equal ones stand in the order of the index.
+
+    Candidates whose squared distances differ by less than float32 resolves
+    (about 1e-7 of the squared radius of the gallery) count as equally near at
+    the k-th place.
+
+    Args:
+        queries: (n, dim) embeddings.
+        gallery: (m, dim) embeddings.
+        k: neighbours per query, 1 ... m.
+        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+
+    Returns:
+        (n, k) float32 distances, ascending, and (n, k) int64 rows of the gallery.
+
+    Raises:
+        TypeError, ValueError: if the arrays are not embeddings of one dimension,
+            hold NaN or infinity, or k is not in 1 ... m.
+
+    Example:
+
+    >>> import numpy as np
+    >>> gallery = np.array([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
+    >>> distances, indices = search(np.zeros((1, 2)), gallery, 2)
+    >>> distances, indices
+    (array([[0., 1.]], dtype=float32), array([[0, 2]]))
+    """
+    queries = embeddings_array("queries", queries)
+    gallery = embeddings_array("gallery", gallery)
+    k = _checks.integer("k", k, 1)
+    if k > len(gallery):
+        raise ValueError(
+            _checks.message("k", f"at most the {len(gallery)} rows of the gallery", k)
+        )
+    space = Space.of(queries, gallery, distance)
+    indices = np.empty((len(queries), k), np.int64)
+    distances = np.empty((len(queries), k), np.float32)
+    # A few more than k: float32 may have ordered the last ones wrongly.
+    taken = min(k + 8, len(gallery))
+    step = max(1, _NUMBERS // (4 * taken * queries.shape[1]))
+    for rows, block in space.blocks():
+        candidates = nearest(block, taken)
+        for low in range(rows.start, rows.stop, step):
+            some = slice(low, min(low + step, rows.stop))
+            chosen = candidates[some.start - rows.start : some.stop - rows.start]
+            order = _sorted_keys(space.exact(some, chosen), chosen, k)
+            distances[some], indices[some] = _values(order), _columns(order)
+    return distances, indices
+
+
+def nearest(block: np.ndarray, k: int) -> np.ndarray:
+    """The columns of the k smallest numbers of every row, in order.
+
+    The columns are dealt into groups. The k smallest numbers of a row lie in the k
+    groups whose minima are the smallest, so that only those are looked into.
+
+    Args:
+        block: (rows, columns) float32, >= 0.
+        k: 1 ... columns.
+
+    Returns:
+        (rows, k) int64, ascending by number; equal numbers by column.
+    """
+    rows, columns = block.shape
+    size = math.isqrt(columns // k)
+    if size < 4:
+        return _columns(_sorted_keys(block, np.arange(columns), k))
+    groups = columns // size
+    dealt = block[:, : size * groups].reshape(rows, size, groups)
+    least = dealt.min(axis=1)
+    best = np.argpartition(least, k - 1, axis=1)[:, :k]
+    members = best[:, None] + groups * np.arange(size)[:, None]
+    rest = np.arange(size * groups, columns)
+    candidates = np.concatenate(
+        [members.reshape(rows, -1), np.broadcast_to(rest, (rows, len(rest)))], axis=1
+    )
+    numbers = np.take_along_axis(block, candidates, axis=1)
+    found = _sorted_keys(numbers, candidates, k)
+    # A group that was left out may hold a number equal to the last one taken.
+    tied = (least <= _values(found[:, -1:])).sum(axis=1) > k
+    found[tied] = _sorted_keys(block[tied], np.arange(columns), k)
+    return _columns(found)
+
+
+def _sorted_keys(numbers: np.ndarray, columns: np.ndarray, k: int) -> np.ndarray:
+    """(rows, k) uint64: the bits of the k smallest numbers over their columns.
+
+    The bits of floats >= 0 have the order of the floats.
+    """
+    keys = np.abs(numbers).view(np.uint32).astype(np.uint64)  # -0.0 is 0.0
+    keys <<= np.uint64(32)
+    keys |= columns.astype(np.uint64)
+    if k < keys.shape[1]:
+        keys.partition(k - 1, axis=1)
+    return np.sort(keys[:, :k], axis=1)
+
+
+def _columns(keys: np.ndarray) -> np.ndarray:
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def _values(keys: np.ndarray) -> np.ndarray:
+    return (keys >> np.uint64(32)).astype(np.uint32).view(np.float32)
+
+
+def embeddings_array(name: str, value: Any) -> np.ndarray:
+    """`value` as (n, dim) finite float32 rows, else an error that names it."""
+    rows = np.asarray(value)
+    if rows.dtype.kind not in "fiub" and rows.dtype.name != "bfloat16":
+        raise TypeError(_checks.message(name, "(n, dim) numbers", value))
+    if rows.ndim != 2 or 0 in rows.shape:
+        raise ValueError(
+            _checks.message(
+                name, "an array of shape (n, dim), n and dim at least 1", rows
+            )
+        )
+    rows = np.ascontiguousarray(rows, dtype="float32")
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        bad = np.flatnonzero(~finite)
+        raise ValueError(
+            _checks.message(
+                name,
+                "finite numbers",
+                _checks.Told(
+                    f"NaN or infinity in {len(bad)} of {len(rows)} rows, the first "
+                    f"is row {bad[0]}"
+                ),
+            )
+        )
+    return rows
+
+
+class Space(NamedTuple):
+    """Queries and gallery as two matrices whose product is the distance.
+
+    With rows centred on the mean c of the gallery, half the squared distance is
+
+        |q - g|^2 / 2 = |q|^2 / 2 + |g|^2 / 2 - q.g,
+
+    so a query becomes (q, 1, |q|^2 / 2) and a gallery row (-g, |g|^2 / 2, 1). For
+    the cosine distance 1 - q.g of normalised rows the two terms are -c.g and
+    1 - |c|^2 - c.q, which holds for rows of zeros too (distance 1).
+
+    Attributes:
+        queries: (n, dim) float32 rows, normalised for the cosine distance.
+        gallery: (m, dim) float32 rows, likewise.
+        left: (n, dim + 2) float32.
+        right: (dim + 2, m) float32.
+        distance: the word.
+    """
+
+    queries: np.ndarray
+    gallery: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    distance: str
+
+    @classmethod
+    def of(cls, queries: np.ndarray, gallery: np.ndarray, distance: str) -> Space:
+        """The space of (n, dim) queries and an (m, dim) gallery, float32."""
+        _checks.one_of("distance", distance, DISTANCES)
+        if queries.shape[1] != gallery.shape[1]:
+            raise ValueError(
+                _checks.message(
+                    "gallery",
+                    f"rows of {queries.shape[1]} numbers, as the queries have",
+                    gallery,
+                )
+            )
+        cosine = distance == "cosine"
+        if cosine:
+            queries, gallery = _normalise(queries), _normalise(gallery)
+        centre = gallery.mean(axis=0, dtype="float64").astype("float32")
+        left = np.empty((len(queries), queries.shape[1] + 2), np.float32)
+        right = np.empty((gallery.shape[1] + 2, len(gallery)), np.float32)
+        np.subtract(queries, centre, out=left[:, :-2])
+        np.subtract(centre[:, None], gallery.T, out=right[:-2])
+        left[:, -2] = right[-1] = 1.0
+        if cosine:
+            left[:, -1] = 1.0 - centre @ centre - left[:, :-2] @ centre
+            right[-2] = centre @ right[:-2]
+        else:
+            left[:, -1] = np.einsum("nd,nd->n", left[:, :-2], left[:, :-2]) / 2
+            right[-2] = np.einsum("dn,dn->n", right[:-2], right[:-2]) / 2
+        return cls(queries, gallery, left, right, distance)
+
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Slices of the queries and their (rows, m) distances, in one buffer.
+
+        The numbers are half the squared euclidean or the cosine distance, >= 0.
+        """
+        columns = self.right.shape[1]
+        step = max(1, min(_ROWS, _NUMBERS // columns, len(self.left)))
+        buffer = np.empty((step, columns), np.float32)
+        for low in range(0, len(self.left), step):
+            rows = slice(low, min(low + step, len(self.left)))
+            block = buffer[: rows.stop - low]
+            np.matmul(self.left[rows], self.right, out=block)
+            yield rows, np.maximum(block, 0.0, out=block)
+
+    def exact(self, rows: slice, indices: np.ndarray) -> np.ndarray:
+        """(rows, k) float32 distances of queries to chosen rows of the gallery."""
+        ends, starts = self.gallery[indices], self.queries[rows, None]
+        ends -= starts
+        squares = np.einsum("nkd,nkd->nk", ends, ends)
+        if self.distance == "euclidean":
+            return np.sqrt(squares)
+        if self.distance == "cosine":
+            # 1 - q.g, in a form that is accurate near 0; a row of zeros is at 1.
+            squares += (self.queries[rows] == 0).all(axis=1)[:, None]
+            squares += (self.gallery == 0).all(axis=1)[indices]
+            squares /= 2
+        return squares
