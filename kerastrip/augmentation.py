@@ -1,9 +1,8 @@
 """Image augmentation as a pure function of a key.
 
-Every random number of one augmented image is drawn from one pair of
-generators whose states are a hash of (seed, *key). Nothing is drawn from a
-stream that other images draw from too, so the order of the calls, the thread
-and the process do not matter.
+Every random number of one augmented image comes from one generator whose state
+is a hash of (seed, *key). Nothing is drawn from a stream that other images draw
+from too, so the order of the calls, the thread and the process do not matter.
 """
 
 from __future__ import annotations
@@ -34,8 +33,9 @@ from kerastrip._version import __version__
 # worker process imports albumentations while it unpickles a pipeline.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-# The way from a key to random numbers. It is frozen: another way is another
-# number, or augmentations that were saved would silently become others.
+# The way from a key to random numbers: 64-bit integers, little-endian, hashed by
+# BLAKE2b to the state and the increment of a PCG64. It is frozen: another way
+# would be scheme 2, or saved augmentations would become others without a word.
 _SCHEME = 1
 _HASH_NAME = b"kerastrip-aug-v1"
 
@@ -226,27 +226,25 @@ class Augmentation:
             for value in key:
                 _integer64("key", value, "Write aug(image, epoch, step, position).")
             raise
-        words = hashlib.blake2b(packed, digest_size=48, person=_HASH_NAME).digest()
+        words = hashlib.blake2b(packed, digest_size=32, person=_HASH_NAME).digest()
         try:
-            run, rng, python = self._local.own
+            run, rng = self._local.own
         except AttributeError:
-            run, python = self._pipeline, random.Random(0)
-            rng = np.random.Generator(np.random.PCG64(0))
+            run, rng = self._pipeline, np.random.Generator(np.random.PCG64(0))
             if self._seedable:
                 run = copy.deepcopy(run)
                 # Not set_random_seed: it gives every transform the same numbers.
-                run.set_random_state(rng, python)
-            self._local.own = run, rng, python
+                run.set_random_state(rng, _Random(rng))
+            self._local.own = run, rng
         rng.bit_generator.state = {
             "bit_generator": "PCG64",
             "state": {
                 "state": int.from_bytes(words[:16], "little"),
-                "inc": int.from_bytes(words[16:32], "little") | 1,
+                "inc": int.from_bytes(words[16:], "little") | 1,
             },
             "has_uint32": 0,
             "uinteger": 0,
         }
-        python.seed(int.from_bytes(words[32:], "little"))
         return run, rng
 
     def _check_targets(self, targets: dict[str, Any]) -> None:
@@ -642,6 +640,28 @@ class Augmentation:
         return cls.from_json(
             pathlib.Path(path).read_text(encoding="utf-8"), lambdas=lambdas
         )
+
+
+class _Random(random.Random):
+    """Python's random numbers, drawn from a NumPy generator.
+
+    It has no state of its own: to seed a Mersenne Twister for every image would
+    take longer than all else that a keyed call adds.
+    """
+
+    def __init__(self, rng: np.random.Generator):
+        super().__init__(0)
+        self._raw = rng.bit_generator.random_raw
+        self.random = rng.random  # type: ignore[method-assign]
+
+    def getrandbits(self, k: int) -> int:
+        value = 0
+        for _ in range(0, k, 64):
+            value = value << 64 | self._raw()
+        return value >> -k % 64
+
+    def gauss(self, mu: float = 0.0, sigma: float = 1.0) -> float:
+        return self.normalvariate(mu, sigma)  # the other keeps every second number
 
 
 class _Stack:
