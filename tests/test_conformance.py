@@ -1,0 +1,384 @@
+"""What every public loss, metric, callback and layer must do, whatever it computes.
+
+The tables below hold one entry per public class. A new class without an entry fails
+`test_every_public_class_has_an_entry`; a new argument that no entry sets to something
+else than its default fails `test_every_argument_is_exercised`.
+"""
+
+import inspect
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import kerastrip
+
+pytestmark = pytest.mark.backend
+
+ON_TENSORFLOW = keras.config.backend() == "tensorflow"
+ROWS, CLASSES = 12, 3
+LABELS = np.arange(ROWS) % CLASSES
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How to try a loss or a metric.
+
+    Attributes:
+        head: "logits" (batch, CLASSES) or "embedding" (batch, 4), unit length.
+        targets: "label", "one_hot" or "multi_hot".
+        settings: arguments, none at its default; the first ones are used in `fit`.
+    """
+
+    head: str
+    targets: str
+    settings: tuple[dict[str, Any], ...]
+
+
+FOCAL = {
+    "gamma": 0.5,
+    "alpha": [0.2, 0.5, 0.3],
+    "from_logits": True,
+    "label_smoothing": 0.1,
+}
+LOSSES = {
+    "BinaryFocalLoss": Trained("logits", "multi_hot", (FOCAL,)),
+    "CategoricalFocalLoss": Trained("logits", "one_hot", (FOCAL,)),
+    "SparseCategoricalFocalLoss": Trained(
+        "logits", "label", ({**FOCAL, "ignore_class": 2},)
+    ),
+    "TripletLoss": Trained(
+        "embedding",
+        "label",
+        (
+            {"margin": 0.3, "mining": "hard", "distance": "cosine"},
+            {"average_over": "active"},
+            {"soft": True},
+        ),
+    ),
+    "TripletSemiHardLoss": Trained(
+        "embedding", "label", ({"margin": 0.5, "distance_metric": "squared-L2"},)
+    ),
+    "TripletHardLoss": Trained(
+        "embedding",
+        "label",
+        ({"margin": 0.5, "distance_metric": "angular"}, {"soft": True}),
+    ),
+}
+METRICS = {
+    "TripletCensus": Trained(
+        "embedding",
+        "label",
+        ({"margin": 0.4, "distance": "cosine", "prefix": "emb_"},),
+    ),
+}
+# A callback is made from a sampler and held-out data; the second part is what it
+# must have put into the history.
+CALLBACKS = {
+    "EpochSync": (lambda sampler, x, y: kerastrip.EpochSync(sampler), ()),
+    "MiningStats": (
+        lambda sampler, x, y: kerastrip.MiningStats(),
+        ("easy", "semi_hard", "hard", "val_easy", "val_semi_hard", "val_hard"),
+    ),
+    "RetrievalEvaluation": (
+        lambda sampler, x, y: kerastrip.RetrievalEvaluation(x, y),
+        ("val_recall@1", "val_map@r"),
+    ),
+}
+LAYERS: dict[str, Any] = {}
+
+TABLES = {
+    keras.losses.Loss: LOSSES,
+    keras.metrics.Metric: METRICS,
+    keras.callbacks.Callback: CALLBACKS,
+    keras.layers.Layer: LAYERS,
+}
+# The arguments that Keras gives to every loss and every metric.
+SHARED = {
+    keras.losses.Loss: {"name": "mine", "reduction": "sum", "dtype": "bfloat16"},
+    keras.metrics.Metric: {"name": "mine", "dtype": "bfloat16"},
+}
+SERIALISABLE = [
+    pytest.param(kind, name, case, id=name)
+    for kind in SHARED
+    for name, case in TABLES[kind].items()
+]
+# (dtype policy, jit_compile); PyTorch would spend minutes on compiling.
+MODES = [("float32", "auto"), ("mixed_bfloat16", "auto")]
+if ON_TENSORFLOW:
+    MODES.append(("float32", True))
+each_loss = pytest.mark.parametrize("name", LOSSES)
+each_mode = pytest.mark.parametrize(("policy", "jit"), MODES)
+
+
+@pytest.fixture
+def set_policy():
+    before = keras.config.dtype_policy()
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy(before)
+
+
+def arguments(cls):
+    """The parameters of a constructor, by name."""
+    parameters = dict(inspect.signature(cls.__init__).parameters)
+    del parameters["self"]
+    return parameters
+
+
+def targets_of(word, labels):
+    if word == "label":
+        return labels.astype("int32")
+    rows = np.eye(CLASSES, dtype="float32")[labels]
+    return rows if word == "one_hot" else np.maximum(rows, rows[::-1])
+
+
+def data(case):
+    """Inputs around one centre per class, and the targets of a case."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(CLASSES, 6))[LABELS] + 0.5 * rng.normal(size=(ROWS, 6))
+    return x.astype("float32"), targets_of(case.targets, LABELS)
+
+
+def network(head):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    x = keras.layers.Dense(8, activation="tanh")(inputs)
+    if head == "logits":
+        return keras.Model(inputs, keras.layers.Dense(CLASSES, name=head)(x))
+    x = keras.layers.Dense(4)(x)
+    x = keras.layers.UnitNormalization(dtype="float32", name=head)(x)
+    return keras.Model(inputs, x)
+
+
+def make(name, settings):
+    return getattr(kerastrip, name)(**settings)
+
+
+def weights_of(model):
+    return [np.array(weight) for weight in model.get_weights()]
+
+
+def assert_trained(before, after):
+    """Every weight is finite, and every matrix has moved."""
+    for old, new in zip(before, after, strict=True):
+        assert np.isfinite(new).all()
+        assert new.ndim < 2 or np.abs(new - old).max() > 0
+
+
+# The tables
+
+
+@pytest.mark.parametrize("kind", TABLES, ids=lambda kind: kind.__name__)
+def test_every_public_class_has_an_entry(kind):
+    public = {name: getattr(kerastrip, name) for name in kerastrip.__all__}
+    classes = {
+        name
+        for name, value in public.items()
+        if isinstance(value, type) and issubclass(value, kind)
+    }
+    assert classes == set(TABLES[kind])
+
+
+@pytest.mark.parametrize(("kind", "name", "case"), SERIALISABLE)
+def test_every_argument_is_exercised(kind, name, case):
+    parameters = arguments(getattr(kerastrip, name))
+    given = [*case.settings, SHARED[kind]]
+    assert {word for settings in given for word in settings} == set(parameters)
+    for settings in given:
+        for word, value in settings.items():
+            assert value != parameters[word].default, word
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(("kind", "name", "case"), SERIALISABLE)
+def test_config_round_trip(kind, name, case):
+    cls = getattr(kerastrip, name)
+    for settings in (*case.settings, SHARED[kind]):
+        original = cls(**settings)
+        config = json.loads(json.dumps(original.get_config()))
+        assert set(config) == set(arguments(cls))
+        assert {word: config[word] for word in settings} == settings
+        clone = cls.from_config(config)
+        assert clone.get_config() == original.get_config()
+        for word in config:
+            assert getattr(clone, word) == getattr(original, word), word
+
+
+@pytest.mark.parametrize(("kind", "name", "case"), SERIALISABLE)
+def test_keras_serialises_it_under_the_name_of_the_package(kind, name, case):
+    module = keras.losses if kind is keras.losses.Loss else keras.metrics
+    original = make(name, case.settings[0])
+    packed = json.loads(json.dumps(module.serialize(original)))
+    assert packed["registered_name"] == f"kerastrip>{name}"
+    revived = module.deserialize(packed)
+    assert type(revived) is type(original)
+    assert revived.get_config() == original.get_config()
+
+
+@pytest.mark.parametrize(("kind", "name", "case"), SERIALISABLE)
+def test_a_saved_model_loads_without_custom_objects(kind, name, case, tmp_path):
+    x, y = data(case)
+    model = network(case.head)
+    subject = make(name, case.settings[0])
+    if kind is keras.losses.Loss:
+        model.compile("sgd", loss=subject)
+    else:
+        model.compile("sgd", loss=kerastrip.TripletLoss(), metrics=[subject])
+    expected = model.evaluate(x, y, verbose=0, return_dict=True)
+    model.save(tmp_path / "model.keras")
+
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    found = loaded.evaluate(x, y, verbose=0, return_dict=True)
+    assert found.keys() == expected.keys()
+    for key in expected:
+        np.testing.assert_allclose(found[key], expected[key], rtol=1e-5, atol=1e-7)
+    if kind is keras.losses.Loss:
+        assert loaded.loss.get_config() == subject.get_config()
+    else:
+        # Only the metric under test can tell its margin and distance by these keys.
+        assert any(key.startswith(case.settings[0]["prefix"]) for key in found)
+
+
+# Losses
+
+
+@each_loss
+def test_a_loss_has_one_float32_value_per_row(name):
+    case = LOSSES[name]
+    _, y = data(case)
+    width = CLASSES if case.head == "logits" else 4
+    y_pred = np.random.default_rng(1).normal(size=(ROWS, width)).astype("float32")
+    y_pred = keras.ops.cast(y_pred, "bfloat16")  # as from a mixed-precision layer
+    settings = case.settings[0]
+    values = make(name, {**settings, "reduction": None})(y, y_pred)
+    assert tuple(values.shape) == (ROWS,)
+    assert keras.backend.standardize_dtype(values.dtype) == "float32"
+    values = keras.ops.convert_to_numpy(values)
+    assert np.isfinite(values).all()
+    assert (values >= 0).all()
+    assert values.max() > 0
+    total = float(make(name, {**settings, "reduction": "sum"})(y, y_pred))
+    np.testing.assert_allclose(total, values.sum(), rtol=1e-5)
+
+
+@each_mode
+@each_loss
+def test_fit_with_a_loss(name, policy, jit, set_policy):
+    set_policy(policy)
+    case = LOSSES[name]
+    x, y = data(case)
+    model = network(case.head)
+    model.compile(
+        keras.optimizers.SGD(0.1), make(name, case.settings[0]), jit_compile=jit
+    )
+    before = weights_of(model)
+    history = model.fit(x, y, batch_size=ROWS, epochs=2, shuffle=False, verbose=0)
+    assert np.isfinite(history.history["loss"]).all()
+    assert_trained(before, weights_of(model))
+
+
+@pytest.mark.parametrize("labels", ["one class", "all classes", "pairs"])
+@pytest.mark.parametrize("rows", ["equal", "zero", "huge", "usual"])
+@each_loss
+def test_gradient_is_finite_for_hostile_batches(name, rows, labels):
+    case = LOSSES[name]
+    width = CLASSES if case.head == "logits" else 4
+    usual = np.random.default_rng(2).normal(size=(ROWS, width))
+    scale = {"equal": 0, "zero": 0, "huge": 1e4, "usual": 1}[rows]
+    kernel = usual * scale + (rows == "equal")
+    codes = {
+        "one class": np.zeros(ROWS, int),
+        "all classes": np.arange(ROWS),
+        "pairs": np.arange(ROWS) // 2,
+    }[labels]
+    if case.head == "logits":
+        codes = codes % CLASSES
+
+    # The predictions are the weights: what a step of SGD takes off is the gradient.
+    model = keras.Sequential(
+        [keras.Input((ROWS,)), keras.layers.Dense(width, use_bias=False)]
+    )
+    model.set_weights([kernel.astype("float32")])
+    for settings in case.settings:
+        loss = make(name, {**settings, "reduction": "sum"})
+        model.compile(keras.optimizers.SGD(1e-3), loss, run_eagerly=True)
+        value = model.train_on_batch(
+            np.eye(ROWS, dtype="float32"), targets_of(case.targets, codes)
+        )
+        assert np.isfinite(value).all()
+        assert np.isfinite(model.get_weights()[0]).all()
+
+
+# Metrics
+
+
+@each_mode
+@pytest.mark.parametrize("name", METRICS)
+def test_fit_with_a_metric(name, policy, jit, set_policy):
+    set_policy(policy)
+    case = METRICS[name]
+    x, y = data(case)
+    model = network(case.head)
+    metric = make(name, case.settings[0])
+    loss = kerastrip.TripletLoss()
+    model.compile("sgd", loss, metrics=[metric], jit_compile=jit)
+    history = model.fit(x, y, validation_data=(x, y), epochs=2, verbose=0).history
+    result = metric.result()
+    keys = list(result) if isinstance(result, dict) else [metric.name]
+    for key in keys:
+        assert np.isfinite(history[key]).all()
+        assert np.isfinite(history[f"val_{key}"]).all()
+    assert any(np.any(history[key]) for key in keys)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_forgets_when_it_is_reset(name):
+    case = METRICS[name]
+    _, y = data(case)
+    y_pred = np.random.default_rng(1).normal(size=(ROWS, 4)).astype("float32")
+    metric = make(name, case.settings[0])
+    results = []
+    for rows in (y_pred, -3 * y_pred, y_pred):
+        metric.reset_state()
+        metric.update_state(y, rows)
+        results.append({key: float(v) for key, v in metric.result().items()})
+    assert results[0] == results[2] != results[1]
+
+
+# Callbacks
+
+
+@each_mode
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_fit_twice_with_a_callback(name, policy, jit, set_policy, tmp_path):
+    set_policy(policy)
+    x, y = data(LOSSES["TripletLoss"])
+    train = kerastrip.PKSampler(x, y, classes_per_batch=3, samples_per_class=2)
+    build, keys = CALLBACKS[name]
+    callback = build(train, x, y)
+    model = network("embedding")
+    model.compile("sgd", kerastrip.TripletLoss(), jit_compile=jit)
+    for epochs in (2, 1):  # the same object serves two runs
+        history = model.fit(
+            train,
+            validation_data=(x, y),
+            epochs=epochs,
+            shuffle=False,
+            callbacks=[callback],
+            verbose=0,
+        ).history
+        assert {"loss", "val_loss", *keys} <= set(history)
+        for key in keys:
+            assert len(history[key]) == epochs
+            assert np.isfinite(history[key]).all()
+
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(
+        loaded.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-5
+    )
