@@ -135,7 +135,7 @@ def embed_with_targets(
         seen = [_run(model, chosen, one, size) for one in inputs]
         size = max(size, len(seen[0]))
         if views > 1:
-            seen = [_normalise(np.mean([_normalise(one) for one in seen], axis=0))]
+            seen = [unit_rows(np.mean([unit_rows(one) for one in seen], axis=0))]
         rows.append(seen[0])
         if target is not None:
             targets.append(np.asarray(chosen.take(target)))
@@ -218,7 +218,7 @@ def _run(model: Any, chosen: Any, inputs: Any, size: int) -> np.ndarray:
     return rows[:count].astype("float32")
 
 
-def _normalise(rows: np.ndarray) -> np.ndarray:
+def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Rows of length 1; a row of zeros stays."""
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(length > 0, length, 1.0)
@@ -277,7 +277,13 @@ def search(
         for low in range(rows.start, rows.stop, step):
             some = slice(low, min(low + step, rows.stop))
             chosen = candidates[some.start - rows.start : some.stop - rows.start]
-            order = _sorted_keys(space.exact(some, chosen), chosen, k)
+            order = _sorted_keys(
+                row_distances(
+                    space.queries[some, None], space.gallery[chosen], distance
+                ),
+                chosen,
+                k,
+            )
             distances[some], indices[some] = _values(order), _columns(order)
     return distances, indices
 
@@ -404,7 +410,7 @@ class Space(NamedTuple):
             )
         cosine = distance == "cosine"
         if cosine:
-            queries, gallery = _normalise(queries), _normalise(gallery)
+            queries, gallery = unit_rows(queries), unit_rows(gallery)
         centre = gallery.mean(axis=0, dtype="float64").astype("float32")
         left = np.empty((len(queries), queries.shape[1] + 2), np.float32)
         right = np.empty((gallery.shape[1] + 2, len(gallery)), np.float32)
@@ -419,30 +425,45 @@ class Space(NamedTuple):
             right[-2] = np.einsum("dn,dn->n", right[:-2], right[:-2]) / 2
         return cls(queries, gallery, left, right, distance)
 
-    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+    def blocks(self, *, upper: bool = False) -> Iterator[tuple[slice, np.ndarray]]:
         """Slices of the queries and their (rows, m) distances, in one buffer.
 
         The numbers are half the squared euclidean or the cosine distance, >= 0.
+
+        Args:
+            upper: leave out the columns before the first row of a block.
         """
         columns = self.right.shape[1]
         step = max(1, min(_ROWS, _NUMBERS // columns, len(self.left)))
-        buffer = np.empty((step, columns), np.float32)
+        buffer = np.empty(step * columns, np.float32)
         for low in range(0, len(self.left), step):
             rows = slice(low, min(low + step, len(self.left)))
-            block = buffer[: rows.stop - low]
-            np.matmul(self.left[rows], self.right, out=block)
+            shape = rows.stop - low, columns - low * upper
+            block = buffer[: shape[0] * shape[1]].reshape(shape)
+            np.matmul(self.left[rows], self.right[:, columns - shape[1] :], out=block)
             yield rows, np.maximum(block, 0.0, out=block)
 
-    def exact(self, rows: slice, indices: np.ndarray) -> np.ndarray:
-        """(rows, k) float32 distances of queries to chosen rows of the gallery."""
-        ends, starts = self.gallery[indices], self.queries[rows, None]
-        ends -= starts
-        squares = np.einsum("nkd,nkd->nk", ends, ends)
-        if self.distance == "euclidean":
-            return np.sqrt(squares)
+    def distances(self, numbers: np.ndarray) -> np.ndarray:
+        """The distances that numbers of `blocks` stand for."""
         if self.distance == "cosine":
-            # 1 - q.g, in a form that is accurate near 0; a row of zeros is at 1.
-            squares += (self.queries[rows] == 0).all(axis=1)[:, None]
-            squares += (self.gallery == 0).all(axis=1)[indices]
-            squares /= 2
-        return squares
+            return numbers
+        return np.sqrt(2 * numbers) if self.distance == "euclidean" else 2 * numbers
+
+
+def row_distances(starts: np.ndarray, ends: np.ndarray, distance: str) -> np.ndarray:
+    """Distances along the last axis, from the differences: accurate near 0.
+
+    Args:
+        starts: (..., dim) float32, rows of length 1 or 0 for the cosine distance.
+        ends: likewise, of the same shape or one that broadcasts with it.
+        distance: the word.
+    """
+    differences = ends - starts
+    squares = np.einsum("...d,...d->...", differences, differences)
+    if distance == "euclidean":
+        return np.sqrt(squares)
+    if distance == "cosine":
+        # 1 - s.e = (|s - e|^2 + (1 - |s|^2) + (1 - |e|^2)) / 2, the lengths 0 or 1
+        zeros = (~starts.any(axis=-1)).astype("float32") + ~ends.any(axis=-1)
+        return (squares + zeros) / 2
+    return squares

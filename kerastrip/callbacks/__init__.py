@@ -3,3 +3,6 @@
 from kerastrip.callbacks.epoch_sync import EpochSync as EpochSync
 from kerastrip.callbacks.mining_stats import MiningStats as MiningStats
 from kerastrip.callbacks.retrieval import RetrievalEvaluation as RetrievalEvaluation
+from kerastrip.callbacks.verification import (
+    VerificationEvaluation as VerificationEvaluation,
+)

@@ -53,16 +53,25 @@ class EpochEvaluation:
         self._batch_size = _checks.integer("batch_size", batch_size, 1)
         self._verbose = verbose
         self._labelled = labelled
-        self._x = x if is_batches(x) else as_source(getattr(x, "source", x))
+        self.length: int | None = None  # number of samples, if known beforehand
+        self.labels: np.ndarray | None = None
+        if is_batches(x):
+            self._x = x
+            if y is not None:
+                raise ValueError(
+                    _checks.message(
+                        "y", "None for a dataset, which has its own targets", y
+                    )
+                )
+            return
+        self._x = as_source(getattr(x, "source", x))
+        self.length = len(self._x)
         if y is None:
-            y = getattr(x, "labels", None)
-        elif is_batches(x):
-            raise ValueError(
-                _checks.message("y", "None for a dataset, which has its own targets", y)
-            )
-        if y is None and labelled and not is_batches(x):
+            y = getattr(x if hasattr(x, "source") else self._x, "labels", None)
+        if y is not None:
+            self.labels = labels_array("y", y, self.length)
+        elif labelled:
             raise ValueError(_checks.message("y", "one label per sample", y))
-        self.labels = None if y is None else labels_array("y", y, len(self._x))
 
     def begin(self) -> None:
         """Looks for what would fail, or be missed, at the end of the first epoch."""

@@ -1,0 +1,516 @@
+"""Verification figures of a set of embeddings: are these two of the same class?
+
+Two samples are taken for the same if their distance is at most a threshold. NumPy
+on the CPU, every pair counted, in blocks of rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kerastrip import _checks
+from kerastrip.distances import DISTANCES
+from kerastrip.evaluation import labels_array
+from kerastrip.inference import Space, embeddings_array, row_distances, unit_rows
+
+METRICS = (
+    "auc",
+    "eer",
+    "tar@0.1",
+    "tar@0.01",
+    "tar@0.001",
+    "tar@0.0001",
+    "accuracy",
+    "f1",
+)
+# Up to so many pairs are sorted, more are counted in a histogram of so many cells,
+# 2^17 of them from one power of two to the next.
+_SORTED = 1 << 22
+_CELLS, _DROPPED_BITS = 1 << 22, 6
+
+
+class OperatingPoint(NamedTuple):
+    """What one threshold makes of the pairs.
+
+    Attributes:
+        threshold: pairs at a distance of at most this are taken for the same;
+            -inf takes none.
+        accuracy: fraction of all pairs judged rightly.
+        precision: fraction of the accepted pairs that are the same; 0 without any.
+        recall: fraction of the same pairs that are accepted (TAR).
+        f1: harmonic mean of precision and recall.
+        far: fraction of the different pairs that are accepted.
+    """
+
+    threshold: float
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    far: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VerificationCurve:
+    """Accepted pairs at every threshold, and the figures that follow.
+
+    Attributes:
+        thresholds: (m,) float64, ascending; the first, -inf, accepts nothing.
+        same: (m,) int64, number of same pairs at a distance <= threshold.
+        different: (m,) int64, number of different pairs likewise.
+    """
+
+    thresholds: np.ndarray
+    same: np.ndarray
+    different: np.ndarray
+
+    @property
+    def tar(self) -> np.ndarray:
+        """(m,) true accept rates: the recall of the same pairs."""
+        return self.same / self.same[-1]
+
+    @property
+    def far(self) -> np.ndarray:
+        """(m,) false accept rates among the different pairs."""
+        return self.different / self.different[-1]
+
+    @property
+    def auc(self) -> float:
+        """Area under the ROC, P(d_same < d_different) + P(equal) / 2."""
+        tar = self.tar
+        return float((np.diff(self.far) * (tar[1:] + tar[:-1])).sum() / 2)
+
+    @property
+    def eer(self) -> float:
+        """Equal error rate: where FAR = 1 - TAR on the straight lines of the ROC."""
+        far, excess = self.far, self.far + self.tar - 1.0
+        i = int(np.searchsorted(excess, 0.0))
+        share = -excess[i - 1] / (excess[i] - excess[i - 1])
+        return float(far[i - 1] + share * (far[i] - far[i - 1]))
+
+    def at_far(self, far: float) -> OperatingPoint:
+        """The point of the highest recall whose FAR is at most `far`.
+
+        Nothing is interpolated: with fewer than 1 / `far` different pairs that is
+        FAR = 0.
+        """
+        far = _checks.number("far", far, minimum=0.0, maximum=1.0)
+        return self._point(int(np.searchsorted(self.far, far, side="right")) - 1)
+
+    def best(self, criterion: str) -> OperatingPoint:
+        """The point of the highest "accuracy" or "f1", the strictest of several."""
+        if _checks.one_of("criterion", criterion, ("accuracy", "f1")) == "f1":
+            # F1 = 2 TP / (TP + FP + all same pairs)
+            score = self.same / (self.same + self.different + self.same[-1])
+        else:
+            score = self.same - self.different
+        return self._point(int(score.argmax()))
+
+    def _point(self, i: int) -> OperatingPoint:
+        taken, wrong = int(self.same[i]), int(self.different[i])
+        same, different = int(self.same[-1]), int(self.different[-1])
+        return OperatingPoint(
+            threshold=float(self.thresholds[i]),
+            accuracy=(taken + different - wrong) / (same + different),
+            precision=taken / max(taken + wrong, 1),
+            recall=taken / same,
+            f1=2 * taken / (taken + wrong + same),
+            far=wrong / different,
+        )
+
+
+def verification_curve(
+    embeddings: Any,
+    labels: Any = None,
+    *,
+    pairs: Any = None,
+    is_same: Any = None,
+    distance: str = "euclidean",
+) -> VerificationCurve:
+    """Counts the accepted pairs of same and different label at every threshold.
+
+    Without `pairs` these are all n (n - 1) / 2 pairs. Up to four million are sorted:
+    every distance is a threshold. More are counted, each of them, in a histogram
+    whose cells are 2^-18 of the distance wide or less; a threshold is the upper end
+    of a cell, so every point of the curve is exact, and two distances of one cell
+    (float32 hardly tells them apart) count as equal.
+
+    Args:
+        embeddings: (n, dim) finite numbers.
+        labels: (n,) integers or strings, or (n, classes) one-hot rows.
+        pairs: (pairs, 2) rows of `embeddings`. Default: all.
+        is_same: (pairs,) booleans, in place of `labels`.
+        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+
+    Returns:
+        A `VerificationCurve`.
+
+    Raises:
+        TypeError, ValueError: if the arrays do not fit each other, or there is no
+            same pair or no different pair.
+
+    Example:
+
+    >>> curve = verification_curve([[0.0], [1.0], [5.0], [7.0]], [0, 0, 1, 1])
+    >>> curve.auc, curve.best("accuracy").threshold
+    (1.0, 2.0)
+    """
+    _checks.one_of("distance", distance, DISTANCES)
+    rows = embeddings_array("embeddings", embeddings)
+    if (labels is None) == (is_same is None):
+        raise ValueError(
+            _checks.message(
+                "labels",
+                "either `labels`, or `pairs` with `is_same`",
+                _checks.Told("neither" if labels is None else "both"),
+            )
+        )
+    if labels is not None:
+        labels = labels_array("labels", labels, len(rows))
+        codes = np.unique(labels, return_inverse=True)[1]
+    if pairs is None:
+        if labels is None:
+            raise ValueError(_checks.message("pairs", "the pairs of `is_same`", pairs))
+        _check_both(len(rows) * (len(rows) - 1) // 2, _same_pairs(codes), "labels")
+        return _curve_of_all(rows, codes, distance)
+    pairs = pairs_array(pairs, len(rows))
+    if labels is not None:
+        is_same = codes[pairs[:, 0]] == codes[pairs[:, 1]]
+    is_same = flags_array(is_same, len(pairs))
+    return _curve(pair_distances(rows, pairs, distance=distance), is_same)
+
+
+def verification_metrics(
+    embeddings: Any,
+    labels: Any = None,
+    *,
+    pairs: Any = None,
+    is_same: Any = None,
+    metrics: Sequence[str] = METRICS,
+    distance: str = "euclidean",
+) -> dict[str, float]:
+    """How well a threshold on the distance tells same pairs from different ones.
+
+    | word | |
+    |---|---|
+    | `auc` | area under the ROC: P(d_same < d_different) + P(equal) / 2 |
+    | `eer` | equal error rate, where the rate of false accepts is that of false rejects |
+    | `tar@f` | fraction of the same pairs accepted when at most the fraction f of the different ones is, 0 < f < 1 |
+    | `accuracy`, `f1` | at the threshold where they are best |
+
+    The thresholds themselves, with precision and recall there, come from
+    `verification_curve(...).best("accuracy")`, `.best("f1")` and `.at_far(f)`.
+
+    Args:
+        embeddings: (n, dim) finite numbers.
+        labels: (n,) integers or strings, or (n, classes) one-hot rows.
+        pairs: (pairs, 2) rows of `embeddings`. Default: all n (n - 1) / 2.
+        is_same: (pairs,) booleans, in place of `labels`.
+        metrics: words of the table. Default: all, f from 0.1 to 0.0001.
+        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+
+    Returns:
+        Dict with one float in [0, 1] per word, and the counts `"same_pairs"` and
+        `"different_pairs"`.
+
+    Raises:
+        TypeError, ValueError: as `verification_curve`, and for an unknown word.
+
+    Example:
+
+    >>> verification_metrics(
+    ...     [[0.0], [1.0], [5.0], [7.0]], [0, 0, 1, 1], metrics=("auc", "tar@0.01")
+    ... )
+    {'auc': 1.0, 'tar@0.01': 1.0, 'same_pairs': 2, 'different_pairs': 4}
+    """
+    metrics = check_metrics(metrics)
+    curve = verification_curve(
+        embeddings, labels, pairs=pairs, is_same=is_same, distance=distance
+    )
+    results: dict[str, float] = {}
+    for word in metrics:
+        if word in ("auc", "eer"):
+            results[word] = getattr(curve, word)
+        elif word in ("accuracy", "f1"):
+            results[word] = getattr(curve.best(word), word)
+        else:
+            results[word] = curve.at_far(float(word.partition("@")[2])).recall
+    return {
+        **results,
+        "same_pairs": int(curve.same[-1]),
+        "different_pairs": int(curve.different[-1]),
+    }
+
+
+class FoldedAccuracy(NamedTuple):
+    """Accuracies on folds that had no part in choosing their threshold.
+
+    Attributes:
+        accuracy: mean over the folds.
+        standard_error: of that mean, s / sqrt(folds).
+        accuracies: (folds,) accuracy of each.
+        thresholds: (folds,) threshold of each, chosen on the others.
+    """
+
+    accuracy: float
+    standard_error: float
+    accuracies: np.ndarray
+    thresholds: np.ndarray
+
+
+def verification_folds(
+    embeddings: Any,
+    pairs: Any,
+    is_same: Any,
+    *,
+    folds: Any = 10,
+    distance: str = "euclidean",
+) -> FoldedAccuracy:
+    """Cross-validated accuracy on a list of pairs, as for Labeled Faces in the Wild.
+
+    Each fold is judged by the threshold of the best accuracy on all other folds.
+
+    Args:
+        embeddings: (n, dim) finite numbers.
+        pairs: (pairs, 2) rows of `embeddings`.
+        is_same: (pairs,) booleans.
+        folds: the number of folds, at least 2: the same pairs and the different
+            pairs are cut into so many runs each, in their order (for the list of
+            LFW these are its own ten folds). Or (pairs,) integers, the fold of
+            each pair. Default 10.
+        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+
+    Returns:
+        A `FoldedAccuracy`.
+
+    Raises:
+        TypeError, ValueError: if the arrays do not fit each other, or a fold leaves
+            no same or no different pair to the others.
+
+    Example:
+
+    >>> pairs = [[0, 1], [2, 3], [0, 2], [1, 3]]
+    >>> verification_folds(
+    ...     [[0.0], [1.0], [5.0], [7.0]], pairs, [True, True, False, False], folds=2
+    ... ).accuracy
+    0.75
+
+    References:
+        Huang, Ramesh, Berg, Learned-Miller, "Labeled Faces in the Wild", 2007,
+        section 4 (View 2).
+    """
+    rows = embeddings_array("embeddings", embeddings)
+    pairs = pairs_array(pairs, len(rows))
+    is_same = flags_array(is_same, len(pairs))
+    fold_of = _fold_of(folds, is_same)
+    distances = pair_distances(rows, pairs, distance=distance)
+    accuracies, thresholds = [], []
+    for fold in np.unique(fold_of):
+        held_out = fold_of == fold
+        _check_both(int((~held_out).sum()), int(is_same[~held_out].sum()), "folds")
+        curve = _curve(distances[~held_out], is_same[~held_out])
+        thresholds.append(curve.best("accuracy").threshold)
+        accepted = distances[held_out] <= thresholds[-1]
+        accuracies.append((accepted == is_same[held_out]).mean())
+    return FoldedAccuracy(
+        accuracy=float(np.mean(accuracies)),
+        standard_error=float(np.std(accuracies, ddof=1) / len(accuracies) ** 0.5),
+        accuracies=np.array(accuracies),
+        thresholds=np.array(thresholds),
+    )
+
+
+def pair_distances(
+    embeddings: Any, pairs: Any, *, distance: str = "euclidean"
+) -> np.ndarray:
+    """The distances of pairs of rows.
+
+    Args:
+        embeddings: (n, dim) finite numbers.
+        pairs: (pairs, 2) rows of `embeddings`.
+        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+
+    Returns:
+        (pairs,) float32.
+
+    Example:
+
+    >>> pair_distances([[0.0, 0.0], [3.0, 4.0]], [[0, 1]])
+    array([5.], dtype=float32)
+    """
+    _checks.one_of("distance", distance, DISTANCES)
+    rows = embeddings_array("embeddings", embeddings)
+    pairs = pairs_array(pairs, len(rows))
+    if distance == "cosine":
+        rows = unit_rows(rows)
+    step = max(1, (1 << 22) // rows.shape[1])
+    parts = [pairs[low : low + step] for low in range(0, len(pairs), step)]
+    return np.concatenate(
+        [row_distances(rows[part[:, 0]], rows[part[:, 1]], distance) for part in parts]
+    )
+
+
+def _curve(distances: np.ndarray, is_same: np.ndarray) -> VerificationCurve:
+    """The curve of pairs by sorting their distances."""
+    order = np.argsort(distances)
+    ascending = distances[order]
+    last = np.append(np.flatnonzero(ascending[1:] != ascending[:-1]), len(order) - 1)
+    same = np.cumsum(is_same[order])[last]
+    return _with_start(ascending[last], same, last + 1 - same)
+
+
+def _with_start(thresholds: Any, same: Any, different: Any) -> VerificationCurve:
+    return VerificationCurve(
+        np.concatenate([[-np.inf], thresholds]),
+        np.concatenate([[0], same]),
+        np.concatenate([[0], different]),
+    )
+
+
+def _curve_of_all(
+    rows: np.ndarray, codes: np.ndarray, distance: str
+) -> VerificationCurve:
+    """The curve of all pairs, by sorting if there are few, else by a histogram."""
+    space = Space.of(rows, rows, distance)
+    parts = _all_pairs(space, codes)
+    if len(rows) * (len(rows) - 1) // 2 <= _SORTED:
+        values, same = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return _curve(space.distances(values), same)
+    # The bits of floats >= 0 are in the order of the floats: without the last six
+    # they number cells of a width in proportion to the value. Values under 2^-32
+    # of the largest possible one fall into the first cell.
+    largest = 5 * np.float32(space.left[:, -1].max()) if distance != "cosine" else 2.5
+    top = int(np.float32(largest).view(np.uint32)) >> _DROPPED_BITS
+    base = np.int64(top - _CELLS + 1)
+    counts, counts_same = np.zeros(_CELLS, np.int64), np.zeros(_CELLS, np.int64)
+    for values, same in parts:
+        cells = (np.abs(values).view(np.uint32) >> np.uint32(_DROPPED_BITS)).astype(
+            np.int64
+        )
+        cells -= base
+        np.maximum(cells, 0, out=cells)
+        counts += np.bincount(cells, minlength=_CELLS)
+        counts_same += np.bincount(cells[same], minlength=_CELLS)
+    filled = np.flatnonzero(counts)
+    bits = ((filled + base + 1) << _DROPPED_BITS) - 1
+    same = np.cumsum(counts_same[filled])
+    return _with_start(
+        space.distances(bits.astype(np.uint32).view(np.float32)),
+        same,
+        np.cumsum(counts[filled]) - same,
+    )
+
+
+def _all_pairs(
+    space: Space, codes: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Values of `space.blocks` above the diagonal, flat, and which are of one code."""
+    for rows, block in space.blocks(upper=True):
+        same = codes[rows, None] == codes[rows.start :]
+        above = np.triu_indices(len(block), 1)
+        yield tuple(  # type: ignore[misc]
+            np.concatenate([part[above], part[:, len(block) :].ravel()])
+            for part in (block, same)
+        )
+
+
+def _same_pairs(codes: np.ndarray) -> int:
+    sizes = np.bincount(codes)
+    return int((sizes * (sizes - 1) // 2).sum())
+
+
+def _check_both(pairs: int, same: int, name: str) -> None:
+    if same in (0, pairs):
+        raise ValueError(
+            _checks.message(
+                name,
+                "pairs of the same class and pairs of different classes",
+                _checks.Told(f"{same} same and {pairs - same} different pairs"),
+            )
+        )
+
+
+def pairs_array(value: Any, length: int) -> np.ndarray:
+    """(pairs, 2) int64 rows of an array of `length` rows, else an error."""
+    pairs = np.asarray(value)
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
+        raise ValueError(
+            _checks.message("pairs", "an array of shape (pairs, 2)", pairs)
+        )
+    if pairs.dtype.kind not in "iu":
+        raise TypeError(_checks.message("pairs", "row numbers", pairs))
+    if pairs.min() < 0 or pairs.max() >= length:
+        raise ValueError(
+            _checks.message(
+                "pairs",
+                f"rows 0 ... {length - 1}",
+                _checks.Told(f"rows {pairs.min()} ... {pairs.max()}"),
+            )
+        )
+    return pairs.astype(np.int64)
+
+
+def flags_array(value: Any, length: int) -> np.ndarray:
+    """(length,) booleans with both values among them, else an error."""
+    flags = np.asarray(value)
+    if flags.shape != (length,):
+        raise ValueError(_checks.message("is_same", f"{length} booleans", flags))
+    if not np.isin(flags, (0, 1)).all():
+        raise ValueError(_checks.message("is_same", "booleans, or 0 and 1", flags))
+    flags = flags.astype(bool)
+    _check_both(length, int(flags.sum()), "is_same")
+    return flags
+
+
+def _fold_of(folds: Any, is_same: np.ndarray) -> np.ndarray:
+    """The fold of every pair."""
+    if np.ndim(folds):
+        fold_of = np.asarray(folds)
+        if fold_of.shape != is_same.shape or len(np.unique(fold_of)) < 2:
+            raise ValueError(
+                _checks.message(
+                    "folds",
+                    f"{len(is_same)} fold numbers, at least two different",
+                    folds,
+                )
+            )
+        return fold_of
+    folds = _checks.integer("folds", folds, 2)
+    fewest = int(min(is_same.sum(), (~is_same).sum()))
+    if folds > fewest:
+        raise ValueError(
+            _checks.message(
+                "folds",
+                f"at most {fewest}, the pairs of the rarer kind",
+                folds,
+            )
+        )
+    fold_of = np.empty(len(is_same), np.int64)
+    for kind in (is_same, ~is_same):
+        members = np.flatnonzero(kind)
+        fold_of[members] = np.arange(len(members)) * folds // len(members)
+    return fold_of
+
+
+def check_metrics(metrics: Any) -> tuple[str, ...]:
+    """The words of `verification_metrics`, else an error that names the wrong one."""
+    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    if not metrics:
+        raise ValueError(_checks.message("metrics", "at least one word", metrics))
+    for word in metrics:
+        if isinstance(word, str) and word.startswith("tar@"):
+            try:
+                far = float(word[4:])
+            except ValueError:
+                far = -1.0
+            if not 0.0 < far < 1.0:
+                raise ValueError(
+                    _checks.message("metrics", "'tar@f' with 0 < f < 1", word)
+                )
+        else:
+            _checks.one_of("metrics", word, METRICS)
+    return metrics
