@@ -1,0 +1,512 @@
+"""The public list, its documentation, the layering, the import and the README."""
+
+import ast
+import contextlib
+import importlib
+import inspect
+import io
+import pathlib
+import pkgutil
+import re
+import subprocess
+import sys
+import textwrap
+import tokenize
+
+import keras
+import pytest
+
+import kerastrip
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "kerastrip"
+
+# Who stands on whom: the modules that each one may import, with all that those may
+# import in turn. Everybody may import `_checks` and `_version`. A subpackage is one
+# name unless a module of it has its own line.
+BELOW = {
+    "_checks": set(),
+    "_version": set(),
+    "_labels": set(),
+    "_outputs": set(),
+    "_permutation": set(),
+    "_workers": set(),
+    "_numerics": set(),
+    "distances": {"_numerics"},
+    "_blocks": {"distances"},
+    "_pairs": {"_blocks"},
+    "mining": {"_pairs"},
+    "memory": {"_numerics"},
+    "metrics": {"mining"},
+    "losses._label_loss": {"_numerics"},
+    "losses.focal": {"losses._label_loss"},
+    "losses": {"mining", "memory", "losses._label_loss"},
+    "plan": {"_permutation", "_labels"},
+    "sources": set(),
+    "augmentation": set(),
+    "sampler": {"plan", "sources", "augmentation", "_workers"},
+    "inference": {"distances", "sources", "_outputs"},
+    "evaluation": {"inference", "_labels"},
+    "verification": {"evaluation"},
+    "plotting": {"verification"},
+    "callbacks": {"metrics", "plotting"},
+}
+BELOW["__init__"] = set(BELOW)
+# Only inside a function, so that neither needs the other.
+LAZY = {("sampler", "plotting")}
+FREE_OF_KERAS = {"_checks", "_labels", "_permutation", "_version", "plan"}
+OPTIONAL = {"albumentations", "cv2", "faiss", "matplotlib", "sklearn", "tensorboard"}
+BACKENDS = {"jax", "tensorflow", "torch"}
+# The one private name of Keras, and the standard library's way out of a process.
+FOREIGN_PRIVATE = {"_metrics", "_exit"}
+TOP_LEVEL = {
+    "LICENSE",
+    "README.md",
+    "examples",
+    "kerastrip",
+    "setup.cfg",
+    "setup.py",
+    "tests",
+}
+
+
+def module_name(path):
+    """`kerastrip/losses/focal.py` -> "losses.focal"; a package is its own name."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    if len(parts) > 1 and parts[-1] == "__init__":
+        parts = parts[:-1]
+    return ".".join(parts)
+
+
+PATHS = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in PATHS.items()}
+each_module = pytest.mark.parametrize("name", PATHS)
+
+
+# The public list
+
+
+def public_modules():
+    """Every module of the package whose path has no leading underscore."""
+    found = [kerastrip]
+    for info in pkgutil.walk_packages(kerastrip.__path__, "kerastrip."):
+        if "._" not in info.name:
+            found.append(importlib.import_module(info.name))
+    return found
+
+
+def is_definition(value):
+    return inspect.isclass(value) or inspect.isfunction(value)
+
+
+# The public classes and functions of every public module, where they are defined.
+DEFINITIONS = [
+    pytest.param(name, value, id=f"{module.__name__}.{name}")
+    for module in public_modules()
+    for name, value in vars(module).items()
+    if not name.startswith("_")
+    and is_definition(value)
+    and value.__module__ == module.__name__
+]
+EXPORTED = [
+    pytest.param(getattr(kerastrip, name), id=name)
+    for name in kerastrip.__all__
+    if is_definition(getattr(kerastrip, name))
+]
+each_definition = pytest.mark.parametrize(("name", "value"), DEFINITIONS)
+
+
+def test_all_is_what_the_package_shows():
+    assert len(set(kerastrip.__all__)) == len(kerastrip.__all__)
+    shown = {
+        name
+        for name, value in vars(kerastrip).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    listed = set(kerastrip.__all__)
+    assert listed - {"__version__"} == shown
+    assert "__version__" in listed
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", kerastrip.__version__)
+
+
+@each_definition
+def test_keras_classes_are_all_public(name, value):
+    bases = (
+        keras.losses.Loss,
+        keras.metrics.Metric,
+        keras.callbacks.Callback,
+        keras.layers.Layer,
+        keras.utils.PyDataset,
+    )
+    if inspect.isclass(value) and issubclass(value, bases):
+        assert getattr(kerastrip, name, None) is value
+        assert name in kerastrip.__all__
+
+
+def test_what_a_subpackage_lists_is_public():
+    for module in public_modules():
+        if module is kerastrip or not hasattr(module, "__path__"):
+            continue
+        if module.__name__ == "kerastrip.sources":
+            continue  # a toolbox of its own, `kerastrip.sources.ImageFiles`
+        listed = getattr(module, "__all__", [])
+        assert set(listed) <= set(kerastrip.__all__), module.__name__
+
+
+def test_the_registry_of_keras_holds_only_public_classes():
+    for key in keras.saving.get_custom_objects():
+        package, _, name = key.partition(">")
+        if package == "kerastrip":
+            assert name in kerastrip.__all__
+
+
+# Documentation
+
+
+def documented(doc, *headings):
+    """The names of the first section of a docstring that has one of the headings."""
+    lines = inspect.cleandoc(doc or "").splitlines()
+    starts = [i for i, line in enumerate(lines) if line.strip() in headings]
+    if not starts:
+        return None
+    start = starts[0]
+    margin = len(lines[start]) - len(lines[start].lstrip())
+    names = []
+    for line in lines[start + 1 :]:
+        indent = len(line) - len(line.lstrip())
+        if line.strip() and indent <= margin:
+            break
+        entry = re.match(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*):", line.strip())
+        if entry and indent == margin + 4:
+            names += [name.strip(" *") for name in entry.group(1).split(",")]
+    return names
+
+
+def argument_names(value):
+    # Past Keras' __new__, whose signature is (*args, **kwargs).
+    is_plain_class = inspect.isclass(value) and "__init__" in vars(value)
+    names = list(
+        inspect.signature(value.__init__ if is_plain_class else value).parameters
+    )
+    return names[1:] if is_plain_class else names
+
+
+def own_methods(cls):
+    """(name, function or property) of what a class adds to its bases."""
+    for name, value in vars(cls).items():
+        is_member = inspect.isfunction(value) or isinstance(value, property)
+        inherited = any(hasattr(base, name) for base in cls.__mro__[1:])
+        if is_member and not name.startswith("_") and not inherited:
+            yield name, value
+
+
+@each_definition
+def test_every_public_definition_is_documented(name, value):
+    assert value.__doc__, name
+    first = value.__doc__.strip().splitlines()[0]
+    assert first.endswith((".", "?")), first
+    if inspect.isclass(value):
+        attributes = documented(value.__doc__, "Attributes:") or []
+        for method, member in own_methods(value):
+            assert member.__doc__ or method in attributes, f"{name}.{method}"
+
+
+@each_definition
+def test_documented_arguments_are_those_of_the_signature(name, value):
+    names = documented(value.__doc__, "Args:")
+    assert names is None or names == argument_names(value)
+    if inspect.isclass(value):
+        for method, member in own_methods(value):
+            if inspect.isfunction(member):
+                names = documented(member.__doc__, "Args:")
+                expected = argument_names(member)[1:]
+                assert names is None or names == expected, f"{name}.{method}"
+
+
+@pytest.mark.parametrize("value", EXPORTED)
+def test_public_names_have_arguments_and_an_example(value):
+    doc = value.__doc__ or ""
+    if argument_names(value):
+        assert documented(doc, "Args:", "Attributes:"), "no Args section"
+    assert re.search(r"^\s*Examples?:", doc, re.MULTILINE), "no Example section"
+    assert ">>>" in doc, "the example does not run"
+
+
+# Layering
+
+
+def layer(name):
+    """The name under which a module stands in BELOW."""
+    return name if name in BELOW else name.split(".")[0]
+
+
+def reachable(start):
+    seen, todo = set(), [start]
+    while todo:
+        for other in BELOW[todo.pop()] - seen:
+            seen.add(other)
+            todo.append(other)
+    return seen
+
+
+def imports(tree):
+    """(dotted name, inside a function) of every import that runs."""
+    found = []
+
+    def visit(node, inside):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, inside) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            found.extend(
+                (f"{node.module}.{alias.name}", inside) for alias in node.names
+            )
+        inside = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(tree, False)
+    return found
+
+
+def own_imports(name):
+    """(module of the package, inside a function) that the module `name` imports."""
+    for target, inside in imports(TREES[name]):
+        package, _, rest = target.partition(".")
+        if package != "kerastrip":
+            continue
+        # The longest part that is a module: what follows is a name in it.
+        while rest and rest not in PATHS:
+            rest = rest.rpartition(".")[0]
+        yield rest or "__init__", inside
+
+
+@each_module
+def test_imports_run_one_way(name):
+    assert layer(name) in BELOW, f"give {name} a place in BELOW"
+    mine = layer(name)
+    allowed = reachable(mine) | {"_checks", "_version"}
+    for other, inside in own_imports(name):
+        if inside and (mine, layer(other)) in LAZY:
+            continue
+        is_sibling = layer(other) == mine == name.split(".")[0] and mine != name
+        is_face = PATHS[name].name == "__init__.py" and other.startswith(f"{name}.")
+        if is_sibling or is_face:
+            continue
+        assert layer(other) in allowed, f"{name} imports {other}"
+
+
+def test_the_layers_have_no_cycle():
+    for name in BELOW:
+        assert name not in reachable(name)
+    for name in TREES:
+        seen, todo = set(), [name]
+        while todo:
+            here = todo.pop()
+            for other, inside in own_imports(here):
+                if not inside and other not in seen:
+                    seen.add(other)
+                    todo.append(other)
+        assert name not in seen, f"{name} imports itself in the end"
+
+
+@each_module
+def test_foreign_imports(name):
+    for target, inside in imports(TREES[name]):
+        top = target.split(".")[0]
+        assert not target.startswith(
+            ("keras.src", "tensorflow.keras", "tensorflow.python")
+        )
+        assert top != "tf_keras"
+        heavy = OPTIONAL | BACKENDS
+        assert inside or top not in heavy, f"{name} imports {top} at the top"
+        if layer(name) in FREE_OF_KERAS:
+            assert top not in {"keras", *BACKENDS}, f"{name} needs NumPy only"
+
+
+def test_private_names_are_our_own():
+    """A private attribute that this package does not define is somebody else's."""
+
+    def is_private(name):
+        return name.startswith("_") and not name.startswith("__")
+
+    defined, used = set(), {}
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                defined.add(node.id)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                defined.add(node.target.id)
+            elif isinstance(node, ast.Attribute) and is_private(node.attr):
+                if isinstance(node.ctx, ast.Store):
+                    defined.add(node.attr)
+                else:
+                    used.setdefault(node.attr, set()).add(module)
+            elif (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and node.value.isidentifier()
+                and is_private(node.value)
+            ):  # getattr(model, "_metrics") is the same thing
+                used.setdefault(node.value, set()).add(module)
+    defined |= {name.rpartition(".")[2] for name in PATHS}
+    foreign = {name: places for name, places in used.items() if name not in defined}
+    assert set(foreign) <= FOREIGN_PRIVATE, foreign
+    for name, places in foreign.items():
+        assert len(places) == 1, f"{name} is used in {places}"
+
+
+# Habits
+
+
+@each_module
+def test_no_print_and_no_assert(name):
+    for node in ast.walk(TREES[name]):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"print", "breakpoint"}, f"line {node.lineno}"
+
+
+def lines_of_code(source):
+    """Lines that hold code: no blank lines, comments or docstrings."""
+    documentation = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            documentation.update(range(node.lineno, node.end_lineno + 1))
+    silent = {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    }
+    code = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in silent:
+            code.update(range(token.start[0], token.end[0] + 1))
+    return len(code - documentation)
+
+
+def test_lines_of_code_are_counted():
+    source = '''
+        """Two lines
+        of words."""
+
+        # a comment
+        x = [
+            1,  # another
+        ]
+        def f():
+            """Words."""
+            return """
+            text"""
+    '''
+    assert lines_of_code(textwrap.dedent(source)) == 6
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*PATHS.values(), *sorted((ROOT / "examples").rglob("*.py"))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_files_are_short(path):
+    count = lines_of_code(path.read_text("utf-8"))
+    assert count <= 400
+
+
+def test_top_level_entries():
+    listing = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    if listing.returncode == 0:
+        entries = {line.split("/")[0] for line in listing.stdout.splitlines()}
+    else:  # an unpacked archive
+        made = {"build", "dist", "runs", "kerastrip.egg-info"}
+        entries = {path.name for path in ROOT.iterdir()} - made
+    assert {entry for entry in entries if not entry.startswith(".")} == TOP_LEVEL
+
+
+# Import
+
+IMPORT = """
+import os, socket, sys
+import keras
+if keras.config.backend() == "tensorflow":
+    import tensorflow
+
+class Refused(socket.socket):
+    def __init__(self, *args, **kwargs):
+        raise RuntimeError("a socket was opened")
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("a name was looked up")
+
+socket.socket, socket.getaddrinfo = Refused, refuse
+before = set(sys.modules)
+for stream in (sys.stdout, sys.stderr):
+    stream.flush()
+    os.write(stream.fileno(), b"<kerastrip>")
+import kerastrip
+for stream in (sys.stdout, sys.stderr):
+    stream.flush()
+    os.write(stream.fileno(), b"</kerastrip>")
+unwanted = {optional!r} & {{name.split(".")[0] for name in set(sys.modules) - before}}
+sys.exit(f"imported: {{sorted(unwanted)}}" if unwanted else 0)
+"""
+
+
+def test_import_is_light_silent_and_offline(tmp_path):
+    script = IMPORT.format(optional=OPTIONAL)
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    for stream in (done.stdout, done.stderr):
+        assert re.findall("<kerastrip>(.*)</kerastrip>", stream, re.DOTALL) == [""]
+
+
+# README
+
+
+def readme_sections():
+    """(heading, [(line, code)]) of the sections of README.md with python blocks."""
+    path = ROOT / "README.md"
+    sections: dict[str, list] = {}
+    heading, block = "", None
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if block is None:
+            if line.startswith("#"):
+                heading = line.strip("# ")
+            elif line.strip() == "```python":
+                block = (number, [])
+        elif line.strip() == "```":
+            code = textwrap.dedent("\n".join(block[1]))
+            sections.setdefault(heading, []).append((block[0], code))
+            block = None
+        else:
+            block[1].append(line)
+    return [pytest.param(blocks, id=title) for title, blocks in sections.items()]
+
+
+def test_readme_has_python_blocks():
+    assert readme_sections()
+
+
+@pytest.mark.parametrize("blocks", readme_sections())
+def test_readme_blocks_run(blocks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "readme"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for line, code in blocks:
+            # Blank lines in front, so that a traceback tells the line of the README.
+            exec(compile("\n" * line + code, "README.md", "exec"), namespace)
