@@ -45,10 +45,8 @@ _ARRAYS = (np.ndarray, np.number, np.bool_)
 # How far outside [0, 1] a float image may lie, from rounding.
 _ROUNDING = 1e-3
 
-# Number of keys that `check` tries.
-_CHECKS = 16
-
 _UINT8, _FLOAT32 = np.dtype("uint8"), np.dtype("float32")
+_MASKS = [np.dtype(t) for t in ("uint8", "uint16", "int16", "int32", "float32")]
 
 # Threads that augment small images at once spend their time handing the
 # interpreter lock to each other: two are half as fast as one. So batches of
@@ -125,7 +123,7 @@ class Augmentation:
 
         >>> darker = Augmentation(lambda image, rng: image // rng.integers(2, 4))
         >>> darker(np.full((1, 2), 60), 0)
-        array([[30, 30]])
+        array([[20, 20]])
     """
 
     def __init__(self, pipeline: Any, seed: int = 0):
@@ -210,11 +208,11 @@ class Augmentation:
         else:
             _check_image("image", image)
             result = run(image=_copied(image))["image"]
-        expected = dict if isinstance(image, dict) else np.ndarray
-        if not isinstance(result, expected):
+        if not isinstance(result, dict if isinstance(image, dict) else np.ndarray):
             raise TypeError(
-                f"The pipeline must give a {expected.__name__} for a "
-                f"{expected.__name__}, received {type(result).__name__}."
+                "The pipeline must give an array for an array and a dict for a dict, "
+                f"received {type(result).__name__} for {type(image).__name__}. "
+                "Transforms to tensors have no place in it."
             )
         return result
 
@@ -464,11 +462,13 @@ class Augmentation:
         return numbered.map(augment, num_parallel_calls)
 
     def check(self, image: Any) -> None:
-        """Look for transforms that are not a pure function of the key.
+        """Look for transforms that are not what they must be.
 
-        Own transforms may draw from `np.random` or `random`, or keep something
-        from call to call; then no key repeats their result. Each key is used
-        twice, in another order the second time, with every transform applied.
+        An own transform that draws from `np.random` or `random`, or keeps
+        something from call to call, is not a pure function of the key; one that
+        does not store its arguments under their own names loses them in JSON.
+        64 keys are used twice, in another order the second time, and once more
+        after JSON (if the pipeline can be written), with every transform applied.
 
         Args:
             image: an image or a dict of targets that the pipeline can work on.
@@ -484,22 +484,28 @@ class Augmentation:
             ...
             ValueError: Not a pure function of its key: ...
         """
-        for transform, part in self._prefixes():
-            there = [part(image, key) for key in range(_CHECKS)]
-            back = [part(image, key) for key in reversed(range(_CHECKS))]
-            try:
-                np.testing.assert_equal(there, back[::-1])
-            except AssertionError:
-                source = (
-                    "self.py_random or self.random_generator"
-                    if self._seedable
-                    else "`rng`"
-                )
+        try:
+            lambdas = {str(getattr(t, "name", "")): t for t in _leaves(self._pipeline)}
+            reloaded = self.from_json(self.to_json(), lambdas=lambdas)
+        except (TypeError, ValueError):
+            reloaded = self
+        keys = range(64)
+        for (transform, part), (_, part_reloaded) in zip(
+            self._prefixes(), reloaded._prefixes(), strict=True
+        ):
+            views = [part(image, key) for key in keys]
+            if not _are_equal(views, [part(image, key) for key in keys[::-1]][::-1]):
+                names = ("self.py_random or self.random_generator", "`rng`")
                 raise ValueError(
                     f"Not a pure function of its key: {transform!r} gave two results "
-                    f"for one key. Draw every random number from {source}, and keep "
-                    "nothing from call to call."
-                ) from None
+                    f"for one key. Draw every number from {names[not self._seedable]}, "
+                    "and keep nothing from call to call."
+                )
+            if not _are_equal(views, [part_reloaded(image, key) for key in keys]):
+                raise ValueError(
+                    f"Not the same after JSON: {transform!r}. Store each argument of "
+                    "__init__ in an attribute of the same name."
+                )
 
     def _prefixes(self) -> Iterator[tuple[Any, Augmentation]]:
         """The pipeline up to each of its transforms in turn, then as it is.
@@ -606,9 +612,10 @@ class Augmentation:
         import albumentations
 
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Transform Lambda has no 'p'")
             if not changed:
                 # Some transforms do not know all they have written themselves.
-                warnings.filterwarnings("ignore", message=r"Argument\(s\) .* not valid")
+                warnings.filterwarnings("ignore", r"Argument\(s\) .* not valid")
             try:
                 pipeline = albumentations.from_dict(
                     {"transform": transform}, nonserializable=dict(lambdas or {})
@@ -728,6 +735,14 @@ def _integer64(name: str, value: Any, advice: str = "") -> int:
     return value
 
 
+def _are_equal(a: Any, b: Any) -> bool:
+    try:
+        np.testing.assert_equal(a, b)
+    except AssertionError:
+        return False
+    return True
+
+
 def _nodes(pipeline: Any) -> Iterator[Any]:
     """A pipeline and all transforms in it."""
     yield pipeline
@@ -759,7 +774,7 @@ def _check_image(name: str, image: Any) -> None:
                 name,
                 "dtype uint8, or float32 in [0, 1]",
                 image,
-                "Convert it with .astype('uint8') or .astype('float32').",
+                "Keep images uint8, as they are decoded, or convert them to float32.",
             )
         )
     low, high = image.min(), image.max()
@@ -776,18 +791,17 @@ def _check_image(name: str, image: Any) -> None:
 
 
 def _check_mask(name: str, mask: Any) -> None:
-    dtype = getattr(mask, "dtype", None)
-    if dtype is None and isinstance(mask, Sequence) and len(mask):
-        dtype = getattr(mask[0], "dtype", None)
-    if dtype in (np.dtype(bool), np.dtype("int64"), np.dtype("uint64")):
-        raise TypeError(
-            _checks.message(
-                name,
-                "a mask of dtype uint8, int32 or float32",
-                mask,
-                "OpenCV knows neither bool nor 64-bit masks: use .astype('uint8').",
+    masks = mask if isinstance(mask, (list, tuple)) else [mask]
+    for each in masks:
+        if not isinstance(each, np.ndarray) or each.dtype not in _MASKS:
+            raise TypeError(
+                _checks.message(
+                    name,
+                    f"a mask as an array of dtype {', '.join(map(str, _MASKS))}",
+                    each,
+                    "OpenCV cannot warp others: use mask.astype('uint8').",
+                )
             )
-        )
 
 
 def _versions() -> dict[str, str]:
