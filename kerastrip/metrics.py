@@ -49,13 +49,14 @@ def _effective_dim(rows: Any, total: Any) -> Any:
         total: sum of the squares of `rows`.
     """
     unit = rows / ops.sqrt(ops.maximum(total, 1e-30))
-    size, dim = unit.shape
-    # Both Gram matrices have the same squared sum: take the smaller one.
-    if size is not None and size < dim:
-        gram = ops.matmul(unit, ops.transpose(unit))
-    else:
-        gram = ops.matmul(ops.transpose(unit), unit)
-    return 1.0 / ops.maximum(ops.sum(ops.square(gram)), 1e-30)
+    size, dim = ops.shape(unit)
+    # Both Gram matrices have the same sum of squares: take the smaller one.
+    squares = ops.cond(
+        size < dim,
+        lambda: ops.sum(ops.square(ops.matmul(unit, ops.transpose(unit)))),
+        lambda: ops.sum(ops.square(ops.matmul(ops.transpose(unit), unit))),
+    )
+    return 1.0 / ops.maximum(squares, 1e-30)
 
 
 def _measure(labels: Any, embeddings: Any, margin: float, distance: str) -> tuple:

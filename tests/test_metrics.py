@@ -1,0 +1,356 @@
+"""TripletCensus against the golden counts, plain NumPy and exact integers."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from kerastrip import metrics
+from kerastrip.metrics import KEYS, TripletCensus
+from kerastrip.mining import Census
+
+pytestmark = pytest.mark.backend
+
+
+def figures(census):
+    return {key: float(value) for key, value in census.result().items()}
+
+
+def count(labels, embeddings, **options):
+    census = TripletCensus(**options)
+    census.update_state(np.asarray(labels), np.asarray(embeddings, "float32"))
+    return figures(census)
+
+
+def expected(labels, embeddings, margin, distance="euclidean"):
+    """Loops over every triplet, in float64."""
+    x = np.asarray(embeddings, "float64")
+    n = len(x)
+    if distance == "cosine":
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    d = ((x[:, None] - x[None]) ** 2).sum(-1)
+    d = {"euclidean": np.sqrt(d), "cosine": d / 2}.get(distance, d)
+    easy = semi = hard = pairs = seen = negatives = 0
+    pos, neg = [], []
+    for a in range(n):
+        others = [j for j in range(n) if labels[j] != labels[a]]
+        neg += [d[a, j] for j in others]
+        for p in range(n):
+            if p == a or labels[p] != labels[a]:
+                continue
+            pairs += 1
+            pos.append(d[a, p])
+            is_hard = [d[a, j] <= d[a, p] for j in others]
+            is_semi = [d[a, p] < d[a, j] < d[a, p] + margin for j in others]
+            hard += sum(is_hard)
+            semi += sum(is_semi)
+            easy += len(others) - sum(is_hard) - sum(is_semi)
+            seen += any(is_semi)
+    negatives = len(neg)
+    triplets = max(easy + semi + hard, 1)
+    centred = embeddings - np.mean(embeddings, axis=0)
+    eigenvalues = np.linalg.eigvalsh(
+        np.atleast_2d(np.cov(np.asarray(embeddings, "float64").T))
+    )
+    return {
+        "easy": easy / triplets,
+        "semi_hard": semi / triplets,
+        "hard": hard / triplets,
+        "active": (semi + hard) / triplets,
+        "pairs_with_semi_hard": seen / max(pairs, 1),
+        "anchors_without_positive": np.mean(
+            [list(labels).count(c) == 1 for c in labels]
+        ),
+        "pos_dist": np.mean(pos) if pairs else 0.0,
+        "neg_dist": np.mean(neg) if negatives else 0.0,
+        "norm": np.linalg.norm(embeddings, axis=1).mean(),
+        "spread": (centred**2).sum(1).mean(),
+        "effective_dim": eigenvalues.sum() ** 2 / (eigenvalues**2).sum(),
+    }
+
+
+@pytest.mark.parametrize("margin", [0.2, 1.0])
+@pytest.mark.parametrize("case", range(8))
+def test_counts_equal_the_golden_census(case, margin, triplet_golden):
+    labels = triplet_golden[f"c{case}_labels"]
+    embeddings = triplet_golden[f"c{case}_embeddings"]
+    pairs, easy, semi_hard, hard, with_semi_hard = triplet_golden[
+        f"c{case}_census_{margin}"
+    ]
+    triplets = easy + semi_hard + hard
+    found = count(labels, embeddings, margin=margin)
+    for key, exact, whole in (
+        ("easy", easy, triplets),
+        ("semi_hard", semi_hard, triplets),
+        ("hard", hard, triplets),
+        ("active", semi_hard + hard, triplets),
+        ("pairs_with_semi_hard", with_semi_hard, pairs),
+    ):
+        # Far closer than one triplet: the count itself is exact.
+        assert found[key] == np.float32(exact / whole), key
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
+def test_every_figure_equals_the_loops(distance, rng):
+    labels = np.array([3, 3, 3, 7, 7, 1, 9, 9, 9, 9, -2])
+    embeddings = rng.normal(size=(11, 5)).astype("float32")
+    found = count(labels, embeddings, margin=0.6, distance=distance)
+    wanted = expected(labels, embeddings, 0.6, distance)
+    assert list(found) == list(KEYS)
+    for key in KEYS:
+        assert found[key] == pytest.approx(wanted[key], rel=1e-5), key
+
+
+def test_ties_fall_on_the_side_the_words_say():
+    # On a line with integer places the distances are exact: ties are real ties.
+    labels = np.array([0, 0, 1, 1, 2, 2, 2])
+    places = np.array([0, 2, 2, 4, 3, 6, 0])[:, None]
+    found, wanted = count(labels, places, margin=2.0), expected(labels, places, 2.0)
+    for key in ("easy", "semi_hard", "hard", "pairs_with_semi_hard"):
+        assert found[key] == np.float32(wanted[key]), key
+    assert found["easy"] + found["semi_hard"] + found["hard"] == pytest.approx(1)
+
+
+def test_the_order_of_the_rows_does_not_matter(rng):
+    labels = rng.integers(0, 5, 40)
+    embeddings = rng.normal(size=(40, 6))
+    order = rng.permutation(40)
+    one, two = count(labels, embeddings), count(labels[order], embeddings[order])
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "without_positive"), [([1, 2, 3], 1.0), ([4, 4, 4], 0.0), ([5], 1.0)]
+)
+def test_no_triplets_give_zeros_not_nan(labels, without_positive):
+    found = count(labels, np.eye(3)[: len(labels)])
+    for key in ("easy", "semi_hard", "hard", "active", "pairs_with_semi_hard"):
+        assert found[key] == 0
+    assert found["anchors_without_positive"] == without_positive
+    assert np.isfinite(list(found.values())).all()
+
+
+def test_before_any_batch_all_is_zero():
+    assert set(figures(TripletCensus()).values()) == {0.0}
+
+
+def test_batches_add_up_as_ratios_of_sums(rng):
+    census = TripletCensus(margin=0.5)
+    weights, parts = [], []
+    for size in (12, 30, 7):
+        labels = rng.integers(0, 3, size)
+        embeddings = rng.normal(size=(size, 4)).astype("float32")
+        census.update_state(labels, embeddings)
+        same = labels[:, None] == labels
+        weights.append(((same.sum(1) - 1) * (size - same.sum(1))).sum())
+        parts.append(expected(labels, embeddings, 0.5))
+    for key in ("easy", "semi_hard", "hard", "active"):
+        wanted = np.average([part[key] for part in parts], weights=weights)
+        assert figures(census)[key] == pytest.approx(wanted, rel=1e-5)
+    mean = np.mean([part["effective_dim"] for part in parts])
+    assert figures(census)["effective_dim"] == pytest.approx(mean, rel=1e-4)
+    census.reset_state()
+    assert set(figures(census).values()) == {0.0}
+
+
+@pytest.mark.parametrize("label_shape", ["column", "one_hot", "float_one_hot"])
+def test_labels_in_every_shape(label_shape, rng):
+    labels = rng.integers(0, 4, 20)
+    embeddings = rng.normal(size=(20, 3))
+    shaped = {
+        "column": labels[:, None],
+        "one_hot": np.eye(4, dtype="int32")[labels],
+        "float_one_hot": np.eye(4, dtype="float32")[labels],
+    }[label_shape]
+    assert count(shaped, embeddings) == count(labels, embeddings)
+
+
+def test_half_precision_embeddings_are_counted_in_float32(rng):
+    embeddings = rng.normal(size=(24, 8)).astype("float16")
+    labels = np.arange(24) % 4
+    census = TripletCensus()
+    census.update_state(labels, embeddings)
+    assert figures(census) == count(labels, embeddings.astype("float32"))
+    assert all(
+        keras.backend.standardize_dtype(value.dtype) == "float32"
+        for value in census.result().values()
+    )
+
+
+# --- exactness over an epoch -----------------------------------------------------
+
+
+def fake_census(positives, negatives, hard, rows):
+    """A census of any size, as a batch of `rows` equal anchors."""
+
+    def row(value, dtype="int32"):
+        return ops.full((rows,), value, dtype=dtype)
+
+    return Census(
+        positives=row(positives),
+        negatives=row(negatives),
+        easy=row(positives * negatives - hard),
+        semi_hard=row(0),
+        hard=row(hard),
+        pairs_with_semi_hard=row(0),
+        pos_dist=row(0.1 * positives, "float32"),
+        neg_dist=row(0.3 * negatives, "float32"),
+    )
+
+
+def test_one_batch_beyond_int32_is_exact(monkeypatch):
+    # 3000 anchors with 10^9 triplets each: 3 * 10^12, an int32 sum would wrap.
+    monkeypatch.setattr(
+        metrics, "triplet_census", lambda *_, **__: fake_census(10**4, 10**5, 7, 3000)
+    )
+    found = count(np.zeros(3000, "int32"), np.ones((3000, 2)))
+    assert found["hard"] == pytest.approx(7e-9, rel=2e-7)
+    assert found["easy"] == pytest.approx(1 - 7e-9, rel=2e-7)
+
+
+def test_an_epoch_of_more_than_2_31_triplets_keeps_its_small_parts(monkeypatch):
+    # After a batch of 4 * 10^12 triplets, 100 batches of 10^5: each alone is under
+    # half the float32 resolution of the total (2^18), a plain sum would lose it.
+    batches = [fake_census(10**4, 10**5, 1, 4000)] + [
+        fake_census(100, 100, 9, 10)
+    ] * 100
+    replies = iter(batches)
+    monkeypatch.setattr(metrics, "triplet_census", lambda *_, **__: next(replies))
+    census = TripletCensus()
+    for batch in batches:
+        rows = len(ops.convert_to_numpy(batch.hard))
+        census.update_state(np.zeros(rows, "int32"), np.ones((rows, 1), "float32"))
+    hard, triplets = 4000 + 100 * 90, 4 * 10**12 + 100 * 10**5
+    assert figures(census)["hard"] == pytest.approx(hard / triplets, rel=2e-7)
+    assert (4 * 10**12) / triplets != pytest.approx(1, rel=2e-6)
+
+
+def test_compensation_survives_the_compiler(rng):
+    """XLA must not simplify (a + b) - a: run the update compiled."""
+
+    def sum_up(values):
+        def step(i, total, rest):
+            total, error = metrics._add(total, values[i])
+            return i + 1, total, rest + error
+
+        start = (0, ops.zeros(()), ops.zeros(()))
+        _, total, rest = ops.while_loop(lambda i, *_: i < 2000, step, start)
+        return total, rest
+
+    values = rng.uniform(0, 1, 2000).astype("float32")
+    values[0] = 2.0**31
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        compiled = tf.function(sum_up, jit_compile=True)
+        values = tf.constant(values)
+    elif keras.backend.backend() == "jax":
+        import jax
+
+        compiled = jax.jit(sum_up)
+        values = ops.convert_to_tensor(values)
+    else:
+        compiled = sum_up
+        values = ops.convert_to_tensor(values)
+    total, rest = (float(part) for part in compiled(values))
+    exact = ops.convert_to_numpy(values).astype("float64").sum()
+    assert total + rest == pytest.approx(exact, rel=1e-10)
+    assert total != pytest.approx(exact, rel=1e-8)
+
+
+# --- spread and effective dimension ----------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(40, 6), (6, 40)])
+def test_effective_dim_is_the_participation_ratio(rows, dim, rng):
+    embeddings = rng.normal(size=(rows, dim)) * rng.uniform(0.1, 3, dim)
+    eigenvalues = np.linalg.svd(embeddings - embeddings.mean(0), compute_uv=False) ** 2
+    found = count(np.arange(rows) % 3, embeddings)
+    wanted = eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
+    assert found["effective_dim"] == pytest.approx(wanted, rel=1e-4)
+    assert found["spread"] == pytest.approx(eigenvalues.sum() / rows, rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_effective_dim_does_not_depend_on_the_scale(scale):
+    cross = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]]) * scale
+    assert count([0, 0, 1, 1], cross)["effective_dim"] == pytest.approx(2, rel=1e-5)
+    line = np.arange(4)[:, None] * np.array([[3.0, -4.0]]) * scale
+    assert count([0, 0, 1, 1], line)["effective_dim"] == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("point", [[0.0, 0.0, 0.0], [0.1, 0.7, -0.3], [1e5, 0.1, 3.0]])
+def test_a_point_has_no_spread_and_no_dimension(point):
+    found = count([0, 0, 1, 1, 2], np.tile(point, (5, 1)))
+    assert found["effective_dim"] == 0
+    assert found["spread"] == pytest.approx(0, abs=1e-6 * np.square(point).sum())
+    assert found["hard"] == 1
+
+
+# --- as a Keras metric -----------------------------------------------------------
+
+
+def two_outputs(metric):
+    inputs = keras.Input((6,))
+    probs = keras.layers.Dense(4, activation="softmax", name="probs")(inputs)
+    emb = keras.layers.UnitNormalization(name="emb")(keras.layers.Dense(3)(inputs))
+    model = keras.Model(inputs, [probs, emb])
+    model.compile(
+        "sgd",
+        loss=["sparse_categorical_crossentropy", None],
+        metrics={"emb": [metric]},
+    )
+    return model
+
+
+@pytest.mark.parametrize("prefix", ["", "emb_"])
+def test_compiled_saved_and_reloaded(prefix, rng, tmp_path):
+    x = rng.normal(size=(40, 6)).astype("float32")
+    y = np.arange(40, dtype="int32") % 4
+    model = two_outputs(TripletCensus(0.4, "cosine", prefix=prefix))
+    history = model.fit(x, (y, y), batch_size=20, epochs=2, verbose=0).history
+    assert {f"{prefix}{key}" for key in KEYS} <= set(history)
+    before = model.evaluate(x, (y, y), verbose=0, return_dict=True, batch_size=40)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    after = again.evaluate(x, (y, y), verbose=0, return_dict=True, batch_size=40)
+
+    def flat(logs):
+        return {k: v for log in logs.values() if isinstance(log, dict) for k, v in log.items()} | {
+            k: v for k, v in logs.items() if not isinstance(v, dict)
+        }  # fmt: skip
+
+    assert flat(after) == pytest.approx(flat(before), rel=1e-5)
+    wanted = expected(y, model.predict(x, verbose=0)[1], 0.4, "cosine")
+    assert flat(after)[f"{prefix}semi_hard"] == pytest.approx(wanted["semi_hard"])
+
+
+def test_config_round_trip():
+    census = TripletCensus(1.5, "squared_euclidean", prefix="a_", name="census")
+    again = TripletCensus.from_config(census.get_config())
+    assert again.get_config() == census.get_config()
+    assert again.keys == tuple(f"a_{key}" for key in KEYS)
+    assert (again.margin, again.distance, again.name) == (
+        1.5,
+        "squared_euclidean",
+        "census",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"margin": 0}, ValueError, "margin"),
+        ({"margin": "0.2"}, TypeError, "margin"),
+        ({"distance": "l2"}, ValueError, "distance"),
+        ({"prefix": 3}, TypeError, "prefix"),
+    ],
+)
+def test_bad_arguments(options, error, says):
+    with pytest.raises(error, match=f"`{says}`"):
+        TripletCensus(**options)
+
+
+def test_float_labels_are_refused():
+    with pytest.raises(TypeError, match="labels"):
+        TripletCensus().update_state(np.array([0.5, 1.5]), np.eye(2))
