@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -22,7 +23,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -32,6 +33,7 @@ Layout = Sequence[tuple[tuple[int, ...], np.dtype]]
 Work = Callable[..., Sequence[np.ndarray]]
 
 _ALIGN = 64
+_START = "fork" if sys.platform.startswith("linux") else "spawn"
 
 
 class WorkerPool:
@@ -52,9 +54,7 @@ class WorkerPool:
     """
 
     def __init__(self, work: Work, layout: Layout, processes: int, slots: int):
-        context = multiprocessing.get_context(
-            "fork" if sys.platform.startswith("linux") else "spawn"
-        )
+        context = multiprocessing.get_context(_START)
         self._views: list[list[np.ndarray]] = []
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         buffers = []
@@ -173,11 +173,46 @@ def _run(slot: int, args: Sequence[Any]) -> None:
         ) from None
 
 
+class LookAhead:
+    """Threads that make the next results while the caller works on the last one.
+
+    For a caller that asks from one thread: on JAX and PyTorch Keras takes batches in
+    the training thread, between the steps, and its own threads put the first `fit` a
+    batch ahead. What is asked for out of order is made on the spot.
+
+    Args:
+        threads: number of threads, and of results kept ready.
+    """
+
+    def __init__(self, threads: int):
+        self._executor = ThreadPoolExecutor(threads, "kerastrip")
+        self._ready: dict[Any, Future] = {}
+        self._due: Any = None
+
+    def __call__(self, make: Callable[..., Any], run: Sequence, start: bool) -> Any:
+        """`make(*run[0])`, and a beginning of the rest of `run`.
+
+        Args:
+            make: pure function.
+            run: what is asked for now and, most likely, after that.
+            start: whether an orderly run begins here.
+        """
+        if not start and run[0] != self._due:
+            return make(*run[0])
+        self._due = run[1]
+        for stale in self._ready.keys() - set(run):
+            self._ready.pop(stale).cancel()
+        for key in run:
+            if key not in self._ready:
+                self._ready[key] = self._executor.submit(make, *key)
+        return self._ready.pop(run[0]).result()
+
+
 class InFlight:
     """Counts calls that are under way; at exit it stops new ones and waits.
 
-    TensorFlow's prefetch thread asks for batches until the interpreter is gone, and
-    a Python call from such a thread during finalisation hangs the process.
+    After Ctrl-C TensorFlow's prefetch thread asks for batches until the interpreter is
+    gone, and a Python call from such a thread during finalisation hangs the process.
     """
 
     def __init__(self) -> None:
@@ -200,10 +235,16 @@ class InFlight:
                 self._idle.notify_all()
 
     def close(self, timeout: float = 5.0) -> None:
-        """Stops new calls and waits for those under way."""
+        """Stops new calls, waits for those under way and frees abandoned iterators."""
         with self._idle:
             self._closing = True
             self._idle.wait_for(lambda: self._running == 0, timeout)
+        # The traceback of an uncaught error holds the iterator of `fit`. Freed now, it
+        # joins its threads while they can still run Python.
+        for name in ("last_exc", "last_value", "last_traceback"):
+            if hasattr(sys, name):
+                setattr(sys, name, None)
+        gc.collect()
 
 
 in_flight = InFlight()

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip._workers import WorkerPool, in_flight
+from kerastrip._workers import LookAhead, WorkerPool, in_flight
 from kerastrip.augmentation import Augmentation
 from kerastrip.plan import PKPlan
 from kerastrip.sources import as_source
@@ -51,8 +51,9 @@ class PKSampler(keras.utils.PyDataset):
         min_class_size: classes of fewer samples are left out. Default 2.
         max_per_class: samples an epoch takes from a class at most, others each epoch.
         groups: one group per sample or class; a batch stays in one group.
-        sample_weight: (samples,) weights for all outputs, or one array per output in
-            the structure of `targets`.
+        sample_weight: (samples,) weights for all outputs, or a tuple of one array per
+            output; for a model whose outputs are a dict a dict by output name. Use
+            ones for an output without weights.
         augment: `Augmentation`, albumentations pipeline or callable (image, rng) ->
             image; for dict or tuple inputs a dict or tuple of those by input (an
             `Augmentation` alone gets a whole dict as its targets: image, mask, ...).
@@ -63,9 +64,9 @@ class PKSampler(keras.utils.PyDataset):
         shard: (index, count) of this host; it gets P / count classes of each batch.
             A sampler with a shard refuses steps out of order: pass `shuffle=False`.
         seed: integer of 64 bits. Default 0.
-        workers: threads that prepare batches, or processes with
+        workers: threads that prepare batches ahead, or processes with
             `use_multiprocessing=True`. Default 2 on TensorFlow, 1 on JAX and
-            PyTorch, where with more the first `fit` is ahead by a batch.
+            PyTorch. 0: batches are made when they are asked for.
         use_multiprocessing: True: a pool of processes, forked here once (spawned on
             macOS and Windows), prepares the inputs. Worth it where augmentation or
             decoding is slow. `close()` ends it.
@@ -132,14 +133,16 @@ class PKSampler(keras.utils.PyDataset):
         use_multiprocessing: bool = False,
         max_queue_size: int = 10,
     ):
+        tensorflow = keras.backend.backend() == "tensorflow"
         if workers is None:
-            workers = 2 if keras.backend.backend() == "tensorflow" else 1
+            workers = 2 if tensorflow else 1
         workers = _checks.integer("workers", workers, minimum=int(use_multiprocessing))
-        # Keras' own processes repeat random numbers and hang when one dies: it gets
-        # threads only. One more than there are processes copies while they work.
-        threads = workers + 1 if use_multiprocessing else workers
+        # One thread more than there are processes copies while they work.
+        self._threads = workers + 1 if use_multiprocessing else workers
+        # Keras' own processes repeat random numbers and hang when one dies; its
+        # threads put the first fit a batch ahead, but on TensorFlow.
         super().__init__(
-            workers=threads,
+            workers=self._threads if tensorflow else 0,
             use_multiprocessing=False,
             max_queue_size=_checks.integer("max_queue_size", max_queue_size, minimum=1),
         )
@@ -187,15 +190,18 @@ class PKSampler(keras.utils.PyDataset):
         self._targets = _per_output("targets", targets, partial(_target, self.plan))
         self._weights = _weights(sample_weight, targets, len(self.labels))
         self._epoch, self._begun, self._closed = 0, False, False
-        self._order = _Order(max(threads, 1)) if self.plan.shard[1] > 1 else None
+        self._order = _Order(max(self.workers, 1)) if self.plan.shard[1] > 1 else None
         # Makes one batch: what is wrong with samples or augmentation shows here.
         self._inputs = _Inputs(self.source, augment, self.plan)
         self._pool: WorkerPool | None = None
         if use_multiprocessing:
             self._pool = WorkerPool(
-                self._inputs.arrays, self._inputs.layout, workers, threads
+                self._inputs.arrays, self._inputs.layout, workers, self._threads
             )
             weakref.finalize(self, self._pool.close)
+        self._ahead: LookAhead | None = None
+        if self._threads and not tensorflow:
+            self._ahead = LookAhead(self._threads)
 
     # -- batches -------------------------------------------------------------
 
@@ -209,7 +215,14 @@ class PKSampler(keras.utils.PyDataset):
             raise IndexError(f"step {step} of an epoch of {len(self)} batches")
         if self._order is not None:
             self._order.check(step)
-        return self.batch(step, epoch)
+        if self._ahead is None:
+            return self.batch(step, epoch)
+        steps = range(step, step + self._threads + 1)
+        run = [
+            (each % len(self), epoch if self.fixed else epoch + each // len(self))
+            for each in steps
+        ]
+        return self._ahead(self.batch, run, start=step == 0)
 
     def batch(self, step: int, epoch: int | None = None) -> tuple:
         """The batch of any step and epoch.
@@ -273,7 +286,7 @@ class PKSampler(keras.utils.PyDataset):
                 tensor.set_shape(spec.shape)
             return keras.tree.pack_sequence_as(example, tensors)
 
-        threads = max(self.workers, 1)
+        threads = max(self._threads, 1)
         return (
             tf.data.Dataset.counter()
             .map(load, num_parallel_calls=threads, deterministic=True)
@@ -505,8 +518,9 @@ def _per_output(name: str, value: Any, reader: Callable[[str, Any], _Reader]) ->
 
 
 def _items(structure: Mapping | tuple) -> Any:
-    named = isinstance(structure, Mapping)
-    return structure.items() if named else enumerate(structure)
+    if isinstance(structure, Mapping):
+        return structure.items()
+    return enumerate(structure)
 
 
 def _target(plan: PKPlan, name: str, value: Any) -> _Reader:
@@ -547,18 +561,23 @@ def _weights(sample_weight: Any, targets: Any, samples: int) -> Any:
     if sample_weight is None:
         return None
     if isinstance(sample_weight, (tuple, Mapping)):
-        # Keras pairs them with the outputs by place or by name, as it does the targets.
-        kind = Mapping if isinstance(sample_weight, Mapping) else tuple
-        keys = [key for key, _ in _items(sample_weight)]
-        if not isinstance(targets, kind) or {*keys} != {k for k, _ in _items(targets)}:
+        if isinstance(sample_weight, tuple):
+            fits = isinstance(targets, (tuple, Mapping)) and (
+                len(sample_weight) == len(targets)
+            )
+        else:
+            fits = isinstance(targets, Mapping) and (
+                sample_weight.keys() == targets.keys()
+            )
+        if not fits:
             raise ValueError(
                 _checks.message(
                     "sample_weight",
-                    "one array for all outputs, or one per output in the structure of "
-                    "`targets`",
+                    "one array for all outputs, a tuple of one per output, in their "
+                    "order, or for a model whose outputs are a dict a dict with the "
+                    "names that `targets` has",
                     _checks.Told(
-                        f"a {type(sample_weight).__name__} with the entries {keys} for "
-                        f"targets={_checks.describe(targets)}"
+                        f"{_entries(sample_weight)} for targets={_entries(targets)}"
                     ),
                 )
             )
@@ -610,6 +629,14 @@ def _augmentations(augment: Any, x: Any) -> Any:
             augment,
         )
     )
+
+
+def _entries(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a dict of {sorted(value)}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    return _checks.describe(value)
 
 
 def _told(layout: Sequence[tuple]) -> str:
