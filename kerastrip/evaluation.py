@@ -252,9 +252,11 @@ def labels_array(name: str, value: Any, length: int) -> np.ndarray:
         labels = labels.argmax(axis=1)
     if labels.ndim != 1 or len(labels) != length:
         raise ValueError(_checks.message(name, f"{length} labels", labels))
+    if labels.dtype.kind == "O":  # names in a data frame
+        labels = np.array(labels.tolist())
     if labels.dtype.kind == "f" and (labels == np.floor(labels)).all():
         labels = labels.astype(np.int64)
-    if labels.dtype.kind not in "iubUSO":
+    if labels.dtype.kind not in "iubUS":
         raise TypeError(
             _checks.message(name, "integers, strings or one-hot rows", labels)
         )
@@ -265,6 +267,12 @@ def _codes(
     labels: np.ndarray, others: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The labels, and those of the gallery, as numbers 0 ... classes - 1."""
+    if others is not None and (labels.dtype.kind in "US") != (
+        others.dtype.kind in "US"
+    ):
+        raise TypeError(
+            _checks.message("gallery_labels", f"{labels.dtype.name} labels", others)
+        )
     both = labels if others is None else np.concatenate([labels, others])
     codes = np.unique(both, return_inverse=True)[1]
     return codes[: len(labels)], codes if others is None else codes[len(labels) :]

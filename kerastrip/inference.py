@@ -13,12 +13,14 @@ import keras
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip._outputs import embedding_output
+from kerastrip._outputs import Output, embedding_output
 from kerastrip.distances import DISTANCES
 from kerastrip.sources import as_source
 
 # A block of distances is at most so many rows, and at most so many numbers.
 _ROWS, _NUMBERS = 256, 1 << 24
+# Squares of larger numbers are near the end of float32.
+_LARGE = 1e15
 
 
 def embed(
@@ -128,11 +130,12 @@ def embed_with_targets(
         )
 
     chosen = embedding_output(model, output)
+    single = output is None and chosen.count == 1
     bar = keras.utils.Progbar(total, unit_name="sample") if verbose else None
     rows, targets = [], []
     size = 0
     for inputs, target in batches:
-        seen = [_run(model, chosen, one, size) for one in inputs]
+        seen = [_run(model, chosen, one, size, single) for one in inputs]
         size = max(size, len(seen[0]))
         if views > 1:
             seen = [unit_rows(np.mean([unit_rows(one) for one in seen], axis=0))]
@@ -181,8 +184,14 @@ def _take_batches(
             )
 
 
-def _run(model: Any, chosen: Any, inputs: Any, size: int) -> np.ndarray:
-    """The embeddings of one batch, filled up to `size` rows for the call."""
+def _run(
+    model: Any, chosen: Output, inputs: Any, size: int, single: bool
+) -> np.ndarray:
+    """The embeddings of one batch, filled up to `size` rows for the call.
+
+    Args:
+        single: `chosen` was taken for the only output there is.
+    """
     arrays = keras.tree.flatten(inputs)
     count = len(arrays[0])
 
@@ -195,7 +204,8 @@ def _run(model: Any, chosen: Any, inputs: Any, size: int) -> np.ndarray:
         return array
 
     outputs = model.predict_on_batch(keras.tree.map_structure(fill, inputs))
-    if isinstance(outputs, (list, tuple, dict)) and len(outputs) > chosen.count == 1:
+    # A subclassed model tells of its outputs only now.
+    if single and isinstance(outputs, (list, tuple, dict)) and len(outputs) > 1:
         raise ValueError(
             _checks.message(
                 "output",
@@ -354,17 +364,18 @@ def embeddings_array(name: str, value: Any) -> np.ndarray:
                 name, "an array of shape (n, dim), n and dim at least 1", rows
             )
         )
-    rows = np.ascontiguousarray(rows, dtype="float32")
-    finite = np.isfinite(rows).all(axis=1)
-    if not finite.all():
-        bad = np.flatnonzero(~finite)
+    with np.errstate(over="ignore"):
+        rows = np.ascontiguousarray(rows, dtype="float32")
+    good = (np.abs(rows) < _LARGE).all(axis=1)
+    if not good.all():
+        bad = np.flatnonzero(~good)
         raise ValueError(
             _checks.message(
                 name,
-                "finite numbers",
+                f"finite numbers under {_LARGE:g}",
                 _checks.Told(
-                    f"NaN or infinity in {len(bad)} of {len(rows)} rows, the first "
-                    f"is row {bad[0]}"
+                    f"NaN, infinity or more in {len(bad)} of {len(rows)} rows, the "
+                    f"first is row {bad[0]}"
                 ),
             )
         )

@@ -175,7 +175,7 @@ def verification_curve(
     if pairs is None:
         if labels is None:
             raise ValueError(_checks.message("pairs", "the pairs of `is_same`", pairs))
-        _check_both(len(rows) * (len(rows) - 1) // 2, _same_pairs(codes), "labels")
+        check_labels("labels", labels)
         return _curve_of_all(rows, codes, distance)
     pairs = pairs_array(pairs, len(rows))
     if labels is not None:
@@ -418,9 +418,11 @@ def _all_pairs(
         )
 
 
-def _same_pairs(codes: np.ndarray) -> int:
-    sizes = np.bincount(codes)
-    return int((sizes * (sizes - 1) // 2).sum())
+def check_labels(name: str, labels: np.ndarray) -> None:
+    """An error unless two labels are equal and two are not."""
+    sizes = np.unique(labels, return_counts=True)[1]
+    same = int((sizes * (sizes - 1) // 2).sum())
+    _check_both(len(labels) * (len(labels) - 1) // 2, same, name)
 
 
 def _check_both(pairs: int, same: int, name: str) -> None:

@@ -11,6 +11,7 @@ from kerastrip import _checks
 from kerastrip.callbacks._evaluation import EpochEvaluation
 from kerastrip.distances import DISTANCES
 from kerastrip.verification import (
+    check_labels,
     check_metrics,
     flags_array,
     pairs_array,
@@ -105,7 +106,12 @@ class VerificationEvaluation(keras.callbacks.Callback):
             batch_size=batch_size,
             verbose=verbose,
         )
-        if pairs is not None and self._evaluation.length is not None:
+        labels = self._evaluation.labels
+        if pairs is None:
+            if labels is not None:
+                check_labels("y", labels)
+            return
+        if self._evaluation.length is not None:
             pairs = pairs_array(pairs, self._evaluation.length)
         if is_same is not None:
             is_same = flags_array(is_same, len(pairs))

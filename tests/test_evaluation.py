@@ -1,0 +1,374 @@
+"""Retrieval and verification figures against loops, scikit-learn and a peer."""
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from kerastrip import verification
+from kerastrip.evaluation import METRICS, retrieval_metrics
+from kerastrip.verification import (
+    pair_distances,
+    verification_curve,
+    verification_folds,
+    verification_metrics,
+)
+
+
+def loops(x, y, gallery=None, gallery_labels=None):
+    """The definitions, one query at a time."""
+    values = {word: [] for word in (*METRICS, "precision@3", "knn@3", "knn@6")}
+    for i in range(len(x)):
+        others = np.float64(x if gallery is None else gallery)
+        labels = np.asarray(y if gallery is None else gallery_labels)
+        d = ((others - np.float64(x[i])) ** 2).sum(axis=1)
+        order = [
+            j for j in np.argsort(d, kind="stable") if gallery is not None or j != i
+        ]
+        hits = [labels[j] == y[i] for j in order]
+        total = sum(hits)
+        if total == 0:
+            continue
+        precision = [sum(hits[: r + 1]) / (r + 1) for r in range(total)]
+        for k in (1, 5, 10):
+            values[f"recall@{k}"].append(any(hits[:k]))
+        values["precision@1"].append(hits[0])
+        values["precision@3"].append(sum(hits[:3]) / 3)
+        values["r_precision"].append(sum(hits[:total]) / total)
+        values["map@r"].append(
+            sum(precision[r] * hits[r] for r in range(total)) / total
+        )
+        values["mrr"].append(1 / (hits.index(True) + 1))
+        for k in (3, 6):
+            votes = [labels[j] for j in order[:k]]
+            winner = max(votes, key=votes.count)  # the first of equals
+            values[f"knn@{k}"].append(winner == y[i])
+    return {word: np.mean(list_) for word, list_ in values.items()}, len(values["mrr"])
+
+
+class TestRetrieval:
+    @pytest.mark.parametrize(
+        ("n", "classes"), [(12, 2), (60, 3), (300, 40), (400, 150), (200, 2)]
+    )
+    def test_equals_loops(self, rng, n, classes):
+        y = rng.integers(0, classes, n)
+        x = rng.normal(size=(n, 5)) + 0.5 * rng.normal(size=(classes, 5))[y]
+        x = np.float32(x)
+        expected, count = loops(x, y)
+        got = retrieval_metrics(x, y, metrics=tuple(expected))
+        assert (got["queries"], got["lone_queries"]) == (count, n - count)
+        for word, value in expected.items():
+            assert got[word] == pytest.approx(value, abs=1e-12), word
+
+    def test_query_and_gallery_equal_loops(self, rng):
+        y, other_y = rng.integers(0, 30, 70), rng.integers(0, 25, 200)
+        x, other = np.float32(rng.normal(size=(270, 4)))[:70], None
+        other = np.float32(rng.normal(size=(200, 4)))
+        expected, count = loops(x, y, other, other_y)
+        got = retrieval_metrics(
+            x, y, gallery=other, gallery_labels=other_y, metrics=tuple(expected)
+        )
+        assert got["queries"] == count
+        assert got["lone_queries"] == 70 - count > 0
+        for word, value in expected.items():
+            assert got[word] == pytest.approx(value, abs=1e-12), word
+
+    def test_equals_pytorch_metric_learning(self):
+        # AccuracyCalculator of pytorch-metric-learning 2.9.0 on these arrays
+        rng = np.random.default_rng(2024)
+        x = rng.normal(size=(120, 6)).astype("float32")
+        labels = np.arange(120) % 17
+        labels[:3] = [100, 101, 102]  # without a partner
+        x += 0.8 * rng.normal(size=(103, 6))[labels].astype("float32")
+        words = ("map@r", "mrr", "precision@1", "r_precision")
+        got = retrieval_metrics(x, labels, metrics=words)
+        golden = (0.1243019943019943, 0.38605252, 0.20512820512820512)
+        golden += (0.2091168091168091,)
+        np.testing.assert_allclose([got[word] for word in words], golden, rtol=1e-7)
+        got = retrieval_metrics(
+            x[:40],
+            labels[:40],
+            gallery=x[40:],
+            gallery_labels=labels[40:],
+            metrics=words,
+        )
+        golden = (0.13463963963963965, 0.38234201, 0.21621621621621623)
+        golden += (0.19594594594594594,)
+        np.testing.assert_allclose([got[word] for word in words], golden, rtol=1e-7)
+
+    def test_perfect_and_worst(self):
+        x = np.array([[0.0], [0.1], [5.0], [5.1]])
+        best = retrieval_metrics(x, [0, 0, 1, 1])
+        assert all(best[word] == 1.0 for word in METRICS)
+        worst = retrieval_metrics(x, [0, 1, 0, 1])
+        assert worst["recall@1"] == worst["map@r"] == 0.0
+        assert worst["recall@5"] == 1.0
+        assert worst["mrr"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+
+    @pytest.mark.parametrize("n", [40, 1000])
+    def test_order_of_the_rows_does_not_matter(self, rng, n):
+        x, y = np.float32(rng.normal(size=(n, 4))), rng.integers(0, 9, n)
+        order = rng.permutation(n)
+        first, second = retrieval_metrics(x, y), retrieval_metrics(x[order], y[order])
+        assert first == pytest.approx(second, abs=1e-12)
+
+    def test_labels_of_every_kind_agree(self, rng):
+        x, y = rng.normal(size=(30, 3)), rng.integers(0, 4, 30)
+        expected = retrieval_metrics(x, y)
+        names = np.array(["ant", "bee", "cat", "dog"])
+        for labels in (
+            y.tolist(),
+            np.float32(y),
+            y[:, None],
+            y + 2**40,
+            names[y],
+            names.astype(object)[y],
+            np.eye(4)[y],
+        ):
+            assert retrieval_metrics(x, labels) == expected
+
+    def test_cosine_ignores_lengths(self, rng):
+        x, y = rng.normal(size=(50, 3)), rng.integers(0, 5, 50)
+        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+        scaled = unit * rng.uniform(0.1, 10, size=(50, 1))
+        assert retrieval_metrics(scaled, y, distance="cosine") == pytest.approx(
+            retrieval_metrics(unit, y)
+        )
+
+    def test_all_embeddings_at_one_point(self):
+        # Neighbours in the order of the rows: nothing is found by chance alone.
+        got = retrieval_metrics(np.ones((6, 2)), [0, 1, 2, 2, 1, 0])
+        assert got["recall@1"] == pytest.approx(1 / 6)
+        assert got["lone_queries"] == 0
+
+    def test_clustering(self, rng):
+        pytest.importorskip("sklearn")
+        y = np.repeat(np.arange(4), 20)
+        x = rng.normal(size=(80, 2)) * 0.01 + np.eye(4)[y][:, :2] + y[:, None]
+        got = retrieval_metrics(x, y, metrics=("nmi", "ami"))
+        assert got["nmi"] == pytest.approx(1.0)
+        assert got["ami"] == pytest.approx(1.0)
+        shuffled = retrieval_metrics(x, rng.permutation(y), metrics=("ami",))
+        assert abs(shuffled["ami"]) < 0.1
+        assert "nmi" not in shuffled
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            ({"labels": [0, 0]}, "labels.*3 labels"),
+            ({"labels": [0, 1, 2]}, "occurs twice"),
+            ({"labels": [[1, 1], [0, 1], [1, 0]]}, "single 1"),
+            ({"embeddings": np.ones(3)}, "embeddings"),
+            ({"embeddings": [[1.0], [np.nan], [2.0]]}, "embeddings.*row 1"),
+            ({"gallery": np.ones((2, 2))}, "gallery_labels"),
+            ({"gallery": np.ones((2, 2)), "gallery_labels": [7, 8]}, "gallery"),
+            ({"gallery": np.ones((2, 3)), "gallery_labels": [0, 1]}, "gallery"),
+            ({"metrics": ()}, "metrics"),
+            ({"metrics": ("recall@0",)}, "recall@0"),
+            ({"metrics": ("recal@1",)}, "Did you mean 'recall@1'"),
+            ({"metrics": ("map",)}, "map@r"),
+            ({"metrics": (3,)}, "metrics"),
+            ({"distance": "angular"}, "distance"),
+        ],
+    )
+    def test_bad_input(self, change, expected):
+        arguments = {"embeddings": np.ones((3, 2)), "labels": [0, 0, 1]} | change
+        with pytest.raises(ValueError, match=expected):
+            retrieval_metrics(**arguments)
+
+    def test_wrong_types(self):
+        x = np.ones((2, 1))
+        for labels in ([0.5, 0.5], [np.nan, 1.0], [None, None]):
+            with pytest.raises(TypeError, match="labels"):
+                retrieval_metrics(x, labels)
+        with pytest.raises(TypeError, match="gallery_labels"):
+            retrieval_metrics(x, [0, 0], gallery=x, gallery_labels=["0", "0"])
+
+
+def all_pairs(x, y):
+    pairs = np.array([(i, j) for i in range(len(x)) for j in range(i + 1, len(x))])
+    distances = np.linalg.norm(
+        np.float64(x)[pairs[:, 0]] - np.float64(x)[pairs[:, 1]], axis=1
+    )
+    return (
+        pairs,
+        np.float32(distances),
+        np.asarray(y)[pairs[:, 0]] == np.asarray(y)[pairs[:, 1]],
+    )
+
+
+def of_scikit_learn(is_same, distances):
+    far, tar, _ = sk.roc_curve(is_same, -distances, drop_intermediate=False)
+    precision, recall, _ = sk.precision_recall_curve(is_same, -distances)
+    i = np.argmax(far + tar - 1 >= 0)
+    share = (1 - far[i - 1] - tar[i - 1]) / np.diff(far + tar)[i - 1]
+    accuracies = [np.mean((distances <= t) == is_same) for t in np.unique(distances)]
+    return {
+        "auc": sk.roc_auc_score(is_same, -distances),
+        "eer": far[i - 1] + share * (far[i] - far[i - 1]),
+        "tar@0.1": tar[far <= 0.1].max(),
+        "tar@0.01": tar[far <= 0.01].max(),
+        "tar@0.001": tar[far <= 0.001].max(),
+        "accuracy": max([np.mean(~is_same), *accuracies]),
+        "f1": np.max(2 * precision * recall / np.maximum(precision + recall, 1e-9)),
+    }
+
+
+def separable(rng, n=90, classes=6):
+    y = rng.integers(0, classes, n)
+    return np.float32(rng.normal(size=(n, 4)) + rng.normal(size=(classes, 4))[y] * 2), y
+
+
+class TestVerification:
+    @pytest.mark.parametrize(
+        "given", ["labels", "pairs and labels", "pairs and is_same"]
+    )
+    @pytest.mark.parametrize("decimals", [0, 7])
+    def test_equals_scikit_learn(self, rng, given, decimals):
+        # few distinct distances without decimals: many ties
+        x, y = separable(rng)
+        x = np.round(x, decimals)
+        pairs, distances, is_same = all_pairs(x, y)
+        arguments = {
+            "labels": {"labels": y},
+            "pairs and labels": {"labels": y, "pairs": pairs},
+            "pairs and is_same": {"pairs": pairs, "is_same": is_same},
+        }[given]
+        expected = of_scikit_learn(is_same, distances)
+        got = verification_metrics(x, metrics=tuple(expected), **arguments)
+        # GEMM rounds ties apart, the differences of rows do not.
+        tolerance = 1e-12 if given != "labels" else (1e-6 if decimals else None)
+        if tolerance is not None:
+            for word, value in expected.items():
+                assert got[word] == pytest.approx(value, abs=tolerance), word
+        assert got["same_pairs"] == is_same.sum()
+        assert got["different_pairs"] == (~is_same).sum()
+
+    def test_operating_points(self, rng):
+        x, y = separable(rng)
+        _, distances, is_same = all_pairs(x, y)
+        curve = verification_curve(x, y)
+        points = [curve.best("accuracy"), curve.best("f1"), curve.at_far(0.05)]
+        for point in points:
+            accepted = distances <= point.threshold * (1 + 1e-6)
+            assert point.accuracy == pytest.approx((accepted == is_same).mean())
+            assert point.precision == pytest.approx(is_same[accepted].mean())
+            assert point.recall == pytest.approx(accepted[is_same].mean())
+            assert point.far == pytest.approx(accepted[~is_same].mean())
+            assert point.f1 == pytest.approx(sk.f1_score(is_same, accepted))
+        assert points[2].far <= 0.05
+
+    @pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
+    def test_the_histogram_agrees_with_sorting(self, rng, monkeypatch, distance):
+        x, y = separable(rng, n=700, classes=20)
+        x[5] = x[6] = x[7]
+        sorted_ = verification_curve(x, y, distance=distance)
+        monkeypatch.setattr(verification, "_SORTED", 0)
+        counted = verification_curve(x, y, distance=distance)
+        assert counted.same[-1] == sorted_.same[-1]
+        assert counted.different[-1] == sorted_.different[-1]
+        assert counted.auc == pytest.approx(sorted_.auc, abs=1e-7)
+        assert counted.eer == pytest.approx(sorted_.eer, abs=1e-5)
+        if distance != "euclidean":  # whose root rounds two floats to one
+            at = np.searchsorted(sorted_.thresholds, counted.thresholds, side="right")
+            np.testing.assert_array_equal(sorted_.same[at - 1], counted.same)
+            np.testing.assert_array_equal(sorted_.different[at - 1], counted.different)
+        assert (np.diff(counted.thresholds) > 0).all()
+
+    @pytest.mark.parametrize("sorted_pairs", [0, 10**6])
+    def test_collapsed_and_perfect(self, monkeypatch, sorted_pairs):
+        monkeypatch.setattr(verification, "_SORTED", sorted_pairs)
+        y = np.arange(30) % 3
+        words = ("auc", "eer", "tar@0.01", "accuracy")
+        got = verification_metrics(np.full((30, 2), 0.7), y, metrics=words)
+        assert (got["auc"], got["eer"], got["tar@0.01"]) == (0.5, 0.5, 0.0)
+        assert got["accuracy"] == pytest.approx(1 - 135 / 435)
+        perfect = verification_metrics(np.eye(3)[y], y, metrics=words)
+        assert [perfect[word] for word in words] == [1.0, 0.0, 1.0, 1.0]
+
+    def test_accepting_nothing_is_a_threshold(self):
+        curve = verification_curve([[0.0], [1.0], [9.0], [10.0]], ["a", "b", "b", "a"])
+        assert curve.best("accuracy").threshold == -np.inf
+        assert curve.best("accuracy").precision == 0.0
+        assert curve.at_far(0.0).recall == 0.0
+
+    def test_folds_equal_loops(self, rng):
+        x, y = separable(rng)
+        pairs, distances, is_same = all_pairs(x, y)
+        some = rng.permutation(len(pairs))[:900]
+        pairs, distances, is_same = pairs[some], distances[some], is_same[some]
+        fold_of = rng.integers(0, 5, 900)
+        got = verification_folds(x, pairs, is_same, folds=fold_of)
+        expected = []
+        for fold in range(5):
+            inside = fold_of == fold
+            thresholds = np.unique(distances[~inside])
+            best = max(
+                thresholds,
+                key=lambda t: np.mean((distances[~inside] <= t) == is_same[~inside]),
+            )
+            expected.append(np.mean((distances[inside] <= best) == is_same[inside]))
+        np.testing.assert_allclose(got.accuracies, expected, atol=1e-12)
+        assert got.accuracy == pytest.approx(np.mean(expected))
+        assert got.standard_error == pytest.approx(np.std(expected, ddof=1) / 5**0.5)
+
+    def test_folds_by_number_are_runs_of_either_kind(self, rng):
+        # the layout of LFW: 3 folds, each 4 same pairs, then 4 different ones
+        is_same = np.tile(np.repeat([True, False], 4), 3)
+        x = rng.normal(size=(48, 3))
+        pairs = np.arange(48).reshape(24, 2)
+        own = verification_folds(x, pairs, is_same, folds=np.repeat(np.arange(3), 8))
+        cut = verification_folds(x, pairs, is_same, folds=3)
+        np.testing.assert_array_equal(own.accuracies, cut.accuracies)
+
+    def test_pair_distances(self, rng):
+        x = np.float32(rng.normal(size=(9, 3)))
+        pairs = rng.integers(0, 9, size=(20, 2))
+        a, b = np.float64(x[pairs[:, 0]]), np.float64(x[pairs[:, 1]])
+        squares = ((a - b) ** 2).sum(axis=1)
+        cosine = 1 - (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(
+            b, axis=1
+        )
+        for distance, expected in (
+            ("euclidean", np.sqrt(squares)),
+            ("squared_euclidean", squares),
+            ("cosine", cosine),
+        ):
+            got = pair_distances(x, pairs, distance=distance)
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            ({"labels": None}, "neither"),
+            ({"pairs": [[0, 1]], "is_same": [1]}, "both"),
+            ({"labels": None, "is_same": [True]}, "pairs"),
+            ({"labels": [0, 0, 0]}, "0 different pairs"),
+            ({"labels": [0, 1, 2]}, "0 same"),
+            ({"pairs": [[0, 3]]}, "rows 0 ... 2"),
+            ({"pairs": [0, 1]}, r"\(pairs, 2\)"),
+            ({"pairs": [[0, 1]], "labels": None, "is_same": [1, 0]}, "1 booleans"),
+            ({"pairs": [[0, 1]], "labels": None, "is_same": [2]}, "is_same"),
+            ({"pairs": [[0, 1]], "labels": None, "is_same": [1]}, "1 same and 0"),
+            ({"metrics": ("tar@2",)}, "tar@2"),
+            ({"metrics": ("tar@x",)}, "tar@x"),
+            ({"metrics": ("roc_auc",)}, "'auc'"),
+            ({"distance": "angular"}, "distance"),
+        ],
+    )
+    def test_bad_input(self, change, expected):
+        arguments = {"embeddings": np.eye(3), "labels": [0, 0, 1]} | change
+        with pytest.raises(ValueError, match=expected):
+            verification_metrics(**arguments)
+
+    def test_bad_points_and_folds(self):
+        curve = verification_curve(np.eye(3), [0, 0, 1])
+        with pytest.raises(ValueError, match="criterion"):
+            curve.best("auc")
+        with pytest.raises(ValueError, match="far"):
+            curve.at_far(1.5)
+        pairs, is_same = [[0, 1], [0, 2], [1, 2], [1, 0]], [1, 0, 0, 1]
+        for folds in (1, 3, [0, 0, 0, 0], [0, 1]):
+            with pytest.raises(ValueError, match="folds"):
+                verification_folds(np.eye(3), pairs, is_same, folds=folds)
+        with pytest.raises(TypeError, match="pairs"):
+            pair_distances(np.eye(3), [[0.0, 1.0]])

@@ -1,0 +1,313 @@
+"""embed and search against plain loops, on every kind of input."""
+
+import keras
+import numpy as np
+import pytest
+
+from kerastrip.augmentation import Augmentation
+from kerastrip.inference import embed, embed_with_targets, nearest, search
+from kerastrip.losses import TripletLoss
+
+DISTANCES = ("euclidean", "squared_euclidean", "cosine")
+
+
+def brute_force(queries, gallery, k, distance):
+    """All distances in float64, a stable sort."""
+    queries, gallery = np.float64(queries), np.float64(gallery)
+    if distance == "cosine":
+        lengths = [np.linalg.norm(rows, axis=1) for rows in (queries, gallery)]
+        product = lengths[0][:, None] * lengths[1]
+        table = 1 - queries @ gallery.T / np.where(product, product, 1)
+    else:
+        table = np.array([[((q - g) ** 2).sum() for g in gallery] for q in queries])
+        table = np.sqrt(table) if distance == "euclidean" else table
+    order = np.argsort(table, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(table, order, axis=1), order
+
+
+class TestSearch:
+    @pytest.mark.parametrize("distance", DISTANCES)
+    @pytest.mark.parametrize(
+        ("n", "m", "k"),
+        [(1, 1, 1), (20, 30, 5), (300, 900, 7), (3, 3, 3), (5, 700, 300), (4, 999, 1)],
+    )
+    def test_equals_brute_force(self, rng, distance, n, m, k):
+        queries, gallery = rng.normal(size=(n, 5)), rng.normal(size=(m, 5))
+        queries, gallery = np.float32(queries), np.float32(gallery)
+        distances, indices = search(queries, gallery, k, distance=distance)
+        expected, order = brute_force(queries, gallery, k, distance)
+        np.testing.assert_array_equal(indices, order)
+        np.testing.assert_allclose(distances, expected, rtol=1e-5, atol=1e-7)
+        assert distances.dtype == np.float32
+        assert indices.dtype == np.int64
+
+    @pytest.mark.parametrize("distance", DISTANCES)
+    def test_equal_rows_come_in_the_order_of_the_index(self, rng, distance):
+        rows = np.float32(rng.normal(size=(40, 6)))
+        gallery = np.repeat(rows, 5, axis=0)[rng.permutation(200)]
+        _, indices = search(rows, gallery, 5, distance=distance)
+        for row, found in zip(rows, indices, strict=True):
+            twins = np.flatnonzero((gallery == row).all(axis=1))
+            np.testing.assert_array_equal(found, twins)
+
+    def test_all_rows_at_one_point(self):
+        distances, indices = search(np.full((7, 3), 0.3), np.full((500, 3), 0.3), 4)
+        np.testing.assert_array_equal(indices, np.tile(np.arange(4), (7, 1)))
+        np.testing.assert_array_equal(distances, 0)
+
+    def test_accurate_far_from_the_origin(self, rng):
+        gallery = np.float32(rng.normal(size=(300, 8)) * 1e-2 + 100)
+        distances, indices = search(gallery, gallery, 3)
+        expected, order = brute_force(gallery, gallery, 3, "euclidean")
+        np.testing.assert_array_equal(indices, order)
+        np.testing.assert_allclose(distances, expected, rtol=1e-4)
+
+    def test_row_of_zeros_is_at_cosine_distance_one(self):
+        gallery = np.array([[0.0, 0.0], [-1.0, 0.0], [3.0, 4.0]])
+        distances, indices = search([[1.0, 0.0]], gallery, 3, distance="cosine")
+        np.testing.assert_array_equal(indices, [[2, 0, 1]])
+        np.testing.assert_allclose(distances, [[0.4, 1.0, 2.0]], rtol=1e-6)
+        distances, _ = search([[0.0, 0.0]], gallery, 3, distance="cosine")
+        np.testing.assert_array_equal(distances, [[1.0, 1.0, 1.0]])
+
+    def test_more_queries_than_one_block(self, rng):
+        rows = np.float32(rng.normal(size=(1000, 3)))
+        distances, indices = search(rows, rows, 1)
+        np.testing.assert_array_equal(indices[:, 0], np.arange(1000))
+        np.testing.assert_array_equal(distances, 0)
+
+    @pytest.mark.parametrize(
+        ("queries", "gallery", "k", "expected"),
+        [
+            (np.ones((2, 3)), np.ones((2, 4)), 1, "gallery"),
+            (np.ones((2, 3)), np.ones((2, 3)), 3, "at most the 2 rows"),
+            (np.ones((2, 3)), np.ones((2, 3)), 0, "`k`"),
+            (np.ones(3), np.ones((2, 3)), 1, r"queries.*\(n, dim\)"),
+            (np.ones((0, 3)), np.ones((2, 3)), 1, "queries"),
+            ([[1.0], [np.nan]], [[1.0]], 1, "queries.*1 of 2 rows.*row 1"),
+            ([[1.0]], [[np.inf]], 1, "gallery.*row 0"),
+            ([[1.0]], [[1e30]], 1, "gallery.*under 1e"),
+        ],
+    )
+    def test_bad_input(self, queries, gallery, k, expected):
+        with pytest.raises(ValueError, match=expected):
+            search(queries, gallery, k)
+
+    def test_wrong_types_and_words(self):
+        with pytest.raises(TypeError, match="queries"):
+            search([["a"]], [[1.0]], 1)
+        with pytest.raises(ValueError, match="Did you mean 'euclidean'"):
+            search([[1.0]], [[1.0]], 1, distance="euclidian")
+
+
+@pytest.mark.parametrize("k", [1, 3, 17, 400])
+@pytest.mark.parametrize("levels", [1, 2, 50, 10**9])
+def test_nearest_orders_ties_by_column(rng, k, levels):
+    block = np.float32(rng.integers(0, levels, size=(30, 400)))
+    block[:, ::7] *= np.float32(-0.0)  # zeros of both signs are equal
+    expected = np.argsort(block, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(nearest(block, k), expected)
+
+
+def linear_model(dim=4):
+    return keras.Sequential([keras.Input((dim,)), keras.layers.Dense(3)])
+
+
+def two_headed(compiled=True):
+    x = keras.Input((4,))
+    emb = keras.layers.Dense(3, name="emb")(x)
+    probs = keras.layers.Dense(7, activation="softmax", name="probs")(x)
+    model = keras.Model(x, [probs, emb])
+    if compiled:
+        model.compile("sgd", ["categorical_crossentropy", TripletLoss()])
+    return model, keras.Model(x, emb)
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, x, y=None, size=4):
+        super().__init__()
+        self.x, self.y, self.size = x, y, size
+
+    def __len__(self):
+        return -(-len(self.x) // self.size)
+
+    def __getitem__(self, i):
+        part = slice(i * self.size, (i + 1) * self.size)
+        return (self.x[part],) if self.y is None else (self.x[part], self.y[part])
+
+
+@pytest.mark.backend
+class TestEmbed:
+    def test_equals_predict_in_order(self, rng):
+        model, x = linear_model(), np.float32(rng.normal(size=(10, 4)))
+        expected = model.predict(x, verbose=0)
+        for batch_size in (1, 3, 10, 64):
+            rows = embed(model, x, batch_size=batch_size)
+            np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-6)
+            assert rows.dtype == np.float32
+
+    def test_dict_and_tuple_of_arrays(self, rng):
+        a, b = keras.Input((2,), name="a"), keras.Input((2,), name="b")
+        both = keras.layers.Dense(3)(keras.layers.Concatenate()([a, b]))
+        x, y = np.float32(rng.normal(size=(2, 7, 2)))
+        by_name = keras.Model({"a": a, "b": b}, both)
+        expected = by_name.predict({"a": x, "b": y}, verbose=0)
+        got = embed(by_name, {"b": y, "a": x}, batch_size=4)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+        got = embed(keras.Model((a, b), both), (x, y), batch_size=4)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+    def test_batches_with_and_without_targets(self, rng):
+        model, x = linear_model(), np.float32(rng.normal(size=(10, 4)))
+        y = np.arange(10)
+        expected = model.predict(x, verbose=0)
+        np.testing.assert_allclose(embed(model, Batches(x)), expected, rtol=1e-5)
+        rows, targets = embed_with_targets(model, Batches(x, y))
+        np.testing.assert_allclose(rows, expected, rtol=1e-5)
+        np.testing.assert_array_equal(targets, y)
+
+    def test_a_sampler_is_read_by_its_source(self, rng):
+        model, x = linear_model(), np.float32(rng.normal(size=(9, 4)))
+        from kerastrip.sampler import PKSampler
+
+        sampler = PKSampler(
+            x,
+            np.arange(9) % 4,
+            classes_per_batch=2,
+            samples_per_class=3,
+            augment=lambda image, rng: image + 100,
+        )
+        np.testing.assert_allclose(
+            embed(model, sampler), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6
+        )
+
+    def test_takes_the_output_with_the_metric_loss(self, rng):
+        x = np.float32(rng.normal(size=(5, 4)))
+        model, head = two_headed()
+        expected = head.predict(x, verbose=0)
+        for output in (None, "emb", 1):
+            got = embed(model, x, output=output)
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+        assert embed(model, x, output="probs").shape == (5, 7)
+
+    def test_uncompiled_model_with_several_outputs_asks(self, rng, tmp_path):
+        model, head = two_headed()
+        model.save(tmp_path / "m.keras")
+        loaded = keras.models.load_model(tmp_path / "m.keras", compile=False)
+        x = np.float32(rng.normal(size=(5, 4)))
+        with pytest.raises(ValueError, match=r"'probs', 'emb'.*output="):
+            embed(loaded, x)
+        np.testing.assert_allclose(
+            embed(loaded, x, output="emb"), head.predict(x, verbose=0), rtol=1e-5
+        )
+        with pytest.raises(ValueError, match="'probs', 'emb', received 'embedding'"):
+            embed(loaded, x, output="embedding")
+
+    def test_subclassed_model_with_several_outputs_asks(self):
+        class Two(keras.Model):
+            def call(self, x):
+                return x, 2 * x
+
+        with pytest.raises(ValueError, match=r"2 outputs.*output="):
+            embed(Two(), np.ones((3, 2)))
+        np.testing.assert_array_equal(embed(Two(), np.ones((3, 2)), output=1), 2)
+
+    def test_one_trace_for_all_calls(self):
+        class Counter(keras.layers.Layer):
+            traces = 0
+
+            def call(self, x):
+                Counter.traces += 1
+                return x
+
+        model = keras.Sequential([keras.Input((4,)), Counter(), keras.layers.Dense(2)])
+        embed(model, np.ones((10, 4)), batch_size=4)
+        if keras.backend.backend() == "torch":
+            pytest.skip("runs eagerly")
+        first = Counter.traces
+        for n in (4, 7, 8, 100):
+            embed(model, np.ones((n, 4)), batch_size=4)
+        assert Counter.traces == first
+
+    def test_batch_norm_is_not_disturbed_by_filling(self, rng):
+        model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
+        x = np.float32(rng.normal(size=(7, 4)))
+        np.testing.assert_allclose(
+            embed(model, x, batch_size=4), embed(model, x, batch_size=7), rtol=1e-6
+        )
+
+    def test_views(self, rng):
+        images = rng.integers(0, 255, size=(6, 4, 4, 3), dtype=np.uint8)
+        model = keras.Sequential(
+            [keras.Input((4, 4, 3)), keras.layers.Flatten(), keras.layers.Dense(3)]
+        )
+
+        def noise(image, rng):
+            return np.uint8(image // 2 + rng.integers(0, 100, size=image.shape))
+
+        augmentation = Augmentation(noise, seed=3)
+        got = embed(model, images, augmentation=augmentation, views=3, batch_size=4)
+        total = np.zeros((6, 3))
+        for view in range(3):
+            seen = [augmentation(image, view, i) for i, image in enumerate(images)]
+            rows = model.predict(np.stack(seen), verbose=0)
+            total += rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        total /= np.linalg.norm(total, axis=1, keepdims=True)
+        np.testing.assert_allclose(got, total, rtol=1e-4, atol=1e-5)
+        one = embed(model, images, augmentation=augmentation)
+        seen = [augmentation(image, 0, i) for i, image in enumerate(images)]
+        np.testing.assert_allclose(
+            one, model.predict(np.stack(seen), verbose=0), rtol=1e-4, atol=1e-4
+        )
+
+    def test_mixed_precision_gives_float32(self):
+        x = keras.Input((4,))
+        rows = keras.layers.Dense(3, dtype="mixed_bfloat16")(x)
+        got = embed(keras.Model(x, rows), np.ones((5, 4)))
+        assert got.dtype == np.float32
+        assert np.isfinite(got).all()
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            ({"batch_size": 0}, "batch_size"),
+            ({"views": 0}, "views"),
+            ({"views": 2}, "views.*augmentation"),
+        ],
+    )
+    def test_bad_options(self, change, expected):
+        with pytest.raises(ValueError, match=expected):
+            embed(linear_model(), np.ones((2, 4)), **change)
+
+    def test_bad_data(self):
+        model = linear_model()
+        with pytest.raises(ValueError, match="at least one"):
+            embed(model, np.ones((0, 4)))
+        with pytest.raises(ValueError, match="at least one batch"):
+            embed(model, Batches(np.ones((0, 4))))
+        with pytest.raises(ValueError, match="augmentation"):
+            embed(model, Batches(np.ones((2, 4))), augmentation=lambda x: x)
+        image = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Conv2D(2, 3)])
+        with pytest.raises(ValueError, match=r"\(batch, dim\).*\(2, 2, 2, 2\)"):
+            embed(image, np.ones((2, 4, 4, 1)))
+
+    def test_progress_bar_only_when_asked(self, capsys):
+        embed(linear_model(), np.ones((6, 4)), batch_size=2)
+        assert capsys.readouterr().out == ""
+        embed(linear_model(), np.ones((6, 4)), batch_size=2, verbose=True)
+        assert "6/6" in capsys.readouterr().out
+
+
+def test_tf_dataset(rng):
+    tf = pytest.importorskip("tensorflow")
+    model, x = linear_model(), np.float32(rng.normal(size=(10, 4)))
+    y = np.arange(10, dtype=np.int32)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(10).batch(4)
+    rows, targets = embed_with_targets(model, data)
+    np.testing.assert_allclose(
+        rows, model.predict(x, verbose=0)[targets], rtol=1e-5, atol=1e-6
+    )
+    alone = tf.data.Dataset.from_tensor_slices(x).batch(4)
+    np.testing.assert_allclose(
+        embed(model, alone), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6
+    )

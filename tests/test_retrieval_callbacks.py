@@ -1,0 +1,289 @@
+"""RetrievalEvaluation and VerificationEvaluation in small trainings."""
+
+import csv
+import subprocess
+import sys
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+from kerastrip.callbacks import RetrievalEvaluation, VerificationEvaluation
+from kerastrip.evaluation import retrieval_metrics
+from kerastrip.inference import embed
+from kerastrip.losses import TripletLoss
+from kerastrip.verification import verification_metrics
+
+pytestmark = pytest.mark.backend
+
+
+@pytest.fixture
+def data(rng):
+    y = np.arange(24) % 4
+    x = np.float32(rng.normal(size=(24, 5)) + 2 * rng.normal(size=(4, 5))[y])
+    return x, y
+
+
+def small_model(rate=0.1):
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
+    model.compile(keras.optimizers.SGD(rate), TripletLoss())
+    return model
+
+
+class Recorder(keras.callbacks.Callback):
+    """Figures of the model after each epoch, measured by hand."""
+
+    def __init__(self, measure):
+        super().__init__()
+        self.measure, self.measured = measure, []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.measured.append(self.measure(self.model))
+
+
+def fit(model, data, callbacks, epochs=3):
+    return model.fit(
+        *data, batch_size=12, epochs=epochs, verbose=0, callbacks=callbacks
+    ).history
+
+
+def test_retrieval_joins_the_logs_with_the_figures_of_that_epoch(data):
+    x, y = data
+    recorder = Recorder(lambda model: retrieval_metrics(embed(model, x), y))
+    history = fit(small_model(), data, [RetrievalEvaluation(x, y), recorder])
+    for word in ("recall@1", "map@r"):
+        expected = [figures[word] for figures in recorder.measured]
+        assert history[f"val_{word}"] == pytest.approx(expected)
+    assert len(set(history["val_map@r"])) == 3  # the model has learned
+
+
+def test_verification_joins_the_logs_with_the_figures_of_that_epoch(data):
+    x, y = data
+    recorder = Recorder(lambda model: verification_metrics(embed(model, x), y))
+    callback = VerificationEvaluation(x, y, prefix="held_out_")
+    history = fit(small_model(), data, [callback, recorder])
+    for word in ("auc", "eer", "tar@0.01"):
+        expected = [figures[word] for figures in recorder.measured]
+        assert history[f"held_out_{word}"] == pytest.approx(expected)
+    assert callback.results[0]["same_pairs"] == 4 * 15
+
+
+def test_verification_of_a_list_of_pairs(data, rng):
+    x, y = data
+    pairs = rng.integers(0, 24, size=(50, 2))
+    is_same = y[pairs[:, 0]] == y[pairs[:, 1]]
+    by_label = VerificationEvaluation(x, y, pairs=pairs)
+    by_flag = VerificationEvaluation(x, pairs=pairs, is_same=is_same, prefix="b_")
+    history = fit(small_model(), data, [by_label, by_flag])
+    assert history["val_auc"] == history["b_auc"]
+    assert by_label.results[2]["same_pairs"] == is_same.sum()
+
+
+def test_a_sampler_is_read_once_in_order_and_not_augmented(data):
+    from kerastrip.sampler import PKSampler
+
+    x, y = data
+    sampler = PKSampler(
+        x,
+        y,
+        classes_per_batch=2,
+        samples_per_class=4,
+        augment=lambda image, rng: image * 0,
+    )
+    first = RetrievalEvaluation(sampler)
+    second = RetrievalEvaluation(x, y, prefix="again_")
+    history = fit(small_model(), data, [first, second])
+    assert history["val_map@r"] == history["again_map@r"]
+    assert first.results[0]["queries"] == 24
+
+
+class TwoTargets(keras.utils.PyDataset):
+    def __init__(self, x, y):
+        super().__init__()
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        part = slice(i * 8, (i + 1) * 8)
+        return self.x[part], (np.float32(np.eye(4)[self.y[part]]), self.y[part])
+
+
+def two_headed():
+    x = keras.Input((5,))
+    model = keras.Model(
+        x,
+        [
+            keras.layers.Dense(4, activation="softmax", name="probs")(x),
+            keras.layers.Dense(3, name="emb")(x),
+        ],
+    )
+    model.compile("sgd", ["categorical_crossentropy", TripletLoss()])
+    return model
+
+
+def test_a_dataset_gives_the_labels_of_the_embedding_output(data):
+    x, y = data
+    one_hot = np.float32(np.eye(4)[y])
+    first = RetrievalEvaluation(TwoTargets(x, y))
+    second = RetrievalEvaluation(x, one_hot, prefix="again_")
+    model = two_headed()
+    history = model.fit(
+        x, (one_hot, y), epochs=2, verbose=0, callbacks=[first, second]
+    ).history
+    assert history["val_map@r"] == history["again_map@r"]
+
+
+def test_monitors_listed_after_it_work(data, tmp_path):
+    x, y = data
+    path = str(tmp_path / "best.keras")
+    callbacks = [
+        RetrievalEvaluation(x, y),
+        VerificationEvaluation(x, y),
+        keras.callbacks.ModelCheckpoint(
+            path, monitor="val_recall@1", mode="max", save_best_only=True
+        ),
+        keras.callbacks.EarlyStopping(monitor="val_auc", mode="max", patience=1),
+        keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        history = fit(small_model(rate=0.0), data, callbacks, epochs=9)
+    assert len(history["loss"]) == 2  # never better: stopped by patience
+    keras.models.load_model(path)
+    with open(tmp_path / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["val_recall@1"]) for row in rows] == pytest.approx(
+        history["val_recall@1"]
+    )
+
+
+@pytest.mark.parametrize("kind", [RetrievalEvaluation, VerificationEvaluation])
+def test_a_monitor_listed_before_it_is_named(data, kind):
+    x, y = data
+    key = "val_recall@1" if kind is RetrievalEvaluation else "val_auc"
+    early = keras.callbacks.EarlyStopping(monitor=key, mode="max")
+    other = keras.callbacks.EarlyStopping(monitor="loss")
+    with pytest.warns(UserWarning, match="List it after") as caught:
+        fit(small_model(), data, [other, early, kind(x, y)], epochs=1)
+    ours = [w for w in caught if "List it after" in str(w.message)]
+    assert len(ours) == 1
+    assert f"EarlyStopping(monitor='{key}')" in str(ours[0].message)
+
+
+def test_every_repeats_the_last_figures_in_between(data, tmp_path):
+    x, y = data
+    callback = RetrievalEvaluation(x, y, every=3)
+    log = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    history = fit(small_model(), data, [callback, log], epochs=8)
+    assert list(callback.results) == [0, 2, 5, 7]  # the first and the last too
+    measured = [callback.results[e]["map@r"] for e in (0, 0, 2, 2, 2, 5, 5, 7)]
+    assert history["val_map@r"] == measured
+    assert "NA" not in (tmp_path / "log.csv").read_text()
+
+
+def test_resumed_training_begins_with_a_measurement(data):
+    x, y = data
+    callback = RetrievalEvaluation(x, y, every=4)
+    model = small_model()
+    model.fit(*data, epochs=2, verbose=0, callbacks=[callback])
+    callback.results.clear()
+    model.fit(*data, initial_epoch=5, epochs=9, verbose=0, callbacks=[callback])
+    assert list(callback.results) == [5, 7, 8]
+
+
+@pytest.mark.parametrize("kind", [RetrievalEvaluation, VerificationEvaluation])
+def test_a_diverged_model_is_reported_not_raised(data, kind):
+    x, y = data
+    model = small_model()
+    model.set_weights([np.full_like(w, np.nan) for w in model.get_weights()])
+    with pytest.warns(UserWarning, match="24 of 24 embeddings.*diverged"):
+        history = fit(model, data, [kind(x, y)], epochs=1)
+    figures = [v for key, v in history.items() if key.startswith("val_")]
+    assert len(figures) >= 2
+    assert np.isnan(figures).all()
+
+
+def test_an_unknown_output_fails_before_the_first_epoch(data):
+    x, y = data
+    model = two_headed()
+    begun = Recorder(lambda model: None)
+    with pytest.raises(ValueError, match="'probs', 'emb'"):
+        model.fit(
+            x,
+            (np.float32(np.eye(4)[y]), y),
+            verbose=0,
+            callbacks=[begun, RetrievalEvaluation(x, y, output="embedding")],
+        )
+    assert begun.measured == []
+
+
+def test_progress_bar_only_when_asked(data, capsys):
+    x, y = data
+    fit(small_model(), data, [RetrievalEvaluation(x, y)], epochs=1)
+    assert capsys.readouterr().out == ""
+    fit(small_model(), data, [RetrievalEvaluation(x, y, verbose=True)], epochs=1)
+    assert "24/24" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [RetrievalEvaluation, VerificationEvaluation])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"y": [0, 0]}, "`y`.*4 labels"),
+        ({"y": None}, "`y`.*label"),
+        ({"y": [0, 1, 2, 3]}, "`y`"),
+        ({"x": np.ones((0, 5))}, "at least one"),
+        ({"every": 0}, "every"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"metrics": ("recal@1",)}, "metrics"),
+        ({"metrics": ()}, "metrics"),
+        ({"distance": "l2"}, "distance"),
+    ],
+)
+def test_bad_arguments(kind, change, expected):
+    with pytest.raises(ValueError, match=expected):
+        kind(**({"x": np.ones((4, 5)), "y": [0, 0, 1, 1]} | change))
+
+
+def test_bad_pairs():
+    x, y = np.ones((4, 5)), [0, 0, 1, 1]
+    for change, expected in (
+        ({"pairs": [[0, 4]], "y": y}, "rows 0"),
+        ({"is_same": [True]}, "is_same"),
+        ({"pairs": [[0, 1]], "is_same": [True], "y": y}, "is_same"),
+        ({"pairs": [[0, 1]], "is_same": [True, False]}, "1 booleans"),
+        ({"y": [0, 0, 0, 0]}, "0 different"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            VerificationEvaluation(x, **change)
+    with pytest.raises(ValueError, match="`y`"):
+        RetrievalEvaluation(TwoTargets(x, np.array(y)), y)
+
+
+def test_a_mirrored_model_is_embedded_once_per_sample():
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("tf.distribute")
+    code = """
+import keras, numpy as np, tensorflow as tf
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+from kerastrip.callbacks import RetrievalEvaluation
+from kerastrip.inference import embed
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
+    model.compile("sgd", "mse")
+x, y = np.float32(np.random.default_rng(0).normal(size=(24, 5))), np.arange(24) % 4
+callback = RetrievalEvaluation(x, y)
+model.fit(x, np.zeros((24, 3)), batch_size=8, verbose=0, callbacks=[callback])
+kernel, bias = model.get_weights()
+np.testing.assert_allclose(embed(model, x, batch_size=5), x @ kernel + bias, rtol=1e-4)
+assert callback.results[0]["queries"] == 24
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
