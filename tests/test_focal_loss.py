@@ -318,8 +318,8 @@ def test_smoothing_is_the_same_as_smoothed_targets(rng):
 
 
 @backend
-@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8"])
-@pytest.mark.parametrize("shape", [(6,), (6, 1), (2, 3), (2, 3, 1), (1, 2, 3)])
+@pytest.mark.parametrize("dtype", ["int64", "uint8"])
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (2, 3, 2), (2, 3, 2, 1)])
 def test_sparse_labels_of_every_shape(rng, shape, dtype):
     rows = shape[:-1] if shape[-1] == 1 else shape
     logits = rng.normal(size=(*rows, 7)).astype("float32")
@@ -372,6 +372,21 @@ def test_empty_batch():
         (sparse_categorical_focal_loss, np.zeros(0, "int32")),
     ):
         assert tuple(function(y, np.zeros((0, 3), "float32")).shape) == (0,)
+
+
+@backend
+def test_labels_of_a_narrow_dtype(rng):
+    logits = rng.normal(size=(3, 300)).astype("float32")
+    labels = np.array([250, 255, 0])
+    words = {"from_logits": True, "ignore_class": -1}  # neither fits into uint8
+    for loss in (
+        SparseCategoricalFocalLoss(**words),
+        lambda y, x: sparse_categorical_focal_loss(y, x, **words),
+    ):
+        np.testing.assert_array_equal(
+            as_numpy(loss(labels.astype("uint8"), logits)),
+            as_numpy(loss(labels, logits)),
+        )
 
 
 # Ignored and impossible labels

@@ -263,19 +263,7 @@ def sparse_categorical_focal_loss(
     """
     ignore_class = _ignored(ignore_class)
     y_pred, shape = _predictions(y_pred, None)
-    labels = ops.convert_to_tensor(y_true)
-    dtype = keras.backend.standardize_dtype(labels.dtype)
-    if "int" not in dtype and dtype != "bool":
-        told, advice = _checks.Told(f"dtype {dtype}"), "Cast class ids to int32."
-        raise TypeError(_checks.message("y_true", "an integer dtype", told, advice))
-    label_shape = _shape("y_true", labels)
-    if len(label_shape) == len(shape) and label_shape[-1] == 1:
-        labels = ops.squeeze(labels, axis=-1)
-    advice = "One-hot rows go to the categorical focal loss."
-    _same_shape(labels, shape[:-1], advice)
-    if dtype != "int64":  # uint8 cannot be compared with 300
-        labels = ops.cast(labels, "int32")
-
+    labels = _labels(y_true, shape)
     known = ops.logical_and(labels >= 0, labels < shape[-1])
     values = categorical_focal_loss(
         ops.one_hot(ops.where(known, labels, 0), shape[-1], dtype=y_pred.dtype),
@@ -504,7 +492,7 @@ class SparseCategoricalFocalLoss(LabelLoss):
             "mean",
         ):
             return values
-        counted = ops.reshape(y_true, ops.shape(values)) != self.ignore_class
+        counted = _labels(y_true, _shape("y_pred", y_pred)) != self.ignore_class
         share = ops.mean(ops.cast(counted, values.dtype))
         return _numerics.safe_divide(values, share)
 
@@ -586,6 +574,22 @@ def _predictions(y_pred: Any, alpha: Any) -> tuple[Any, tuple[Any, ...]]:
         expected = f"a number or {shape[-1]} numbers, one per class"
         raise ValueError(_checks.message("alpha", expected, alpha))
     return y_pred, shape
+
+
+def _labels(y_true: Any, shape: tuple[int | None, ...]) -> Any:
+    """Integer labels of the shape (batch, ...) for predictions of static `shape`."""
+    labels = ops.convert_to_tensor(y_true)
+    dtype = keras.backend.standardize_dtype(labels.dtype)
+    if "int" not in dtype and dtype != "bool":
+        told, advice = _checks.Told(f"dtype {dtype}"), "Cast class ids to int32."
+        raise TypeError(_checks.message("y_true", "an integer dtype", told, advice))
+    label_shape = _shape("y_true", labels)
+    if len(label_shape) == len(shape) and label_shape[-1] == 1:
+        labels = ops.squeeze(labels, axis=-1)
+    advice = "One-hot rows go to the categorical focal loss."
+    _same_shape(labels, shape[:-1], advice)
+    # A narrow dtype can be compared neither with -1 nor with 300.
+    return labels if dtype == "int64" else ops.cast(labels, "int32")
 
 
 def _same_shape(y_true: Any, expected: tuple[int | None, ...], advice: str) -> None:
