@@ -92,9 +92,10 @@ class WorkerPool:
             RuntimeError: if a worker died, before or during this call.
             Exception: what `work` raised, with the traceback of the worker.
         """
-        slot = self._free.get()
+        slot, task = self._free.get(), None
         try:
-            self._executor.submit(_run, slot, args).result()
+            task = self._executor.submit(_run, slot, args)
+            task.result()
             return [view.copy() for view in self._views[slot]]
         except BrokenProcessPool as error:
             raise RuntimeError(
@@ -104,7 +105,10 @@ class WorkerPool:
                 f"or with use_multiprocessing=False to see the cause. ({error})"
             ) from error
         finally:
-            self._free.put(slot)
+            if task is None or task.done():
+                self._free.put(slot)
+            else:  # Ctrl-C while the worker still writes there
+                task.add_done_callback(lambda _: self._free.put(slot))
 
     def close(self) -> None:
         """Ends the workers; calls after this fail."""

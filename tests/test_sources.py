@@ -175,5 +175,5 @@ def test_an_array_that_does_not_index_by_rows_is_refused():
         def __getitem__(self, indices):
             return object()
 
-    with pytest.raises(TypeError, match="shape \\(2, 3\\) for 2 rows.*NumPy array"):
+    with pytest.raises(TypeError, match=r"shape \(2, 3\) for 2 rows.*NumPy array"):
         as_source(Sparse()).take([0, 2])

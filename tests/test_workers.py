@@ -1,0 +1,235 @@
+"""The worker pool: right answers, and an end or an error in every bad case."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from kerastrip import _workers
+from kerastrip._workers import InFlight, LookAhead, WorkerPool
+
+pytestmark = pytest.mark.backend
+
+LAYOUT = [((3, 4), np.dtype("float32")), ((5,), np.dtype("uint8"))]
+
+
+class Unpicklable(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+def work(number, what=""):
+    if what == "pid":
+        number = os.getpid() % 251
+    if what == "raise":
+        raise ValueError(f"no batch for {number}")
+    if what == "awkward":
+        raise Unpicklable("this", number)
+    if what == "leave":
+        sys.exit(3)
+    if what == "shape":
+        return [np.zeros((3, 5), "float32"), np.zeros(5, "uint8")]
+    if what == "slow":
+        time.sleep(0.2)
+    return [np.full((3, 4), number, "float32"), np.arange(5, dtype="uint8") + number]
+
+
+@pytest.fixture
+def pool():
+    pool = WorkerPool(work, LAYOUT, processes=2, slots=3)
+    yield pool
+    pool.close()
+
+
+def test_results_are_fresh_and_belong_to_their_call(pool):
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(pool, range(60)))
+    for number, result in enumerate(results):
+        for array, expected in zip(result, work(number), strict=True):
+            assert array.dtype == expected.dtype
+            np.testing.assert_array_equal(array, expected)
+    results[0][0][:] = -1
+    np.testing.assert_array_equal(pool(1)[0], work(1)[0])
+    np.testing.assert_array_equal(results[0][0], -1)
+
+
+def test_the_work_is_done_elsewhere(pool):
+    assert pool(0, "pid")[0][0, 0] != os.getpid() % 251
+
+
+def test_spawned_workers_give_the_same(monkeypatch):
+    monkeypatch.setattr(_workers, "_START", "spawn")
+    pool = WorkerPool(work, LAYOUT, processes=1, slots=1)
+    np.testing.assert_array_equal(pool(7)[1], work(7)[1])
+    pool.close()
+
+
+def test_work_that_cannot_be_sent_says_so(monkeypatch):
+    monkeypatch.setattr(_workers, "_START", "spawn")
+    with pytest.raises(RuntimeError, match=r"could not be started.*picklable"):
+        WorkerPool(lambda: [], LAYOUT, processes=1, slots=1)
+
+
+def test_an_error_surfaces_and_the_pool_lives_on(pool):
+    with pytest.raises(ValueError, match="no batch for 4"):
+        pool(4, "raise")
+    with pytest.raises(
+        RuntimeError, match=r"(?s)worker process.*Unpicklable.*this and 4"
+    ):
+        pool(4, "awkward")
+    with pytest.raises(RuntimeError, match=r"(?s)worker process.*SystemExit: 3"):
+        pool(4, "leave")
+    with pytest.raises(ValueError, match="could not broadcast"):
+        pool(4, "shape")
+    np.testing.assert_array_equal(pool(1)[0], work(1)[0])
+
+
+def run(script, timeout=60, **kwargs):
+    """Runs a script in a fresh interpreter; it must end by itself."""
+    root = pathlib.Path(__file__).parents[1]
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **kwargs,
+    )
+
+
+def test_a_killed_worker_is_an_error_and_no_hang():
+    done = run(
+        """
+        import os, signal, threading, time
+        import multiprocessing
+        from test_workers import LAYOUT, work
+        from kerastrip._workers import WorkerPool
+
+        pool = WorkerPool(work, LAYOUT, processes=2, slots=3)
+        victim = multiprocessing.active_children()[0].pid
+        threading.Timer(0.05, os.kill, (victim, signal.SIGKILL)).start()
+        for attempt in range(2):
+            try:
+                while True:
+                    pool(1, "slow")
+            except RuntimeError as error:
+                print(error)
+        """
+    )
+    assert done.stdout.count("A worker process of the sampler died") == 2, done.stderr
+    assert done.returncode == 0
+
+
+def gone(pid, seconds=10):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()
+        except FileNotFoundError:
+            return True
+        if state[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
+def test_workers_leave_with_a_killed_parent():
+    done = run(
+        """
+        import multiprocessing, os, signal
+        from test_workers import LAYOUT, work
+        from kerastrip._workers import WorkerPool
+
+        pools = [WorkerPool(work, LAYOUT, processes=2, slots=1) for _ in range(2)]
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    assert done.returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 4
+    assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
+def test_close_ends_the_workers():
+    pool = WorkerPool(work, LAYOUT, processes=2, slots=1)
+    pids = [int(process) for process in pool._executor._processes]
+    assert len(pids) == 2
+    assert not gone(pids[0], 0.1)
+    pool.close()
+    assert all(gone(pid) for pid in pids)
+    with pytest.raises(RuntimeError):
+        pool(1)
+
+
+def test_look_ahead_answers_like_the_function():
+    calls = []
+
+    def make(step, epoch):
+        calls.append((step, epoch))
+        if step == 5:
+            raise ValueError("step 5")
+        return step, epoch
+
+    ahead = LookAhead(2)
+
+    def ask(step, epoch, start):
+        run = [(step, epoch), (step + 1, epoch), (step + 2, epoch)]
+        return ahead(make, run, start)
+
+    assert [ask(step, 0, step == 0) for step in range(5)] == [(s, 0) for s in range(5)]
+    with pytest.raises(ValueError, match="step 5"):
+        ask(5, 0, False)
+    # In order nothing is made twice; out of order nothing is made ahead.
+    time.sleep(0.1)
+    assert len(calls) == len(set(calls))
+    made = len(calls)
+    assert ask(40, 0, False) == (40, 0)
+    assert len(calls) == made + 1
+    assert ask(0, 1, True) == (0, 1)
+
+
+def test_look_ahead_is_ahead():
+    started = threading.Event()
+
+    def make(step):
+        if step == 1:
+            started.set()
+        return step
+
+    ahead = LookAhead(1)
+    assert ahead(make, [(0,), (1,)], True) == 0
+    assert started.wait(10)
+
+
+def test_in_flight_waits_for_calls_and_refuses_new_ones():
+    in_flight, inside, leave = InFlight(), threading.Event(), threading.Event()
+
+    def call():
+        with in_flight.call():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    inside.wait(10)
+    begun = time.monotonic()
+    in_flight.close(timeout=0.2)
+    assert time.monotonic() - begun >= 0.2
+    leave.set()
+    in_flight.close(timeout=10)
+    assert time.monotonic() - begun < 9
+    with pytest.raises(RuntimeError, match="ending"), in_flight.call():
+        pass
+    thread.join()
