@@ -394,7 +394,8 @@ class Augmentation:
             spec: `tf.TensorSpec` of the augmented image (or batch, or a dict of
                 them). Default: that of the image, which is right unless the
                 pipeline changes the size or the dtype.
-            num_parallel_calls: as in `tf.data.Dataset.map`.
+            num_parallel_calls: as in `tf.data.Dataset.map`. More than one pays for
+                large images only.
 
         Returns:
             The dataset, in the same order and structure.
@@ -495,11 +496,11 @@ class Augmentation:
         ):
             views = [part(image, key) for key in keys]
             if not _are_equal(views, [part(image, key) for key in keys[::-1]][::-1]):
-                names = ("self.py_random or self.random_generator", "`rng`")
                 raise ValueError(
                     f"Not a pure function of its key: {transform!r} gave two results "
-                    f"for one key. Draw every number from {names[not self._seedable]}, "
-                    "and keep nothing from call to call."
+                    "for one key. Draw every number from the generators that it is "
+                    "given (self.py_random and self.random_generator, or rng), and "
+                    "keep nothing from call to call."
                 )
             if not _are_equal(views, [part_reloaded(image, key) for key in keys]):
                 raise ValueError(
@@ -542,7 +543,7 @@ class Augmentation:
                 raise TypeError(
                     f"A plain callable cannot be written as JSON: {self._pipeline!r}. "
                     "Write it as a subclass of albumentations.ImageOnlyTransform that "
-                    "draws from self.random_generator, or as a "
+                    "draws from self.random_generator, or as an "
                     "albumentations.Lambda(name=...); or pickle the Augmentation."
                 )
             transform = self._pipeline.to_dict()["transform"]
@@ -584,7 +585,7 @@ class Augmentation:
         try:
             content = json.loads(text)
             scheme, seed = content["scheme"], content["seed"]
-            versions, transform = content["versions"], content["transform"]
+            versions, transform = dict(content["versions"]), content["transform"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 _checks.message(
@@ -628,7 +629,14 @@ class Augmentation:
         return cls(pipeline, seed)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write `to_json()` to a file, such as augmentation.json."""
+        """Write `to_json()` to a file, such as augmentation.json beside a model.
+
+        Args:
+            path: the file; one that exists is replaced.
+
+        Raises:
+            TypeError, ValueError, OSError: as `to_json`; the file cannot be written.
+        """
         pathlib.Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
@@ -636,6 +644,13 @@ class Augmentation:
         cls, path: str | os.PathLike, *, lambdas: Mapping[str, Any] | None = None
     ) -> Augmentation:
         """`from_json` of a file that `save` wrote.
+
+        Args:
+            path: the file.
+            lambdas: as in `from_json`.
+
+        Raises:
+            ValueError, OSError: as `from_json`; the file cannot be read.
 
         Example:
             >>> import albumentations as A, pathlib, tempfile
@@ -757,13 +772,17 @@ def _leaves(pipeline: Any) -> list:
 def _check_image(name: str, image: Any) -> None:
     if not isinstance(image, np.ndarray):
         raise TypeError(_checks.message(name, "a NumPy array", image))
-    if image.ndim not in (2, 3):
+    if image.ndim not in (2, 3) or (
+        image.ndim == 3 and image.shape[0] <= 4 < image.shape[2]
+    ):
         raise ValueError(
             _checks.message(
                 name,
                 "one image, (height, width) or (height, width, channels)",
                 image,
-                "Use aug.batch(images, *key) for several." if image.ndim == 4 else "",
+                "Use aug.batch(images, *key) for several images."
+                if image.ndim == 4
+                else "Channels come last.",
             )
         )
     if image.dtype == _UINT8:
