@@ -1,0 +1,645 @@
+"""MiningStats under fit and evaluate: what it reports, and that it leaves no trace."""
+
+import csv
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+from kerastrip.callbacks.mining_stats import MiningStats
+from kerastrip.losses import TripletLoss
+from kerastrip.metrics import KEYS, TripletCensus
+
+ROOT = pathlib.Path(__file__).parent.parent
+tensorflow_only = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="a TensorFlow feature"
+)
+
+ROWS, CLASSES = 48, 6
+Y = np.arange(ROWS, dtype="int32") % CLASSES
+X = np.random.default_rng(1).normal(size=(ROWS, 5)).astype("float32")
+ONE_HOT = np.eye(CLASSES, dtype="float32")[Y]
+
+
+def build(outputs="list", cls=keras.Model, normalise=True, **options):
+    """A small model with an embedding among its outputs, and its targets."""
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((5,))
+    probs = keras.layers.Dense(CLASSES, activation="softmax", name="probs")(inputs)
+    dense = keras.layers.Dense(4, name="dense")(inputs)
+    emb = keras.layers.UnitNormalization(dtype="float32", name="emb")(dense)
+    if not normalise:
+        emb = keras.layers.Rescaling(30.0, name="emb")(dense)
+    triplet = TripletLoss(margin=0.3)
+    outs, loss, targets = {
+        "single": (emb, triplet, Y),
+        "list": ([probs, emb], ["categorical_crossentropy", triplet], (ONE_HOT, Y)),
+        "list by name": (
+            [probs, emb],
+            {"probs": "categorical_crossentropy", "emb": triplet},
+            {"probs": ONE_HOT, "emb": Y},
+        ),
+        "dict": (
+            {"head": probs, "body": emb},
+            {"head": "categorical_crossentropy", "body": triplet},
+            {"head": ONE_HOT, "body": Y},
+        ),
+        "partly trained": ([probs, emb], [None, triplet], (Y,)),
+    }[outputs]
+    model = cls(inputs, outs)
+    options = {"optimizer": keras.optimizers.SGD(0.0), **options}
+    model.compile(loss=loss, **options)
+    return model, targets
+
+
+def fit(model, targets, stats=None, **options):
+    stats = stats if stats is not None else MiningStats()
+    callbacks = [*options.pop("callbacks", []), stats]
+    options = {"batch_size": 16, "verbose": 0, "shuffle": False, **options}
+    return model.fit(X, targets, callbacks=callbacks, **options).history
+
+
+def census_of(model, rows=slice(None), margin=0.3, distance="euclidean"):
+    """The figures of one batch, from the embedding the model predicts for it."""
+    emb = keras.Model(model.input, model.get_layer("emb").output)(X[rows])
+    census = TripletCensus(margin, distance)
+    census.update_state(Y[rows], emb)
+    return {key: float(value) for key, value in census.result().items()}
+
+
+def epoch_of(model, size=16, **options):
+    census = TripletCensus(**{"margin": 0.3, **options})
+    emb = keras.Model(model.input, model.get_layer("emb").output)
+    for first in range(0, ROWS, size):
+        census.update_state(Y[first : first + size], emb(X[first : first + size]))
+    return {key: float(value) for key, value in census.result().items()}
+
+
+def assert_no_trace(model):
+    assert "compute_metrics" not in model.__dict__
+    assert not any(isinstance(metric, TripletCensus) for metric in model.metrics)
+
+
+# --- what it reports -------------------------------------------------------------
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize(
+    "outputs", ["single", "list", "list by name", "dict", "partly trained"]
+)
+def test_reports_the_census_for_any_output_structure(outputs):
+    model, targets = build(outputs)
+    history = fit(model, targets, epochs=2, validation_data=(X, targets))
+    wanted = epoch_of(model)  # the learning rate is 0: nothing moves
+    for key in KEYS:
+        assert history[key] == pytest.approx([wanted[key]] * 2, rel=1e-5), key
+        assert history[f"val_{key}"] == pytest.approx([wanted[key]] * 2, rel=1e-5)
+    assert_no_trace(model)
+
+
+@tensorflow_only
+def test_subclassed_model_without_output_names():
+    class Two(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.body = keras.layers.Dense(4)
+            self.head = keras.layers.Dense(CLASSES, activation="softmax")
+
+        def call(self, x):
+            return self.head(x), self.body(x)
+
+    model = Two()
+    model.compile("sgd", loss=["categorical_crossentropy", TripletLoss(margin=5.0)])
+    history = fit(model, (ONE_HOT, Y))
+    assert history["easy"][0] + history["active"][0] == pytest.approx(1)
+
+
+@pytest.mark.backend
+def test_labels_may_come_one_hot():
+    model, _ = build("single")
+    assert fit(model, ONE_HOT)["easy"] == pytest.approx(fit(model, Y)["easy"])
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("options", [{"run_eagerly": True}, {"jit_compile": True}])
+def test_however_the_step_is_run(options):
+    if keras.backend.backend() == "torch" and "jit_compile" in options:
+        pytest.skip("compiling takes torch a minute")
+    model, targets = build(**options)
+    wanted = epoch_of(model)
+    history = fit(model, targets)
+    assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.backend
+def test_steps_per_execution():
+    if keras.backend.backend() == "torch":
+        pytest.skip("not supported by torch")
+    model, targets = build(steps_per_execution=2)
+    history = fit(model, targets)
+    wanted = epoch_of(model)
+    assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision(policy):
+    before = keras.mixed_precision.dtype_policy()
+    keras.mixed_precision.set_dtype_policy(policy)
+    try:
+        model, targets = build()
+        history = fit(model, targets)
+    finally:
+        keras.mixed_precision.set_dtype_policy(before)
+    wanted = epoch_of(model)
+    assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-2)
+    assert history["norm"] == pytest.approx([1.0], rel=1e-5)
+
+
+@pytest.mark.backend
+def test_evaluate_alone():
+    model, targets = build()
+    logs = model.evaluate(
+        X,
+        targets,
+        verbose=0,
+        return_dict=True,
+        batch_size=16,
+        callbacks=[MiningStats()],
+    )
+    assert {key: logs[key] for key in KEYS} == pytest.approx(epoch_of(model), rel=1e-5)
+    assert_no_trace(model)
+    again = model.evaluate(X, targets, verbose=0, return_dict=True)
+    assert not set(KEYS) & set(again)
+
+
+@pytest.mark.backend
+def test_per_batch_shows_each_batch_and_keeps_the_epoch():
+    class Keep(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.seen.append(dict(logs))
+
+    model, targets = build()
+    running, single = Keep(), Keep()
+    fit(model, targets, callbacks=[running])
+    history = fit(model, targets, MiningStats(per_batch=True), callbacks=[single])
+    batches = [slice(first, first + 16) for first in range(0, ROWS, 16)]
+    for seen, batch in zip(single.seen, batches, strict=True):
+        wanted = census_of(model, batch)
+        assert {key: seen[key] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+    wanted = epoch_of(model)
+    assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+    assert running.seen[-1]["easy"] == pytest.approx(wanted["easy"], rel=1e-5)
+    assert single.seen[-1]["easy"] != pytest.approx(wanted["easy"], rel=1e-5)
+
+
+@pytest.mark.backend
+def test_margin_and_distance_of_ones_own():
+    model, targets = build()
+    history = fit(model, targets, MiningStats(margin=0.05, distance="cosine"))
+    wanted = epoch_of(model, margin=0.05, distance="cosine")
+    assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("output", [0, "probs"])
+def test_another_output_can_be_watched(output):
+    model, _ = build()
+    stats = MiningStats(0.1, "euclidean", output=output)
+    history = fit(model, (ONE_HOT, Y), stats)
+    assert 0 < history["norm"][0] < 1  # softmax rows, not unit rows
+
+
+def test_all_ways_into_the_logs(tmp_path):
+    model, targets = build()
+    log = tmp_path / "log.csv"
+    early = keras.callbacks.EarlyStopping("val_semi_hard", mode="max", patience=0)
+    history = fit(  # EarlyStopping stands before the stats
+        model,
+        targets,
+        epochs=3,
+        validation_data=(X, targets),
+        callbacks=[early, keras.callbacks.CSVLogger(log)],
+    )
+    assert len(history["easy"]) == 2  # nothing moves: stopped by val_semi_hard
+    with open(log) as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["semi_hard"]) for row in rows] == pytest.approx(
+        history["semi_hard"]
+    )
+    assert float(rows[0]["val_hard"]) == pytest.approx(history["val_hard"][0])
+
+
+def test_the_progress_bar_shows_it(capsys):
+    model, targets = build()
+    fit(model, targets, verbose=2)
+    assert "semi_hard: 0." in capsys.readouterr().out
+
+
+@pytest.mark.backend
+def test_no_triplets_in_the_data():
+    model, _ = build("single")
+    history = model.fit(
+        X, np.zeros(ROWS, "int32"), verbose=0, callbacks=[MiningStats()]
+    ).history
+    assert history["easy"] == history["hard"] == history["active"] == [0.0]
+    assert not np.isnan([values[0] for values in history.values()]).any()
+
+
+@pytest.mark.backend
+def test_training_is_the_same_with_and_without():
+    def weights(callbacks):
+        model, targets = build(optimizer=keras.optimizers.SGD(0.5))
+        model.fit(X, targets, epochs=2, verbose=0, shuffle=False, callbacks=callbacks)
+        return [keras.ops.convert_to_numpy(weight) for weight in model.weights]
+
+    for one, two in zip(weights([]), weights([MiningStats()]), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
+
+
+# --- coming and going ------------------------------------------------------------
+
+
+@pytest.mark.backend
+def test_second_fit_with_and_without():
+    model, targets = build()
+    stats = MiningStats()
+    first = fit(model, targets, stats)
+    second = fit(model, targets, stats)
+    assert second["easy"] == pytest.approx(first["easy"], rel=1e-6)
+    third = model.fit(X, targets, verbose=0).history
+    assert not set(KEYS) & set(third)
+    assert_no_trace(model)
+
+
+@pytest.mark.backend
+def test_one_instance_serves_two_models():
+    stats = MiningStats()
+    for outputs in ("single", "dict"):
+        model, targets = build(outputs)
+        assert set(KEYS) <= set(fit(model, targets, stats))
+        assert_no_trace(model)
+
+
+@pytest.mark.backend
+def test_two_at_once_with_prefixes_and_an_error_without():
+    model, targets = build()
+    history = fit(
+        model,
+        targets,
+        MiningStats(margin=1.0, prefix="wide_"),
+        callbacks=[MiningStats()],
+    )
+    assert history["wide_active"][0] > history["active"][0]
+    assert history["wide_norm"] == pytest.approx(history["norm"])
+    with pytest.raises(ValueError, match="`prefix`"):
+        fit(model, targets, callbacks=[MiningStats()])
+    # The failed run leaves one attached; the next one replaces it.
+    assert set(KEYS) <= set(fit(model, targets))
+    assert_no_trace(model)
+
+
+def test_a_compiled_census_with_the_same_keys_is_an_error():
+    model, targets = build(metrics=[None, [TripletCensus(margin=0.3)]])
+    with pytest.raises(ValueError, match="`prefix`"):
+        fit(model, targets)
+    history = fit(model, targets, MiningStats(prefix="b_"))
+    assert history["b_easy"] == pytest.approx(history["easy"], rel=1e-5)
+
+
+class Boom(keras.callbacks.Callback):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def on_train_batch_end(self, batch, logs=None):
+        raise self.error
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_after_an_interruption(error):
+    model, targets = build()
+    stats = MiningStats()
+    with pytest.raises(type(error)):
+        fit(model, targets, stats, callbacks=[Boom(error)])
+    assert "compute_metrics" in model.__dict__  # still there, and still of use:
+    logs = model.evaluate(X, targets, verbose=0, return_dict=True)
+    assert set(KEYS) <= set(logs)
+    # Another instance replaces it: no error about the keys, no double counting.
+    history = fit(model, targets, MiningStats())
+    wanted = epoch_of(model)
+    assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+    assert_no_trace(model)
+    with pytest.raises(type(error)):
+        fit(model, targets, stats, callbacks=[Boom(error)])
+    stats.detach()
+    assert_no_trace(model)
+    assert not set(KEYS) & set(model.evaluate(X, targets, verbose=0, return_dict=True))
+
+
+def test_interrupted_and_fitted_again_with_the_same_instance():
+    model, targets = build()
+    stats = MiningStats()
+    with pytest.raises(RuntimeError):
+        fit(model, targets, stats, callbacks=[Boom(RuntimeError())])
+    assert set(KEYS) <= set(fit(model, targets, stats))
+    assert_no_trace(model)
+
+
+def test_an_evaluation_inside_fit_does_not_end_it():
+    class Evaluate(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.evaluate(X, targets, verbose=0, callbacks=[MiningStats()])
+
+    model, targets = build()
+    history = fit(model, targets, epochs=3, callbacks=[Evaluate()])
+    assert len(history["easy"]) == 3
+    assert_no_trace(model)
+
+
+def test_a_patched_compute_metrics_is_kept():
+    model, targets = build()
+    calls = []
+    original = model.compute_metrics
+
+    def mine(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    model.__dict__["compute_metrics"] = mine
+    assert set(KEYS) <= set(fit(model, targets))
+    assert calls
+    assert model.compute_metrics is mine
+
+
+@pytest.mark.backend
+def test_saved_in_the_middle_of_fit_nothing_of_it_is_stored(tmp_path):
+    model, targets = build()
+    path = tmp_path / "model.keras"
+    fit(model, targets, callbacks=[keras.callbacks.ModelCheckpoint(path)])
+    again = keras.saving.load_model(path)
+    assert not set(KEYS) & set(again.evaluate(X, targets, verbose=0, return_dict=True))
+    for one, two in zip(model.weights, again.weights, strict=True):
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(one), keras.ops.convert_to_numpy(two)
+        )
+    assert fit(again, targets)["easy"] == pytest.approx(
+        fit(model, targets)["easy"], rel=1e-6
+    )
+
+
+# --- models that go their own way ------------------------------------------------
+
+
+class OwnStep(keras.Model):
+    """A hand-written step that reports the loss alone."""
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+class OwnStepWithResults(OwnStep):
+    """Reports all metrics, though it updates none."""
+
+    def train_step(self, data):
+        logs = super().train_step(data)
+        return {**{metric.name: metric.result() for metric in self.metrics}, **logs}
+
+
+class OwnLoop(OwnStep):
+    """Updates every metric by hand with the whole structure."""
+
+    def train_step(self, data):
+        logs = super().train_step(data)
+        x, y = data
+        for metric in self.metrics:
+            if not metric.name.endswith("loss"):
+                metric.update_state(y, self(x))
+        return {**{metric.name: metric.result() for metric in self.metrics}, **logs}
+
+
+@tensorflow_only
+@pytest.mark.parametrize("cls", [OwnStep, OwnStepWithResults])
+def test_a_bypassed_compute_metrics_warns_once_and_shows_no_zeros(cls):
+    model, targets = build(cls=cls)
+    seen = []
+
+    class Keep(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(set(logs))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stats = MiningStats()
+        history = model.fit(
+            X,
+            targets,
+            validation_data=(X, targets),
+            epochs=2,
+            verbose=0,
+            callbacks=[stats, Keep()],
+        ).history
+    told = [str(w.message) for w in caught if "MiningStats" in str(w.message)]
+    assert len(told) == 1
+    assert "`train_step`" in told[0]
+    assert not set(KEYS) & set(history)
+    assert not set(KEYS) & set.union(*seen)
+    assert {f"val_{key}" for key in KEYS} <= set(history)  # test_step is Keras' own
+    assert_no_trace(model)
+
+
+@tensorflow_only
+def test_a_bypassing_test_step_is_told_too():
+    class OwnTest(keras.Model):
+        def test_step(self, data):
+            return {m.name: m.result() for m in self.metrics}
+
+    model, targets = build(cls=OwnTest)
+    with pytest.warns(UserWarning, match="`test_step`"):
+        history = fit(model, targets, validation_data=(X, targets))
+    assert set(KEYS) <= set(history)
+    assert not {f"val_{key}" for key in KEYS} & set(history)
+
+
+@tensorflow_only
+@pytest.mark.parametrize("outputs", ["single", "list"])
+def test_metrics_updated_by_hand_are_counted(outputs):
+    model, targets = build(outputs, cls=OwnLoop)
+    history = fit(model, targets)
+    wanted = epoch_of(model)
+    assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+
+
+# --- warnings and errors ---------------------------------------------------------
+
+
+@pytest.mark.backend
+def test_warns_once_when_the_embedding_is_not_normalised():
+    model, targets = build(normalise=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, targets, epochs=2, validation_data=(X, targets))
+    told = [str(w.message) for w in caught if "UnitNormalization" in str(w.message)]
+    assert len(told) == 1
+    assert "0.3" in told[0]
+
+
+@pytest.mark.parametrize(
+    "stats",
+    [MiningStats(margin=5.0), MiningStats(distance="cosine")],
+    ids=["wide margin", "cosine"],
+)
+def test_no_warning_where_the_length_is_meant(stats):
+    model, targets = build(normalise=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The embeddings")
+        fit(model, targets, stats)
+
+
+def test_no_warning_for_unit_length():
+    model, targets = build()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The embeddings|MiningStats")
+        fit(model, targets)
+
+
+def plain(loss):
+    inputs = keras.Input((5,))
+    a = keras.layers.Dense(3, name="a")(inputs)
+    b = keras.layers.Dense(3, name="b")(inputs)
+    model = keras.Model(inputs, [a, b])
+    model.compile("sgd", loss=loss)
+    return model
+
+
+def test_which_output_is_left_open():
+    y = (Y, Y)
+    for loss in (["mse", "mse"], [TripletLoss(), TripletLoss()], TripletLoss()):
+        with pytest.raises(ValueError, match=r"`output`.*'a', 'b'"):
+            plain(loss).fit(X, y, verbose=0, callbacks=[MiningStats()])
+    with pytest.raises(ValueError, match=r"`output`.*'a', 'b'.*'c'"):
+        plain(TripletLoss()).fit(X, y, verbose=0, callbacks=[MiningStats(output="c")])
+    model = plain([TripletLoss(margin=0.7), TripletLoss()])
+    history = model.fit(X, y, verbose=0, callbacks=[MiningStats(output="a")]).history
+    assert "easy" in history
+
+
+def test_a_loss_without_margin_asks_for_one():
+    model, targets = build()
+    model.compile("sgd", loss=["categorical_crossentropy", "mse"])
+    with pytest.raises(ValueError, match=r"`margin`.*MiningStats\(margin="):
+        fit(model, targets, MiningStats(output="emb"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"margin": -1}, ValueError, "margin"),
+        ({"margin": "wide"}, TypeError, "margin"),
+        ({"distance": "l2"}, ValueError, "distance"),
+        ({"output": 1.5}, TypeError, "output"),
+        ({"prefix": None}, TypeError, "prefix"),
+        ({"per_batch": 1}, TypeError, "per_batch"),
+    ],
+)
+def test_bad_arguments(options, error, says):
+    with pytest.raises(error, match=f"`{says}`"):
+        MiningStats(**options)
+
+
+# --- in a process of its own -----------------------------------------------------
+
+
+def run_alone(code, timeout=180, **env):
+    """Run code that may hang or change the process; returns its last line as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@tensorflow_only
+def test_two_replicas():
+    """Under MirroredStrategy the triplets are those within each replica."""
+    told = run_alone(
+        """
+        import json, sys
+        import numpy as np
+        import tensorflow as tf
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * 2,
+        )
+        strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+        sys.path.insert(0, "tests")
+        import test_mining_stats as t
+        with strategy.scope():
+            model, targets = t.build()
+        history = t.fit(model, targets, epochs=2, validation_data=(t.X, targets))
+        t.assert_no_trace(model)
+        again = t.fit(model, targets)
+        halves = t.epoch_of(model, size=8)   # a batch of 16 is split in two
+        print(json.dumps([history, again, halves]))
+        """
+    )
+    history, again, halves = told
+    for key in KEYS:
+        assert history[key] == pytest.approx([halves[key]] * 2, rel=1e-5), key
+        assert again[key] == pytest.approx([halves[key]], rel=1e-5)
+    assert f"val_{KEYS[0]}" in history
+
+
+@tensorflow_only
+def test_ctrl_c():
+    """A real SIGINT in the middle of fit, then a second fit in the same process."""
+    told = run_alone(
+        """
+        import gc, json, os, signal, sys
+        sys.path.insert(0, "tests")
+        import keras
+        import test_mining_stats as t
+        class Interrupt(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                os.kill(os.getpid(), signal.SIGINT)
+        model, targets = t.build()
+        try:
+            t.fit(model, targets, epochs=50, callbacks=[Interrupt()])
+            interrupted = False
+        except KeyboardInterrupt:
+            interrupted = True
+        gc.collect()
+        left = "compute_metrics" in model.__dict__
+        history = t.fit(model, targets)
+        t.assert_no_trace(model)
+        print(json.dumps([interrupted, left, history["easy"], t.epoch_of(model)["easy"]]))
+        """
+    )
+    interrupted, left, found, wanted = told
+    assert interrupted
+    assert left
+    assert found == pytest.approx([wanted], rel=1e-5)
