@@ -492,7 +492,7 @@ class SparseCategoricalFocalLoss(LabelLoss):
             "mean",
         ):
             return values
-        counted = _labels(y_true, _shape("y_pred", y_pred)) != self.ignore_class
+        counted = _labels(y_true, (*values.shape, None)) != self.ignore_class
         share = ops.mean(ops.cast(counted, values.dtype))
         return _numerics.safe_divide(values, share)
 
