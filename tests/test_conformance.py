@@ -87,6 +87,10 @@ CALLBACKS = {
         lambda sampler, x, y: kerastrip.RetrievalEvaluation(x, y),
         ("val_recall@1", "val_map@r"),
     ),
+    "VerificationEvaluation": (
+        lambda sampler, x, y: kerastrip.VerificationEvaluation(x, y),
+        ("val_auc", "val_eer"),
+    ),
 }
 LAYERS: dict[str, Any] = {}
 

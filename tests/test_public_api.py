@@ -33,15 +33,17 @@ BELOW = {
     "_workers": set(),
     "_numerics": set(),
     "distances": {"_numerics"},
-    "_blocks": {"distances"},
-    "_pairs": {"_blocks"},
-    "mining": {"_pairs"},
+    "_mining_blocks": {"distances"},
+    "_mining_dense": {"_mining_blocks"},
+    "_mining_pairs": {"_mining_blocks"},
+    "mining": {"_mining_dense", "_mining_pairs"},
     "memory": {"_numerics"},
     "metrics": {"mining"},
     "losses._label_loss": {"_numerics"},
     "losses.focal": {"losses._label_loss"},
     "losses": {"mining", "memory", "losses._label_loss"},
-    "plan": {"_permutation", "_labels"},
+    "_schedule": {"_permutation"},
+    "plan": {"_schedule", "_labels"},
     "sources": set(),
     "augmentation": set(),
     "sampler": {"plan", "sources", "augmentation", "_workers"},
@@ -54,7 +56,7 @@ BELOW = {
 BELOW["__init__"] = set(BELOW)
 # Only inside a function, so that neither needs the other.
 LAZY = {("sampler", "plotting")}
-FREE_OF_KERAS = {"_checks", "_labels", "_permutation", "_version", "plan"}
+FREE_OF_KERAS = {"_checks", "_labels", "_permutation", "_schedule", "_version", "plan"}
 OPTIONAL = {"albumentations", "cv2", "faiss", "matplotlib", "sklearn", "tensorboard"}
 BACKENDS = {"jax", "tensorflow", "torch"}
 # The one private name of Keras, and the standard library's way out of a process.
