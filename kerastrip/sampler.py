@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import os
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -133,19 +132,6 @@ class PKSampler(keras.utils.PyDataset):
         use_multiprocessing: bool = False,
         max_queue_size: int = 10,
     ):
-        tensorflow = keras.backend.backend() == "tensorflow"
-        if workers is None:
-            workers = 2 if tensorflow else 1
-        workers = _checks.integer("workers", workers, minimum=int(use_multiprocessing))
-        # One thread more than there are processes copies while they work.
-        self._threads = workers + 1 if use_multiprocessing else workers
-        # Keras' own processes repeat random numbers and hang when one dies; its
-        # threads put the first fit a batch ahead, but on TensorFlow.
-        super().__init__(
-            workers=self._threads if tensorflow else 0,
-            use_multiprocessing=False,
-            max_queue_size=_checks.integer("max_queue_size", max_queue_size, minimum=1),
-        )
         self.source = as_source(x)
         if y is None:
             y = getattr(self.source, "labels", None)
@@ -185,12 +171,26 @@ class PKSampler(keras.utils.PyDataset):
                     else "",
                 )
             )
+        tensorflow = keras.backend.backend() == "tensorflow"
+        if workers is None:
+            workers = 2 if tensorflow else 1
+        workers = _checks.integer("workers", workers, minimum=int(use_multiprocessing))
+        # One thread more than there are processes copies while they work.
+        self._threads = workers + 1 if use_multiprocessing else workers
+        # Keras' own processes repeat random numbers and hang when one dies. Its threads
+        # put the first fit a batch ahead except on TensorFlow, and arrive out of order,
+        # which a shard must be able to tell from a shuffle.
+        by_keras = tensorflow and self.plan.shard[1] == 1
+        super().__init__(
+            workers=self._threads if by_keras else 0,
+            use_multiprocessing=False,
+            max_queue_size=_checks.integer("max_queue_size", max_queue_size, minimum=1),
+        )
         self.fixed = bool(fixed)
         self.check_replicas(replicas)
         self._targets = _per_output("targets", targets, partial(_target, self.plan))
         self._weights = _weights(sample_weight, targets, len(self.labels))
-        self._epoch, self._begun, self._closed = 0, False, False
-        self._order = _Order(max(self.workers, 1)) if self.plan.shard[1] > 1 else None
+        self._epoch, self._due, self._begun, self._closed = 0, 0, False, False
         # Makes one batch: what is wrong with samples or augmentation shows here.
         self._inputs = _Inputs(self.source, augment, self.plan)
         self._pool: WorkerPool | None = None
@@ -200,7 +200,7 @@ class PKSampler(keras.utils.PyDataset):
             )
             weakref.finalize(self, self._pool.close)
         self._ahead: LookAhead | None = None
-        if self._threads and not tensorflow:
+        if self._threads and not by_keras:
             self._ahead = LookAhead(self._threads)
 
     # -- batches -------------------------------------------------------------
@@ -213,8 +213,15 @@ class PKSampler(keras.utils.PyDataset):
         step = operator.index(step)
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of an epoch of {len(self)} batches")
-        if self._order is not None:
-            self._order.check(step)
+        if self.plan.shard[1] > 1:
+            if step not in (0, self._due):
+                raise RuntimeError(
+                    f"Step {step} was asked for when step {self._due} was due. Every "
+                    "host must go through the steps of a sampler with a shard in "
+                    "order: pass `shuffle=False` to `fit`. (`sampler.batch(step)` "
+                    "gives any batch.)"
+                )
+            self._due = step + 1
         if self._ahead is None:
             return self.batch(step, epoch)
         steps = range(step, step + self._threads + 1)
@@ -460,35 +467,6 @@ class _Inputs:
     def packed(self, arrays: Sequence[np.ndarray]) -> Any:
         """What `arrays` returned, in the structure that the model gets."""
         return keras.tree.pack_sequence_as(self._example, arrays)
-
-
-class _Order:
-    """Refuses steps out of order, as far as `threads` concurrent callers let it."""
-
-    def __init__(self, threads: int):
-        self._threads, self._next, self._ahead = threads, 0, set[int]()
-        self._lock = threading.Lock()
-
-    def check(self, step: int) -> None:
-        """Notes a step; RuntimeError unless it was due or begins a new pass."""
-        with self._lock:
-            # Threads take steps in order but may arrive in another: each of the
-            # others can be on its way here with one step.
-            due = self._next <= step < self._next + self._threads
-            if due and step not in self._ahead:
-                self._ahead.add(step)
-            elif step < self._threads:
-                self._next, self._ahead = 0, {step}
-            else:
-                raise RuntimeError(
-                    f"Step {step} was asked for when step {self._next} was due. Every "
-                    "host must go through the steps of a sampler with a shard in "
-                    "order: pass `shuffle=False` to `fit`. (`sampler.batch(step)` "
-                    "gives any batch.)"
-                )
-            while self._next in self._ahead:
-                self._ahead.remove(self._next)
-                self._next += 1
 
 
 _Reader = Callable[[np.ndarray], Any]
