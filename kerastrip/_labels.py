@@ -1,0 +1,238 @@
+"""The label table: any labels in, class codes 0..C-1 out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kerastrip import _checks
+
+_CHUNK = 1 << 22
+
+
+class LabelTable:
+    """Distinct labels in sorted order, and the code of each sample.
+
+    Args:
+        labels: `(samples,)` integers (booleans count as 0 and 1), strings or bytes, or
+            `(samples, classes)` one-hot rows (then the labels are the columns).
+        classes: the table to use; by default all distinct labels, sorted.
+        name: what errors call the labels.
+
+    Attributes:
+        classes: `(C,)` distinct labels, sorted.
+        codes: `(samples,)` int32, `classes[codes]` are the labels.
+
+    Raises:
+        TypeError: labels of a float or a mixed dtype.
+        ValueError: no labels, NaN, a wrong shape, a label not in `classes`.
+    """
+
+    def __init__(self, labels: Any, classes: Any = None, name: str = "labels") -> None:
+        values, width = _label_values(labels, name)
+        if classes is not None:
+            given, _ = _label_values(classes, "classes")
+            self.classes = _distinct(given)
+        elif width is not None:
+            self.classes = np.arange(width)
+        else:
+            self.classes = _distinct(values)
+        if len(self.classes) > np.iinfo(np.int32).max:
+            raise ValueError(
+                _checks.message(
+                    name,
+                    "at most 2**31 - 1 distinct labels",
+                    _checks.Told(f"{len(self.classes)}"),
+                )
+            )
+        self.codes = self._codes(values, name)
+
+    def encode(self, labels: Any) -> np.ndarray:
+        """The int32 codes of `labels`; ValueError names an unknown label."""
+        return self._codes(_label_values(labels, "labels")[0], "labels")
+
+    def decode(self, codes: Any) -> np.ndarray:
+        """The labels of `codes`; ValueError for a code outside the table."""
+        codes = np.asarray(codes)
+        if codes.dtype.kind not in "iu":
+            raise TypeError(_checks.message("codes", "integers", codes))
+        if codes.size and not 0 <= codes.min() <= codes.max() < len(self.classes):
+            raise ValueError(
+                _checks.message(
+                    "codes",
+                    f"integers in 0..{len(self.classes) - 1}",
+                    _checks.Told(f"{codes.min()}..{codes.max()}"),
+                )
+            )
+        return self.classes[codes]
+
+    def _codes(self, values: np.ndarray, name: str) -> np.ndarray:
+        codes = np.empty(len(values), np.int32)
+        lookup = self._lookup(values)
+        # In chunks, so that the temporaries stay small beside the labels.
+        for start in range(0, len(values), _CHUNK):
+            chunk = values[start : start + _CHUNK]
+            found, known = lookup(chunk)
+            if not known.all():
+                first = int(np.argmin(known))
+                raise ValueError(
+                    _checks.message(
+                        name,
+                        f"labels among the {len(self.classes)} of `classes`",
+                        np.asarray(chunk[first]).item(),
+                        f"It stands at position {start + first}.",
+                    )
+                )
+            codes[start : start + len(chunk)] = found
+        return codes
+
+    def _lookup(self, values: np.ndarray) -> Callable[[np.ndarray], tuple]:
+        """A function from labels to their codes, and whether they are known."""
+        classes = self.classes
+        if _family(values) != _family(classes):
+            return lambda chunk: (0, np.zeros(len(chunk), bool))
+        if _is_dense(classes, len(values)):
+            low, high = int(classes[0]), int(classes[-1])
+            table = np.full(high - low + 1, -1, np.int32)
+            table[_offsets(classes, low)] = np.arange(len(classes))
+
+            def direct(chunk: np.ndarray) -> tuple:
+                inside = (chunk >= low) & (chunk <= high)
+                found = table[_offsets(np.where(inside, chunk, classes[0]), low)]
+                return found, inside & (found >= 0)
+
+            return direct
+        mixed = {values.dtype.kind, classes.dtype.kind} == {"i", "u"}
+        if mixed and np.uint64 in (values.dtype, classes.dtype):
+            # NumPy would compare these as floats; Python integers are exact.
+            classes = classes.astype(object)
+
+        def search(chunk: np.ndarray) -> tuple:
+            chunk = chunk.astype(object) if classes.dtype.kind == "O" else chunk
+            found = np.searchsorted(classes, chunk)
+            found = np.minimum(found, len(classes) - 1)
+            return found, classes[found] == chunk
+
+        return search
+
+
+def _label_values(labels: Any, name: str) -> tuple[np.ndarray, int | None]:
+    """1-D labels of one kind, and the number of columns if they were one-hot."""
+    values = np.asarray(labels)
+    if values.dtype.kind == "T":  # NumPy's StringDType
+        values = values.astype(np.str_)
+    if values.ndim == 2:
+        return _from_one_hot(values, name), values.shape[1]
+    if values.ndim != 1:
+        raise ValueError(
+            _checks.message(name, "shape (samples,) or (samples, classes)", values)
+        )
+    if len(values) == 0:
+        raise ValueError(_checks.message(name, "at least one label", values))
+    if values.dtype.kind == "O":
+        values = _from_objects(values, name)
+    if values.dtype.kind == "f":
+        if np.isnan(values).any():
+            raise ValueError(
+                _checks.message(
+                    name,
+                    "a label for every sample",
+                    _checks.Told(f"NaN at position {int(np.argmax(np.isnan(values)))}"),
+                )
+            )
+        raise TypeError(
+            _checks.message(
+                name,
+                "integers, strings, bytes or one-hot rows",
+                values,
+                "Whole numbers become labels with `.astype(int)`.",
+            )
+        )
+    if values.dtype.kind == "b":
+        values = values.astype(np.int64)
+    if values.dtype.kind not in "iuUSO":
+        raise TypeError(
+            _checks.message(name, "integers, strings, bytes or one-hot rows", values)
+        )
+    return values, None
+
+
+def _from_one_hot(values: np.ndarray, name: str) -> np.ndarray:
+    numeric = values.dtype.kind in "biuf"
+    if (
+        not numeric
+        or not values.size
+        or not ((values == 0) | (values == 1)).all()
+        or not (values.sum(axis=1) == 1).all()
+    ):
+        raise ValueError(
+            _checks.message(
+                name,
+                "one label for each sample, or one-hot rows of 0 and a single 1",
+                values,
+                "A column of labels becomes a list of labels with `.ravel()`.",
+            )
+        )
+    return values.argmax(axis=1)
+
+
+def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
+    """Strings, bytes or integers held as Python objects."""
+    kinds = {type(value) for value in values}
+    if kinds <= {str, np.str_}:
+        return values.astype(np.str_)
+    if kinds <= {bytes, np.bytes_}:
+        # As objects: a fixed-width dtype would strip trailing zero bytes.
+        return values
+    if all(issubclass(kind, (int, np.integer)) for kind in kinds):
+        try:
+            return values.astype(np.int64)
+        except OverflowError:
+            return values
+    shown = sorted(kind.__name__ for kind in kinds)
+    error = ValueError if any(value != value for value in values) else TypeError
+    raise error(
+        _checks.message(
+            name,
+            "labels of one kind: integers, strings or bytes",
+            _checks.Told(f"objects of type {', '.join(shown)}"),
+        )
+    )
+
+
+def _family(values: np.ndarray) -> str:
+    """What can be compared: integers, strings or bytes."""
+    if values.dtype.kind != "O":
+        return {"U": "string", "S": "bytes"}.get(values.dtype.kind, "integer")
+    return "bytes" if isinstance(values[0], bytes) else "integer"
+
+
+def _is_dense(values: np.ndarray, samples: int) -> bool:
+    """Whether a table over the range of `values` is small beside the samples."""
+    if values.dtype.kind not in "iu":
+        return False
+    return int(values.max()) - int(values.min()) < max(samples, 1 << 16)
+
+
+def _offsets(values: np.ndarray, low: int) -> np.ndarray:
+    """`values - low` without overflow in a narrow dtype."""
+    if values.dtype == np.uint64:
+        return (values - np.uint64(low)).astype(np.int64)
+    return values.astype(np.int64) - low
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """The distinct values, sorted."""
+    if not _is_dense(values, len(values)):
+        ordered = np.sort(values)
+        return ordered[np.concatenate(([True], ordered[1:] != ordered[:-1]))]
+    low = int(values.min())
+    present = np.zeros(int(values.max()) - low + 1, bool)
+    for start in range(0, len(values), _CHUNK):
+        present[_offsets(values[start : start + _CHUNK], low)] = True
+    found = np.flatnonzero(present)
+    if values.dtype == np.uint64:
+        return found.astype(np.uint64) + np.uint64(low)
+    return (found + low).astype(values.dtype)

@@ -1,0 +1,217 @@
+"""Keyed permutations: shuffles that are looked up, not stored.
+
+Everything here is integer arithmetic on NumPy arrays, element by element, so an
+answer depends on its key alone: not on the order of calls, on the other
+elements asked for, or on the version of NumPy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+_MASK = (1 << 64) - 1
+# Odd 64-bit constants: the golden ratio (Weyl sequence) and the two multipliers
+# of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
+# generators", 2014).
+_WEYL = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+# Six rounds: with four, the 120 orders of five items are visibly uneven.
+_ROUND_KEYS = tuple(np.uint64(number * _WEYL & _MASK) for number in range(1, 7))
+
+
+def mix(*parts: Any) -> Any:
+    """The 64-bit hash of a tuple of integers, element by element.
+
+    Parts are taken one after the other, never added, so (1, 0) and (0, 1) have
+    nothing in common. Python integers of any size give a Python integer; with
+    an array among the parts the result is an array, broadcast over all.
+    """
+    state: Any = _WEYL
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            part = np.atleast_1d(part).astype(np.uint64)
+        else:
+            part = int(part)
+            while not -(1 << 63) <= part < 1 << 64:
+                state = _scramble(state ^ (part & _MASK))
+                part >>= 64
+            part &= _MASK
+        state = _scramble((state ^ part) + _WEYL & _MASK)
+    return state
+
+
+def _scramble(x: Any) -> Any:
+    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
+    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
+    return x ^ (x >> 31)
+
+
+def permute(x: np.ndarray, n: Any, key: Any) -> np.ndarray:
+    """The place of `x` in the permutation of 0..n-1 that belongs to `key`.
+
+    A Feistel network on a grid of a x b >= n cells (a = ceil(sqrt(n))) with
+    additions modulo a and b; what falls on one of the fewer than a surplus
+    cells walks on until it is below n (Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002). Memory and time do not depend on n.
+
+    Args:
+        x: int64, 0 <= x < n.
+        n: how many there are, 1 <= n < 2**52; broadcast with x.
+        key: 64-bit integer(s) from `mix`; broadcast with x.
+
+    Returns:
+        int64, of the broadcast shape: a bijection of 0..n-1 for each key.
+    """
+    n = np.atleast_1d(np.asarray(n, np.int64))
+    rows = np.sqrt(n).astype(np.int64)
+    rows += rows * rows < n
+    columns = -(-n // rows)
+    limit, rows, columns = (part.view(np.uint64) for part in (n, rows, columns))
+    key = np.atleast_1d(np.asarray(key, np.uint64))
+    out = _feistel(np.asarray(x, np.int64).view(np.uint64), rows, columns, key)
+    outside = out >= limit
+    while outside.any():
+        walkers = np.nonzero(outside)
+        walking = _feistel(
+            out[walkers],
+            *(
+                np.broadcast_to(part, out.shape)[walkers]
+                for part in (rows, columns, key)
+            ),
+        )
+        out[walkers] = walking
+        outside[walkers] = walking >= np.broadcast_to(limit, out.shape)[walkers]
+    return out.view(np.int64)
+
+
+def _feistel(
+    x: np.ndarray, rows: np.ndarray, columns: np.ndarray, key: np.ndarray
+) -> np.ndarray:
+    i = x // columns
+    j = x - i * columns
+    for number, round_key in enumerate(_ROUND_KEYS):
+        source, target, size = (i, j, columns) if number % 2 else (j, i, rows)
+        step = source * _MIX_1 + (key + round_key)
+        step ^= step >> 32
+        step *= _MIX_2
+        # The upper half is a fraction of 2**32: times size, rounded down.
+        step >>= 32
+        step *= size
+        step >>= 32
+        step += target
+        np.subtract(step, size, out=step, where=step >= size)
+        if number % 2:
+            j = step
+        else:
+            i = step
+    return i * columns + j
+
+
+def split_permute(x: np.ndarray, split: Any, n: Any, key: Any) -> np.ndarray:
+    """A keyed permutation of 0..n-1 that keeps 0..split-1 among themselves."""
+    split, n = np.asarray(split, np.int64), np.asarray(n, np.int64)
+    low = x < split
+    first = np.where(low, 0, split)
+    size = np.where(low, split, n - split)
+    return first + permute(x - first, size, mix(np.asarray(key, np.uint64), low))
+
+
+def arrange(
+    place: np.ndarray, n: Any, head: Any, tail: Any, split: Any, key: Any
+) -> np.ndarray:
+    """The item at `place` of a keyed order of 0..n-1 with guarded ends.
+
+    The first `head` places hold items below `split`, the last `tail` places
+    items from `split` on. So two orders one after the other, the first with a
+    tail and the second with a head, share no item across their seam.
+
+    Args:
+        place: int64, 0 <= place < n.
+        n: number of items; broadcast with place, as are the following.
+        head: guarded places at the start, 0 <= head <= split.
+        tail: guarded places at the end, 0 <= tail <= n - split.
+        split: border between the items of the heads and those of the tails.
+        key: 64-bit integer(s) from `mix`.
+
+    Returns:
+        int64 items, of the broadcast shape.
+    """
+    key = np.asarray(key, np.uint64)
+    inner = (place >= head) & (place < n - tail)
+    shuffled = permute(
+        np.where(inner, place - head, 0),
+        np.where(inner, n - head - tail, 1),
+        mix(key, 0),
+    )
+    slot = np.where(inner, head + shuffled, place)
+    guarded = np.broadcast_to(np.add(head, tail) > 0, slot.shape)
+    if guarded.any():
+        split, n, key = (
+            np.broadcast_to(part, slot.shape)[guarded] for part in (split, n, key)
+        )
+        slot[guarded] = split_permute(slot[guarded], split, n, mix(key, 1))
+    return slot
+
+
+def deal(
+    draw: np.ndarray, row: np.ndarray, n: Any, k: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Where a row of a draw stands when draws of k are dealt from rounds of n.
+
+    Draw d takes the places d*k ... d*k + k - 1 of an endless sequence of rounds,
+    n places each. A draw that runs across the seam of two rounds takes the tail
+    of the first and the head of the second.
+
+    Args:
+        draw: int64, >= 0.
+        row: int64 in 0..k-1; broadcast with draw, as are the following.
+        n: places of a round, >= k.
+        k: rows of a draw, >= 1.
+
+    Returns:
+        (round, place in it, head of that round, tail of that round): its first
+        `head` places belong to a draw begun before it, its last `tail` places to
+        one that ends behind it. int64, of the broadcast shape.
+    """
+    # What depends on the draw alone is computed once for all of its rows.
+    start = draw * k
+    first = start // n
+    place = start - first * n + row
+    over = place >= n
+    heads = [-(first + later) * n % k for later in range(3)]
+    tails = [-head % k for head in heads]
+    return (
+        first + over,
+        np.where(over, place - n, place),
+        np.where(over, heads[1], heads[0]),
+        np.where(over, tails[2], tails[1]),
+    )
+
+
+def cycle(draw: np.ndarray, row: np.ndarray, n: Any, k: Any, key: Any) -> np.ndarray:
+    """The item in a row of a draw of k from shuffled cycles of 0..n-1.
+
+    The rows of a draw are distinct, also where it runs across the seam of two
+    cycles, and each cycle holds every item once. Cycles are shuffled one by one;
+    only where fewer than 2 (k - 1) items leave no room to guard the seams,
+    k / gcd(n, k) cycles, which end where a draw ends, repeat one order.
+
+    Args:
+        draw: int64, >= 0.
+        row: int64 in 0..k-1; broadcast with draw, as are the following.
+        n: number of items, >= 1.
+        k: rows of a draw, 1 <= k <= n.
+        key: 64-bit integer(s) from `mix`.
+
+    Returns:
+        int64 items, of the broadcast shape.
+    """
+    number, place, head, tail = deal(draw, row, n, k)
+    roomy = n >= 2 * (k - 1)
+    order = np.where(roomy, number, number // (k // np.gcd(n, k)))
+    guard = np.where(roomy, head, 0), np.where(roomy, tail, 0)
+    key = mix(np.asarray(key, np.uint64), order)
+    return arrange(place, n, *guard, (n + 1) // 2, key)

@@ -1,0 +1,280 @@
+"""Which classes a batch draws: the two epoch modes of `PKPlan`.
+
+A *draw* takes K samples of one class; a batch is P draws of distinct classes of
+one group (without `groups=` there is one group). Both schedules answer
+`draws(epoch, steps, columns)`: for the batches `steps` (n,) and the places
+`columns` (m,) of 0..P-1, the class and the number of that draw among the draws
+of the class, both (n, m) int64. Classes are numbered group by group.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kerastrip import _permutation
+from kerastrip._permutation import mix, permute
+
+
+class Balanced:
+    """Every class equally often: the closed form of balanced epochs.
+
+    A group of C classes that has N = L*P slots in an epoch, N = q*C + r, draws
+    every class q times (q *rounds*, each a shuffle of all classes), then r of
+    them once more. Those r are the classes at places s, ..., s+r-1 (mod C) of
+    one keyed order, where s counts the slots of the group before the epoch. So
+    counts differ by at most 1 in each epoch and over all of them, and the draws
+    of the class at place x before the epoch are the numbers below s that are
+    congruent to x modulo C.
+
+    Where a batch runs across the seam of two rounds, `arrange` keeps the tail of
+    the one and the head of the other apart: an epoch splits the classes in two
+    halves, tails are taken from the one and heads from the other. The extra r
+    count to the half of the heads, as far as they fit. With fewer than 2 (P - 1)
+    classes there is no room for that: there the rounds between two places where
+    a round and a batch end together repeat one order, and a batch of P
+    neighbours on a circle of C >= P classes is distinct anyway.
+
+    Batches go to groups in proportion to their classes, evenly interleaved.
+
+    Args:
+        group_sizes: `(groups,)` classes of each group, all >= P.
+        classes_per_batch: P.
+        batches: L, batches in an epoch.
+        key: 64-bit integer.
+    """
+
+    def __init__(
+        self, group_sizes: np.ndarray, classes_per_batch: int, batches: int, key: int
+    ) -> None:
+        self.batches = batches
+        self._sizes = group_sizes
+        self._first = np.cumsum(group_sizes) - group_sizes
+        self._p = classes_per_batch
+        self._key = key
+        # Which group each of C_total consecutive batches goes to: the i-th turn
+        # of a group of C_g stands at (i + 1/2) / C_g of the way.
+        group = np.repeat(np.arange(len(group_sizes)), group_sizes)
+        turn = np.arange(len(group)) - self._first[group]
+        way = (turn + 0.5) / group_sizes[group]
+        self._turns = group[np.argsort(way, kind="stable")]
+        self._places = np.sort(self._turns * len(group) + np.arange(len(group)))
+
+    def _turns_before(self, batch: np.ndarray | int, group: np.ndarray) -> np.ndarray:
+        """How many of the batches 0..batch-1 go to `group`."""
+        cycles, rest = np.divmod(batch, len(self._turns))
+        counted = np.searchsorted(self._places, group * len(self._turns) + rest)
+        return cycles * self._sizes[group] + counted - self._first[group]
+
+    def draws(
+        self, epoch: int, steps: np.ndarray, columns: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The classes and draw numbers of some batches (module docstring)."""
+        start, steps = epoch * self.batches, steps[:, None]
+        group = self._turns[(start + steps) % len(self._turns)]
+        p, size = self._p, self._sizes[group]
+        past = self._turns_before(start, group) * p
+        slots = self._turns_before(start + self.batches, group) * p - past
+        batch = self._turns_before(start + steps, group) - past // p
+        full_rounds, extra = np.divmod(slots, size)
+        round_, place, head, tail = _permutation.deal(batch, columns, size, p)
+        key = mix(self._key, epoch, group)
+
+        roomy = size >= 2 * (p - 1)
+        item = np.empty_like(place)
+        if roomy.any():
+            held = np.where(round_ < full_rounds, size, np.maximum(extra, 1))
+            tail = np.where(round_ < full_rounds, tail, 0)
+            half = np.minimum((size + 1) // 2, held)
+            item = _permutation.arrange(place, held, head, tail, half, mix(key, round_))
+        if not roomy.all():
+            # The last turn of the circle begins with the extra classes.
+            turns = p // np.gcd(size, p)
+            turn = round_ // turns
+            first = np.where(turn == full_rounds // turns, extra, 0)
+            circle = _permutation.split_permute(place, first, size, mix(key, turn))
+            item = np.where(roomy, item, circle)
+
+        # Items below `extra` are the extra ones of this epoch.
+        at = (past + item) % size
+        return self._class(at, group), (past - at + size - 1) // size + round_
+
+    def draws_per_class(self, epoch: int) -> np.ndarray:
+        """`(classes,)` how often each class is drawn in `epoch`."""
+        group = np.repeat(np.arange(len(self._sizes)), self._sizes)
+        size, at = self._sizes[group], np.arange(len(group)) - self._first[group]
+        before, after = (
+            (self._turns_before(batch, group) * self._p - at + size - 1) // size
+            for batch in (epoch * self.batches, (epoch + 1) * self.batches)
+        )
+        counts = np.empty_like(size)
+        counts[self._class(at, group)] = after - before
+        return counts
+
+    def _class(self, at: np.ndarray, group: np.ndarray) -> np.ndarray:
+        """The class at a place of the one keyed order of its group."""
+        return self._first[group] + permute(
+            at, self._sizes[group], mix(self._key, group)
+        )
+
+
+class Coverage:
+    """Every class often enough to see all its samples, in the fewest batches.
+
+    A class of n samples needs D = ceil(n / K) draws. P distinct classes in each
+    batch allow no fewer than L = max(ceil(sum D / P), max D) batches. The spare
+    slots go to the classes drawn least, level by level.
+
+    The draws of all classes, class after class in an order keyed by the epoch,
+    fill a table of P rows and L columns row by row; a column is a batch. No class
+    has more than L draws, so a column holds it once (McNaughton, "Scheduling with
+    deadlines and loss functions", 1959). The draws inside each row are then
+    shuffled, row by row, so that classes mix. Only the class that runs across
+    the end of a row keeps to columns in which the next row does not hold it.
+
+    Args:
+        group_sizes: `(groups,)` classes of each group, all >= P.
+        needed: `(classes,)` draws that each class needs, >= 1.
+        classes_per_batch: P.
+        key: 64-bit integer.
+    """
+
+    def __init__(
+        self,
+        group_sizes: np.ndarray,
+        needed: np.ndarray,
+        classes_per_batch: int,
+        key: int,
+    ) -> None:
+        self._p = classes_per_batch
+        self._key = key
+        ends = np.cumsum(group_sizes)
+        self._needed = np.split(needed, ends[:-1])
+        self._first = ends - group_sizes
+        lengths = [
+            max(-(-int(part.sum()) // self._p), int(part.max()))
+            for part in self._needed
+        ]
+        self._levels = [
+            _fill_level(part, length * self._p)
+            for part, length in zip(self._needed, lengths, strict=True)
+        ]
+        self._lengths = np.array(lengths, np.int64)
+        self._ends = np.cumsum(self._lengths)
+        self.batches = int(self._ends[-1])
+        self._tables: dict[tuple[int, int], _Table] = {}
+
+    def draws(
+        self, epoch: int, steps: np.ndarray, columns: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The classes and draw numbers of some batches (module docstring)."""
+        batch = steps
+        if len(self._lengths) > 1:
+            batch = permute(steps, self.batches, mix(self._key, epoch, 0))
+        group = np.searchsorted(self._ends, batch, "right")
+        batch = batch - (self._ends - self._lengths)[group]
+        class_ = np.empty((len(steps), len(columns)), np.int64)
+        draw = np.empty_like(class_)
+        for g in np.unique(group):
+            rows = group == g
+            table = self._table(epoch, int(g))
+            class_[rows], draw[rows] = table.draws(batch[rows], columns)
+            class_[rows] += self._first[g]
+        return class_, draw
+
+    def _table(self, epoch: int, group: int) -> _Table:
+        """The table of a group in an epoch; those of the last epoch are kept."""
+        tables = self._tables
+        table = tables.get((epoch, group))
+        if table is None:
+            needed, spare_level = self._needed[group], self._levels[group]
+            table = _Table(
+                needed,
+                spare_level,
+                self._p,
+                int(self._lengths[group]),
+                mix(self._key, epoch, 1, group),
+            )
+            # A new dict instead of a lock: another thread at most makes the same
+            # table once more.
+            kept = {at: other for at, other in tables.items() if at[0] == epoch}
+            self._tables = {**kept, (epoch, group): table}
+        return table
+
+    def draws_per_class(self, epoch: int) -> np.ndarray:
+        """`(classes,)` how often each class is drawn in `epoch`."""
+        counts = []
+        for group, needed in enumerate(self._needed):
+            table, part = self._table(epoch, group), np.empty_like(needed)
+            part[table.classes] = np.diff(table.ends)
+            counts.append(part)
+        return np.concatenate(counts)
+
+
+class _Table:
+    """The P x L table of one group in one epoch (see `Coverage`)."""
+
+    def __init__(
+        self, needed: np.ndarray, level: int, p: int, length: int, key: int
+    ) -> None:
+        self._length, self._key = length, key
+        self.classes = permute(np.arange(len(needed)), len(needed), mix(key, 0))
+        draws = np.maximum(needed[self.classes], level)
+        at_level = draws == level
+        at_level &= np.cumsum(at_level) <= length * p - draws.sum()
+        draws += at_level
+        self.ends = np.concatenate(([0], np.cumsum(draws)))
+        # The class across the end of a row has `tail` draws there and `head` in
+        # the next row. Each of the two keeps to an interval on the circle of
+        # columns, anywhere outside that of its neighbours.
+        border = np.arange(1, p) * length
+        at = np.searchsorted(self.ends, border, "right") - 1
+        crosses = self.ends[at] < border
+        tail = np.where(crosses, border - self.ends[at], 0)
+        head = np.where(crosses, self.ends[at + 1] - border, 0)
+        self._tail, self._head = np.append(tail, 0), np.append(0, head)
+        self._tail_at = np.zeros(p, np.int64)
+        self._head_at = np.zeros(p, np.int64)
+        for row in range(p):
+            held, wanted = int(self._head[row]), int(self._tail[row])
+            free = length - held - wanted
+            gap = mix(key, 1, row) % (free + 1)
+            self._tail_at[row] = (self._head_at[row] + held + gap) % length
+            if row + 1 < p:
+                following = int(self._head[row + 1])
+                gap = mix(key, 2, row) % (length - wanted - following + 1)
+                start = self._tail_at[row] + wanted + gap
+                self._head_at[row + 1] = start % length
+
+    def draws(
+        self, batches: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The classes and draw numbers of the cells in some columns and rows."""
+        length, head, tail = self._length, self._head[rows], self._tail[rows]
+        column = permute(batches, length, mix(self._key, 3))[:, None]
+        # Round the circle from the head: head, gap, tail, gap.
+        at = (column - self._head_at[rows]) % length
+        tail_at = (self._tail_at[rows] - self._head_at[rows]) % length
+        behind = at >= tail_at + tail
+        in_tail = ~behind & (at >= tail_at) & (tail > 0)
+        inner = (at >= head) & ~in_tail
+        shuffled = permute(
+            np.where(inner, at - head - np.where(behind, tail, 0), 0),
+            np.maximum(length - head - tail, 1),
+            mix(self._key, 4, rows),
+        )
+        cell = np.where(in_tail, length - tail + at - tail_at, at)
+        cell = rows * length + np.where(inner, head + shuffled, cell)
+        class_at = np.searchsorted(self.ends, cell, "right") - 1
+        return self.classes[class_at], cell - self.ends[class_at]
+
+
+def _fill_level(needed: np.ndarray, slots: int) -> int:
+    """The largest level w with sum(max(needed, w)) <= slots."""
+    ordered = np.sort(needed)
+    # Raising the i smallest to w costs i * w instead of their sum.
+    above = needed.sum() - np.cumsum(ordered)
+    counts = np.arange(1, len(ordered) + 1)
+    level = (slots - above) // counts
+    # The first i for which the next class is not below the level it would get.
+    following = np.append(ordered[1:], np.iinfo(np.int64).max)
+    return int(level[np.argmax(level < following)])
