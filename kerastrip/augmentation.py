@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from kerastrip import _checks
+from kerastrip import _checks, _targets
 from kerastrip._version import __version__
 
 # albumentations asks the network for a newer version in every process that
@@ -38,15 +38,6 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 # would be scheme 2, or saved augmentations would become others without a word.
 _SCHEME = 1
 _HASH_NAME = b"kerastrip-aug-v1"
-
-# What a batch can stack; strings, for example, stay a list.
-_ARRAYS = (np.ndarray, np.number, np.bool_)
-
-# How far outside [0, 1] a float image may lie, from rounding.
-_ROUNDING = 1e-3
-
-_UINT8, _FLOAT32 = np.dtype("uint8"), np.dtype("float32")
-_MASKS = [np.dtype(t) for t in ("uint8", "uint16", "int16", "int32", "float32")]
 
 # Threads that augment small images at once spend their time handing the
 # interpreter lock to each other: two are half as fast as one. So batches of
@@ -202,11 +193,11 @@ class Augmentation:
         if not self._seedable:
             result = run(_copied(image), rng)
         elif isinstance(image, dict):
-            self._check_targets(image)
+            _targets.check_targets(self._pipeline, image)
             result = run(**{name: _copied(value) for name, value in image.items()})
             result = {name: result[name] for name in image}
         else:
-            _check_image("image", image)
+            _targets.check_image("image", image)
             result = run(image=_copied(image))["image"]
         if not isinstance(result, dict if isinstance(image, dict) else np.ndarray):
             raise TypeError(
@@ -244,47 +235,6 @@ class Augmentation:
             "uinteger": 0,
         }
         return run, rng
-
-    def _check_targets(self, targets: dict[str, Any]) -> None:
-        """Refuse what albumentations would leave alone or spoil without a word."""
-        if "image" not in targets:
-            raise ValueError(
-                _checks.message("image", "a dict with the key 'image'", targets)
-            )
-        pipeline = self._pipeline
-        kinds = getattr(pipeline, "additional_targets", {})
-        known = getattr(pipeline, "available_keys", ())
-        size = np.shape(targets["image"])[:2]
-        for name, value in targets.items():
-            kind = kinds.get(name, name)
-            if kind == "image":
-                _check_image(name, value)
-            elif kind in ("mask", "masks"):
-                _check_mask(name, value)
-            elif kind in ("bboxes", "keypoints"):
-                if kind not in getattr(pipeline, "processors", {}):
-                    option = {"bboxes": "bbox", "keypoints": "keypoint"}[kind]
-                    raise ValueError(
-                        _checks.message(
-                            "pipeline",
-                            f"an albumentations.Compose with {option}_params=..., "
-                            f"because a sample has {name!r}",
-                            pipeline,
-                        )
-                    )
-            elif (
-                name not in known and np.ndim(value) > 1 and np.shape(value)[:2] == size
-            ):
-                raise ValueError(
-                    _checks.message(
-                        name,
-                        "a target that the pipeline knows",
-                        value,
-                        "It has the size of the image and would stay as it is. Declare "
-                        f"it: Compose(..., additional_targets={{{name!r}: 'image'}}) "
-                        "or 'mask'.",
-                    )
-                )
 
     # -- many images -------------------------------------------------------
 
@@ -333,41 +283,21 @@ class Augmentation:
             >>> both["image"].shape, both["mask"].shape
             ((4, 6, 6, 3), (4, 6, 6))
         """
-        rows = _rows(images)
-        shape: tuple[int, ...] = (len(rows),)
+        samples = _targets.samples(images)
+        shape: tuple[int, ...] = (len(samples),)
         if views is not None:
             shape += (_checks.integer("views", views, minimum=1),)
-        several = isinstance(images, dict)
-        outs = (out or {}) if several else {"image": out}
-        lists = self._list_names()
-        stacks: dict[str, _Stack] = {}
-        others: dict[str, list] = {}
-        with _turn if _is_small(rows[0]) else contextlib.nullcontext():
+        if bare := not isinstance(images, dict):
+            out = {"image": out}
+        batch = _targets.Batch(self._pipeline, shape, out)
+        with _turn if _is_small(samples[0]) else contextlib.nullcontext():
             for index in itertools.product(*map(range, shape)):
                 position, *view = index
-                result = self(rows[position], *key, first + position, *view)
-                for name, value in result.items() if several else [("image", result)]:
-                    if name in lists or not isinstance(value, _ARRAYS):
-                        others.setdefault(name, []).append(value)
-                    else:
-                        if name not in stacks:
-                            stacks[name] = _Stack(name, shape, value, outs.get(name))
-                        stacks[name].put(index, value)
-        if not several:
-            return stacks["image"].out
-        if views is not None:
-            others = {
-                name: [values[i : i + views] for i in range(0, len(values), views)]
-                for name, values in others.items()
-            }
-        return {n: stacks[n].out if n in stacks else others[n] for n in result}
-
-    def _list_names(self) -> set[str]:
-        """Targets whose number may change from image to image."""
-        names = {"bboxes", "keypoints", "masks"}
-        for processor in getattr(self._pipeline, "processors", {}).values():
-            names.update(processor.data_fields, processor.params.label_fields or ())
-        return names
+                result = self(samples[position], *key, first + position, *view)
+                for name, value in ({"image": result} if bare else result).items():
+                    batch.put(index, name, value)
+        targets = batch.targets()
+        return targets["image"] if bare else targets
 
     def map(
         self,
@@ -686,53 +616,6 @@ class _Random(random.Random):
         return self.normalvariate(mu, sigma)  # the other keeps every second number
 
 
-class _Stack:
-    """Equal arrays, written one by one into one array."""
-
-    def __init__(self, name: str, shape: tuple[int, ...], value: Any, out: Any):
-        self.name, self.shape, self.dtype = name, value.shape, value.dtype
-        whole = shape + value.shape
-        if out is None:
-            out = np.empty(whole, value.dtype)
-        elif out.shape != whole or not np.can_cast(value.dtype, out.dtype):
-            raise ValueError(
-                _checks.message(
-                    "out", f"an array of shape {whole} that holds {value.dtype}", out
-                )
-            )
-        self.out = out
-
-    def put(self, index: tuple[int, ...], value: Any) -> None:
-        if value.shape != self.shape or value.dtype != self.dtype:
-            raise ValueError(
-                f"The pipeline must give every `{self.name}` of a batch one size and "
-                f"dtype: received {self.shape} {self.dtype} first and {value.shape} "
-                f"{value.dtype} at position {index[0]}. Begin it with "
-                "albumentations.RandomResizedCrop(size=(height, width)) or end it "
-                "with albumentations.Resize(height, width)."
-            )
-        self.out[index] = value
-
-
-def _rows(images: Any) -> list:
-    """The samples of a batch: images, or dicts of targets."""
-    if not isinstance(images, dict):
-        rows = list(images)
-    else:
-        lengths = {name: len(column) for name, column in images.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(
-                _checks.message("images", "targets of one length", lengths)
-            )
-        rows = [
-            dict(zip(images, row, strict=True))
-            for row in zip(*images.values(), strict=True)
-        ]
-    if not rows:
-        raise ValueError(_checks.message("images", "at least one image", images))
-    return rows
-
-
 def _is_small(row: Any) -> bool:
     image = row.get("image", ()) if isinstance(row, dict) else row
     return math.prod(np.shape(image)[:2]) <= _SMALL
@@ -767,60 +650,6 @@ def _nodes(pipeline: Any) -> Iterator[Any]:
 
 def _leaves(pipeline: Any) -> list:
     return [node for node in _nodes(pipeline) if not hasattr(node, "transforms")]
-
-
-def _check_image(name: str, image: Any) -> None:
-    if not isinstance(image, np.ndarray):
-        raise TypeError(_checks.message(name, "a NumPy array", image))
-    if image.ndim not in (2, 3) or (
-        image.ndim == 3 and image.shape[0] <= 4 < image.shape[2]
-    ):
-        raise ValueError(
-            _checks.message(
-                name,
-                "one image, (height, width) or (height, width, channels)",
-                image,
-                "Use aug.batch(images, *key) for several images."
-                if image.ndim == 4
-                else "Channels come last.",
-            )
-        )
-    if image.dtype == _UINT8:
-        return
-    if image.dtype != _FLOAT32:
-        raise TypeError(
-            _checks.message(
-                name,
-                "dtype uint8, or float32 in [0, 1]",
-                image,
-                "Keep images uint8, as they are decoded, or convert them to float32.",
-            )
-        )
-    low, high = image.min(), image.max()
-    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
-        raise ValueError(
-            _checks.message(
-                name,
-                "float32 values in [0, 1]",
-                _checks.Told(f"values from {low:g} to {high:g}"),
-                "albumentations would clip them. Keep images uint8 and scale in the "
-                "model (keras.layers.Rescaling), or scale them to [0, 1] first.",
-            )
-        )
-
-
-def _check_mask(name: str, mask: Any) -> None:
-    masks = mask if isinstance(mask, (list, tuple)) else [mask]
-    for each in masks:
-        if not isinstance(each, np.ndarray) or each.dtype not in _MASKS:
-            raise TypeError(
-                _checks.message(
-                    name,
-                    f"a mask as an array of dtype {', '.join(map(str, _MASKS))}",
-                    each,
-                    "OpenCV cannot warp others: use mask.astype('uint8').",
-                )
-            )
 
 
 def _versions() -> dict[str, str]:

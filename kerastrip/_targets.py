@@ -1,0 +1,146 @@
+"""What an augmentation takes and gives: one image, or a dict of targets.
+
+albumentations leaves some inputs untransformed and spoils others without a word.
+Those are refused here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kerastrip._checks import Told, message
+
+_UINT8, _FLOAT32 = np.dtype("uint8"), np.dtype("float32")
+_MASKS = ("uint8", "uint16", "int16", "int32", "float32")
+_ROUNDING = 1e-3  # how far outside [0, 1] a float image may lie
+# What a batch can stack; strings, for example, stay a list.
+_ARRAYS = (np.ndarray, np.number, np.bool_)
+
+
+def check_image(name: str, image: Any) -> None:
+    """Refuse what is not one image, uint8 or float32 in [0, 1]."""
+    if not isinstance(image, np.ndarray):
+        raise TypeError(message(name, "a NumPy array", image))
+    shape, expected = image.shape, "(height, width) or (height, width, channels)"
+    if len(shape) not in (2, 3):
+        advice = "Use aug.batch(images, *key) for several." if len(shape) == 4 else ""
+        raise ValueError(message(name, f"one image {expected}", image, advice))
+    if len(shape) == 3 and shape[0] <= 4 < shape[2]:
+        raise ValueError(message(name, expected, image, "Channels come last."))
+    if image.dtype == _UINT8:
+        return
+    expected = "an image of uint8, or of float32 in [0, 1]"
+    if image.dtype != _FLOAT32:
+        advice = "Keep images uint8, as they are decoded, or convert them to float32."
+        raise TypeError(message(name, expected, image, advice))
+    low, high = image.min(), image.max()
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+        advice = (
+            "albumentations would clip them. Keep images uint8 and scale them in the "
+            "model (keras.layers.Rescaling), or scale them to [0, 1] before."
+        )
+        received = Told(f"values from {low:g} to {high:g}")
+        raise ValueError(message(name, expected, received, advice))
+
+
+def check_targets(pipeline: Any, targets: dict[str, Any]) -> None:
+    """Refuse a dict of targets that `pipeline` would not transform alike."""
+    if "image" not in targets:
+        raise ValueError(message("image", "a dict with the key 'image'", targets))
+    kinds = getattr(pipeline, "additional_targets", {})
+    known = getattr(pipeline, "available_keys", ())
+    size = np.shape(targets["image"])[:2]
+    for name, value in targets.items():
+        kind = kinds.get(name, name)
+        if kind == "image":
+            check_image(name, value)
+        elif kind in ("mask", "masks"):
+            for mask in value if isinstance(value, (list, tuple)) else [value]:
+                if str(getattr(mask, "dtype", "")) not in _MASKS:
+                    advice = "OpenCV cannot warp others: use mask.astype('uint8')."
+                    expected = f"a mask as an array of {', '.join(_MASKS)}"
+                    raise TypeError(message(name, expected, mask, advice))
+        elif kind in ("bboxes", "keypoints"):
+            if kind not in getattr(pipeline, "processors", {}):
+                option = {"bboxes": "bbox_params", "keypoints": "keypoint_params"}[kind]
+                expected = f"albumentations.Compose(..., {option}=...) for {name!r}"
+                raise ValueError(message("pipeline", expected, pipeline))
+        elif name not in known and np.ndim(value) > 1 and np.shape(value)[:2] == size:
+            advice = (
+                "It has the size of the image and would stay as it is. Declare it: "
+                f"Compose(..., additional_targets={{{name!r}: 'image'}}) or 'mask'."
+            )
+            raise ValueError(
+                message(name, "a target that the pipeline knows", value, advice)
+            )
+
+
+def samples(images: Any) -> list:
+    """The samples of a batch: images, or dicts of targets."""
+    if isinstance(images, dict):
+        lengths = {name: len(column) for name, column in images.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(message("images", "targets of one length", lengths))
+        columns = zip(*images.values(), strict=True)
+        rows = [dict(zip(images, column, strict=True)) for column in columns]
+    else:
+        rows = list(images)
+    if not rows:
+        raise ValueError(message("images", "at least one image", images))
+    return rows
+
+
+class Batch:
+    """Results put together: arrays stacked, everything else in lists.
+
+    Args:
+        pipeline: says which targets may change in number from image to image;
+            these stay lists.
+        shape: (batch,) or (batch, views).
+        out: None, or a dict of arrays to write into.
+    """
+
+    def __init__(self, pipeline: Any, shape: tuple[int, ...], out: Any):
+        self._shape, self._out = shape, dict(out or {})
+        self._columns: dict[str, tuple[np.ndarray, Any]] = {}
+        self._lists = {"bboxes", "keypoints", "masks"}
+        for processor in getattr(pipeline, "processors", {}).values():
+            self._lists.update(processor.data_fields)
+            self._lists.update(processor.params.label_fields or ())
+
+    def put(self, index: tuple[int, ...], name: str, value: Any) -> None:
+        """Write one target of one result."""
+        if name not in self._columns:
+            self._columns[name] = self._column(name, value)
+        column, layout = self._columns[name]
+        if layout is not None and (value.shape, value.dtype) != layout:
+            raise ValueError(
+                f"The pipeline must give every `{name}` of a batch one size and dtype: "
+                f"received {layout[0]} {layout[1]} first and {value.shape} "
+                f"{value.dtype} at position {index[0]}. Begin it with "
+                "albumentations.RandomResizedCrop(size=(height, width)) or end it "
+                "with albumentations.Resize(height, width)."
+            )
+        column[index] = value
+
+    def _column(self, name: str, value: Any) -> tuple[np.ndarray, Any]:
+        """An array for all values, and the shape and dtype that each must have."""
+        if name in self._lists or not isinstance(value, _ARRAYS):
+            return np.empty(self._shape, object), None
+        shape, dtype = self._shape + value.shape, value.dtype
+        out = self._out.get(name)
+        if out is None:
+            out = np.empty(shape, dtype)
+        elif out.shape != shape or not np.can_cast(dtype, out.dtype):
+            expected = f"an array of shape {shape} that holds {dtype}"
+            raise ValueError(message("out", expected, out))
+        return out, (value.shape, dtype)
+
+    def targets(self) -> dict[str, Any]:
+        """All that was put."""
+        return {
+            name: column.tolist() if layout is None else column
+            for name, (column, layout) in self._columns.items()
+        }
