@@ -1,5 +1,69 @@
-"""kerastrip: metric learning for Keras 3."""
+"""kerastrip: metric learning for Keras 3.
 
+P×K batches that are guaranteed to hold positives, losses that mine them exactly,
+and a view of what the mining does while the model trains. Pass a `PKSampler` to
+`model.fit`, attach `MiningStats`, reuse the `Augmentation`.
+"""
+
+from kerastrip import distances, evaluation, mining, plotting, sources, verification
 from kerastrip._version import __version__
+from kerastrip.augmentation import Augmentation
+from kerastrip.callbacks import (
+    EpochSync,
+    MiningStats,
+    RetrievalEvaluation,
+    VerificationEvaluation,
+)
+from kerastrip.inference import embed, search
+from kerastrip.losses import (
+    BinaryFocalLoss,
+    CategoricalFocalLoss,
+    SparseCategoricalFocalLoss,
+    TripletHardLoss,
+    TripletLoss,
+    TripletSemiHardLoss,
+    binary_focal_loss,
+    categorical_focal_loss,
+    class_balanced_alpha,
+    sparse_categorical_focal_loss,
+    triplet_hard_loss,
+    triplet_semihard_loss,
+)
+from kerastrip.metrics import TripletCensus
+from kerastrip.plan import PKPlan, SamplingReport, split_classes, split_samples
+from kerastrip.sampler import PKSampler
 
-__all__ = ["__version__"]
+__all__ = [
+    "Augmentation",
+    "BinaryFocalLoss",
+    "CategoricalFocalLoss",
+    "EpochSync",
+    "MiningStats",
+    "PKPlan",
+    "PKSampler",
+    "RetrievalEvaluation",
+    "SamplingReport",
+    "SparseCategoricalFocalLoss",
+    "TripletCensus",
+    "TripletHardLoss",
+    "TripletLoss",
+    "TripletSemiHardLoss",
+    "VerificationEvaluation",
+    "__version__",
+    "binary_focal_loss",
+    "categorical_focal_loss",
+    "class_balanced_alpha",
+    "distances",
+    "embed",
+    "evaluation",
+    "mining",
+    "plotting",
+    "search",
+    "sources",
+    "sparse_categorical_focal_loss",
+    "split_classes",
+    "split_samples",
+    "triplet_hard_loss",
+    "triplet_semihard_loss",
+    "verification",
+]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def plot_mining(
     )
     ax.set(xlabel="epoch", ylabel="fraction of triplets", ylim=(0, 1))
     ax.set_xlim(epochs[0], max(epochs[-1], epochs[0] + 1))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     if prefix + "loss" in history:
         losses = ax.twinx()
         losses.plot(epochs, history[prefix + "loss"], color="#222222", linewidth=1.5)
@@ -137,7 +137,8 @@ def plot_embeddings(
     for position, label in enumerate(distinct):
         rows = labels == label
         name = str(label) if names is None else names[position]
-        ax.scatter(*points[rows].T, s=10, color=colours[position], label=name)
+        x, y = points[rows].T
+        ax.scatter(x, y, s=10, color=colours[position], label=name)
     ax.set(xlabel="1st principal component", ylabel="2nd principal component")
     ax.set_aspect("equal", "datalim")
     if len(distinct) <= 20:
@@ -190,7 +191,7 @@ def plot_batch(
         images = (images - images.min()) / max(np.ptp(images), 1e-12)
     starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
     counts = np.diff(np.r_[starts, len(labels)])
-    figure, _ = _figure(None, (0.9 * counts.max() + 1.2, 0.9 * len(starts)), axes=False)
+    figure = _new_figure((0.9 * counts.max() + 1.2, 0.9 * len(starts)))
     grid = figure.subplots(len(starts), counts.max(), squeeze=False)
     for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
         for column, ax in enumerate(grid[row]):
@@ -205,16 +206,17 @@ def plot_batch(
     return _written(figure, path)
 
 
-def _figure(
-    ax: Axes | None, size: tuple[float, float], axes: bool = True
-) -> tuple[Figure, Axes]:
-    """The figure of `ax`, or a new one; the axes to draw on."""
-    if ax is not None:
-        return ax.get_figure(root=True), ax
+def _new_figure(size: tuple[float, float]) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.add_subplot() if axes else None
+    return Figure(figsize=size, layout="constrained")
+
+
+def _figure(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """The axes to draw on and their figure: those given, or new ones."""
+    if ax is None:
+        ax = _new_figure(size).add_subplot()
+    return cast("Figure", ax.get_figure(root=True)), ax
 
 
 def _written(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
@@ -237,5 +239,5 @@ def _class_colours(count: int) -> Any:
     from matplotlib import colormaps
 
     if count <= 10:
-        return colormaps["tab10"].colors[:count]
+        return colormaps["tab10"](np.arange(count))
     return colormaps["turbo"](np.linspace(0, 1, count))
