@@ -405,7 +405,7 @@ class PKSampler(keras.utils.PyDataset):
 
     def close(self) -> None:
         """Ends the worker processes; the sampler gives no more batches."""
-        self._closed = True
+        self._closed, self._ahead = True, None
         if self._pool is not None:
             self._pool.close()
 

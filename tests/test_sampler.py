@@ -1,7 +1,13 @@
 """PKSampler: what the model gets, in every mode of working."""
 
+import gc
 import itertools
+import os
+import pathlib
 import random
+import signal
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -571,7 +577,7 @@ def test_a_shuffled_shard_stops_fit(images, labels):
         **SHAPE,
         targets=("one_hot", "label"),
         shard=(1, 2),
-        batches_per_epoch=50,
+        batches_per_epoch=20,
     )
     watched().fit(train, epochs=2, shuffle=False, verbose=0)
     random.seed(0)
@@ -609,6 +615,135 @@ def test_weights_reach_the_loss(images, labels):
     )
     assert none == 0
     assert 0 < one < both
+
+
+LIFE = """
+import os, signal, sys, threading, time
+import keras, numpy as np
+from kerastrip.callbacks import EpochSync
+from kerastrip.sampler import PKSampler
+
+parent = os.getpid()
+
+def augment(row, rng):
+    if row[0] == fatal and os.getpid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.001)
+    return row
+
+def fit(**mode):
+    x, y = np.arange(24.0)[:, None], np.repeat(np.arange(6), 4)
+    train = PKSampler(x, y, classes_per_batch=4, samples_per_class=2, augment=augment,
+                      batches_per_epoch=20000, **mode)
+    model = keras.Sequential([keras.layers.Dense(6, activation="softmax")])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    model.fit(train, callbacks=[EpochSync(train)], shuffle=False, verbose=0)
+
+fatal = -1
+"""
+INTERRUPT = """
+threading.Timer({after}, os.kill, (parent, signal.SIGINT)).start()
+try:
+    fit(**{mode})
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    raise
+"""
+
+
+def live(script, seconds=90):
+    """Runs a script that trains; it must end by itself."""
+    root = str(pathlib.Path(__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-c", LIFE + script],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+
+
+@on_tensorflow
+def test_a_killed_worker_ends_fit_and_ctrl_c_the_process():
+    done = live(
+        """
+fatal = 7
+try:
+    fit(workers=2, use_multiprocessing=True)
+except Exception as error:
+    print("A worker process of the sampler died" in str(error), flush=True)
+fatal = -1
+"""
+        + INTERRUPT.format(after=3, mode={"workers": 1})
+    )
+    assert done.stdout.split() == ["True", "interrupted"], done.stderr
+    assert done.returncode == -signal.SIGINT, done.stderr
+
+
+@pytest.mark.slow
+@on_tensorflow
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_ctrl_c_ends_the_process_every_time(mode):
+    for _ in range(8):
+        done = live(INTERRUPT.format(after=3, mode=mode))
+        assert done.stdout.split() == ["interrupted"], done.stderr
+        assert done.returncode == -signal.SIGINT, done.stderr
+
+
+@pytest.mark.slow
+@on_tensorflow
+def test_replicas_of_a_mirrored_strategy_get_whole_classes():
+    done = live(
+        """
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(
+    cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(2)]
+)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+x, y = np.arange(24.0)[:, None], np.repeat(np.arange(6), 4)
+
+def loss(labels, y):
+    labels = tf.reshape(tf.cast(labels, tf.int32), (-1,))
+    tf.print("labels", labels, output_stream=sys.stdout, summarize=-1)
+    return tf.reduce_mean(y * y, axis=-1)
+
+def fit(classes):
+    with strategy.scope():
+        model = keras.Sequential([keras.layers.Dense(6)])
+        model.compile("sgd", loss)
+    train = PKSampler(x, y, classes_per_batch=classes, samples_per_class=2,
+                      workers=0, replicas=1)
+    model.fit(train, callbacks=[EpochSync(train)], shuffle=False, verbose=0)
+
+fit(4)
+try:
+    fit(5)
+except ValueError as error:
+    print(error)
+"""
+    )
+    seen = [
+        [int(code) for code in line[line.index("[") + 1 : -1].split()]
+        for line in done.stdout.splitlines()
+        if line.startswith("labels")
+    ]
+    assert len(seen) == 2 * 3, done.stdout + done.stderr
+    for a, b, c, d in seen:
+        assert a == b != c == d
+    assert "2 replicas" in done.stdout
+    assert "classes_per_batch=4" in done.stdout
+
+
+@backend
+def test_the_pool_ends_with_its_sampler(images, labels):
+    sampler = PKSampler(images, labels, **SHAPE, workers=1, use_multiprocessing=True)
+    sampler[0]
+    (worker,) = sampler._pool._executor._processes.values()
+    del sampler
+    gc.collect()
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 @backend
