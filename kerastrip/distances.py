@@ -9,14 +9,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import keras
 from keras import ops
 
 from kerastrip import _checks
 from kerastrip._numerics import safe_sqrt
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine")
+
+
+def checked_distance(
+    distance: Any, name: str = "distance"
+) -> str | Callable[[Any], Any]:
+    """A distance word, or the callable that came, as itself or in a saved config."""
+    if isinstance(distance, dict):
+        distance = keras.saving.deserialize_keras_object(distance)
+    return distance if callable(distance) else _checks.one_of(name, distance, DISTANCES)
+
+
+def serialized_distance(distance: str | Callable[[Any], Any]) -> Any:
+    """What `checked_distance` reads, fit for a config."""
+    if isinstance(distance, str):
+        return distance
+    return keras.saving.serialize_keras_object(distance)
 
 
 def prepare(embeddings: Any, distance: str) -> Any:

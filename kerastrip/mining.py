@@ -1,4 +1,17 @@
-"""The mining engine: exact selection and exact census, in blocks of rows."""
+"""The mining engine: exact triplets and an exact census of a batch, by blocks of rows.
+
+Words: d is the distance, m the margin, a an anchor, p a positive (same label, other
+row), n a negative (other label). A triplet (a, p, n) is
+
+    hard        d(a,n) <= d(a,p)
+    semi-hard   d(a,p) < d(a,n) < d(a,p) + m
+    easy        d(a,n) >= d(a,p) + m
+
+The functions return one value per row of the batch. Never is there a tensor of shape
+(batch, batch, batch), and beyond 128 rows none of shape (batch, batch) unless a
+callable distance makes it. They accept a batch size unknown when traced and compile
+under XLA. Second derivatives are not defined.
+"""
 
 from __future__ import annotations
 
@@ -7,176 +20,377 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from kerastrip import _checks
-from kerastrip._numerics import integer_labels, safe_sqrt
-from kerastrip.distances import DISTANCES, is_rooted, prepare, squared_distances
+from kerastrip import _checks, _mining_dense, _mining_pairs
+from kerastrip._mining_blocks import (
+    compiled,
+    order_by_label,
+    take_padded,
+)
+from kerastrip._numerics import integer_labels, safe_divide
+from kerastrip.distances import DISTANCES, is_rooted, prepare
 
-BLOCK_ROWS = 128
+MININGS = ("semi_hard", "semi_hard_or_hard", "hard", "all")
+AVERAGES = ("all", "active")
 
 
 class Census(NamedTuple):
+    """Counts over all valid triplets of a batch, one entry per anchor: (batch,).
+
+    `easy + semi_hard + hard == positives * negatives` in every row.
+    """
+
     positives: Any
+    """int32: other rows of the same label."""
     negatives: Any
+    """int32: rows of other labels."""
     easy: Any
+    """int32: triplets with d(a,n) >= d(a,p) + margin."""
     semi_hard: Any
+    """int32: triplets with d(a,p) < d(a,n) < d(a,p) + margin."""
     hard: Any
+    """int32: triplets with d(a,n) <= d(a,p)."""
     pairs_with_semi_hard: Any
+    """int32: positives for which at least one negative is semi-hard."""
     pos_dist: Any
+    """float32: sum of the distances to the positives."""
     neg_dist: Any
+    """float32: sum of the distances to the negatives."""
 
 
-class _Layout(NamedTuple):
-    """The batch ordered by label: row i of a class lies in [start, stop)."""
+class _Ordered(NamedTuple):
+    """What the compiled functions get, and the way back to the order of the batch."""
 
+    rows: Any
+    labels: Any
+    size: Any
     order: Any
-    start: Any
-    stop: Any
+    inverse: Any
+    given: Any  # the batch size, an integer or a scalar tensor
+
+    def restore(self, x: Any, axis: int = 0) -> Any:
+        """Entries along `axis` in the order of the batch, without the padding."""
+        return ops.take(x, self.inverse[: self.given], axis=axis)
 
 
-def _layout(labels: Any) -> _Layout:
-    order = ops.argsort(labels)
-    ordered = ops.take(labels, order)
-    start = ops.cast(ops.searchsorted(ordered, ordered, side="left"), "int32")
-    stop = ops.cast(ops.searchsorted(ordered, ordered, side="right"), "int32")
-    return _Layout(order, start, stop)
-
-
-def _map_blocks(body: Callable, size: Any, outputs: tuple) -> tuple:
-    """Run body(rows) on blocks of row numbers; stack what it returns."""
-    block = BLOCK_ROWS
-    count = (size + block - 1) // block
-    buffers = tuple(
-        ops.zeros((ops.maximum(count, 1) * block, *s), d) for s, d in outputs
-    )
-    steps = ops.arange(block, dtype="int32")
-
-    def step(i, *buffers):
-        rows = ops.minimum(i * block + steps, size - 1)
-        results = body(rows)
-        starts = [(i * block,) + (0,) * len(s) for s, _ in outputs]
-        return (
-            i + 1,
-            *(
-                ops.slice_update(b, at, ops.cast(r, b.dtype))
-                for b, at, r in zip(buffers, starts, results, strict=True)
-            ),
+def check_choice(mining: str, soft: bool, average_over: str) -> None:
+    """Raise for unknown words, and for choices that exclude each other."""
+    _checks.one_of("mining", mining, MININGS)
+    _checks.one_of("average_over", average_over, AVERAGES)
+    if not isinstance(soft, bool):
+        raise TypeError(_checks.message("soft", "True or False", soft))
+    if soft and average_over == "active":
+        raise ValueError(
+            _checks.message(
+                "average_over",
+                "'all' with soft=True",
+                average_over,
+                "The softplus is always > 0, so every unit is active.",
+            )
         )
 
-    _, *buffers = ops.while_loop(
-        lambda i, *_: i < count, step, (ops.convert_to_tensor(0, "int32"), *buffers)
+
+def _checked(labels: Any, embeddings: Any) -> tuple[Any, Any]:
+    """Integer labels and the embeddings as tensors of one known length."""
+    labels, embeddings = integer_labels(labels), ops.convert_to_tensor(embeddings)
+    if len(embeddings.shape) != 2:
+        raise ValueError(
+            _checks.message(
+                "embeddings",
+                "shape (batch, dim)",
+                _checks.Told(f"shape {tuple(embeddings.shape)}"),
+                "Flatten or pool what comes before the loss.",
+            )
+        )
+    length, rows = labels.shape[0], embeddings.shape[0]
+    if length is not None and rows is not None and length != rows:
+        raise ValueError(
+            _checks.message(
+                "labels",
+                f"one label for each of the {rows} embeddings",
+                _checks.Told(f"{length} labels"),
+            )
+        )
+    # Lengths known only at run time: the reshape fails where they differ.
+    return ops.reshape(labels, (ops.shape(embeddings)[0],)), embeddings
+
+
+def _ordered(labels: Any, rows: Any, matrix: bool = False) -> _Ordered:
+    given = ops.shape(rows)[0]
+    rows = ops.stop_gradient(rows)
+    order, inverse = order_by_label(labels, given)
+    rows = take_padded(rows, order)
+    if matrix:
+        rows = ops.transpose(take_padded(ops.transpose(rows), order))
+    size = ops.convert_to_tensor(given, "int32")
+    return _Ordered(rows, take_padded(labels, order), size, order, inverse, given)
+
+
+def _census(found: dict[str, Any], ordered: _Ordered) -> Census:
+    counts = ordered.restore(found["counts"], axis=1)
+    positives, negatives, hard, semi_hard, pairs = (counts[i] for i in range(5))
+    sums = ordered.restore(found["sums"], axis=1)
+    return Census(
+        positives,
+        negatives,
+        positives * negatives - hard - semi_hard,
+        semi_hard,
+        hard,
+        pairs,
+        sums[0],
+        sums[1],
     )
-    return tuple(b[:size] for b in buffers)
 
 
 def triplet_census(
-    labels: Any,
-    embeddings: Any,
-    *,
-    margin: float = 0.2,
-    distance: str = "euclidean",
+    labels: Any, embeddings: Any, *, margin: float = 0.2, distance: str = "euclidean"
 ) -> Census:
+    """Count the easy, semi-hard and hard triplets of a batch, exactly.
+
+    The counts are exact for the float32 distances, those the losses of this package
+    select by. Time grows as batch^2 * positives while an anchor has up to 64
+    positives, beyond that as batch^2 * log(batch).
+
+    Args:
+        labels: (batch,), (batch, 1) integers or (batch, classes) one-hot.
+        embeddings: (batch, dim) floats.
+        margin: the margin m, > 0, in units of the distance.
+        distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`.
+
+    Returns:
+        A `Census` of (batch,) tensors. They carry no gradient.
+
+    Raises:
+        TypeError: for labels of a float dtype.
+        ValueError: for an unknown `distance`, embeddings that are not 2-D, or lengths
+            that differ.
+
+    Example:
+
+    >>> census = triplet_census([0, 0, 1], [[0.0], [1.0], [1.1]], margin=0.2)
+    >>> [int(x) for x in census.semi_hard], [int(x) for x in census.hard]
+    ([1, 0, 0], [0, 1, 0])
+
+    References:
+        Schroff, Kalenichenko, Philbin, "FaceNet: a unified embedding for face
+        recognition and clustering", 2015, section 3.2 (semi-hard).
+    """
     _checks.one_of("distance", distance, DISTANCES)
-    labels = integer_labels(labels)
-    layout = _layout(labels)
-    rows = ops.take(ops.stop_gradient(prepare(embeddings, distance)), layout.order, 0)
-    size = ops.shape(rows)[0]
-    rooted = is_rooted(distance)
-    largest = ops.max(layout.stop - layout.start, initial=0)
-    columns = ops.arange(size, dtype="int32")
-
-    def body(index):
-        start, stop = ops.take(layout.start, index), ops.take(layout.stop, index)
-        d = squared_distances(ops.take(rows, index, 0), rows)
-        if rooted:
-            d = ops.sqrt(d)
-        same = (columns >= start[:, None]) & (columns < stop[:, None])
-        other = columns != index[:, None]
-        n_neg = size - (stop - start)
-        pos_dist = ops.sum(ops.where(same & other, d, 0.0), 1)
-        neg_dist = ops.sum(ops.where(same, 0.0, d), 1)
-        masked = ops.where(same, float("inf"), d)
-
-        def rank(r, hard, semi, pairs):
-            at = start + r
-            valid = (at < stop) & (at != index)
-            p = ops.take_along_axis(d, ops.minimum(at, size - 1)[:, None], 1)
-            below = ops.sum(ops.cast(masked <= p, "int32"), 1)
-            within = ops.sum(ops.cast(masked < p + margin, "int32"), 1)
-            v = ops.cast(valid, "int32")
-            found = ops.maximum(within - below, 0)
-            return (
-                r + 1,
-                hard + v * below,
-                semi + v * found,
-                pairs + v * ops.cast(found > 0, "int32"),
-            )
-
-        zero = ops.zeros_like(index)
-        _, hard, semi, pairs = ops.while_loop(
-            lambda r, *_: r < largest,
-            rank,
-            (ops.convert_to_tensor(0, "int32"), zero, zero, zero),
-        )
-        n_pos = stop - start - 1
-        return (
-            n_pos, n_neg, n_pos * n_neg - hard - semi, semi, hard, pairs,
-            pos_dist, neg_dist,
-        )  # fmt: skip
-
-    ints, floats = ((), "int32"), ((), "float32")
-    out = _map_blocks(body, size, (ints,) * 6 + (floats,) * 2)
-    back = ops.argsort(layout.order)
-    return Census(*(ops.take(o, back) for o in out))
+    _checks.number("margin", margin, above=0)
+    labels, embeddings = _checked(labels, embeddings)
+    ordered = _ordered(labels, prepare(embeddings, distance))
+    count = compiled(
+        _mining_pairs.sweep, mining=None, rooted=is_rooted(distance), census=True
+    )
+    margin = ops.convert_to_tensor(margin, "float32")
+    return _census(count(*ordered[:3], margin), ordered)
 
 
-def triplet_values(
+def triplet_losses(
     labels: Any,
     embeddings: Any,
     *,
     margin: float = 0.2,
     mining: str = "semi_hard",
-    distance: Any = "euclidean",
+    distance: str | Callable[[Any], Any] = "euclidean",
     soft: bool = False,
     average_over: str = "all",
 ) -> Any:
-    """Per-row losses whose mean is the loss (first version: whole matrix)."""
-    labels = integer_labels(labels)
+    """Triplet losses by row, whose mean is the loss of the batch; see `TripletLoss`.
+
+    Returns:
+        (batch,) float32: the sum of the losses of a row's units (pairs, anchors or
+        triplets), times batch / number of units in the batch.
+    """
+    values, _ = _triplet_losses(
+        labels, embeddings, margin, mining, distance, soft, average_over, False
+    )
+    return values
+
+
+def triplet_losses_and_census(
+    labels: Any,
+    embeddings: Any,
+    *,
+    margin: float = 0.2,
+    mining: str = "semi_hard",
+    distance: str = "euclidean",
+    soft: bool = False,
+    average_over: str = "all",
+) -> tuple[Any, Census]:
+    """`triplet_losses` and `triplet_census` from one pass over the distances."""
+    _checks.one_of("distance", distance, DISTANCES)
+    return _triplet_losses(
+        labels, embeddings, margin, mining, distance, soft, average_over, True
+    )
+
+
+def contrastive_losses(
+    labels: Any,
+    embeddings: Any,
+    *,
+    positive_margin: float = 0.0,
+    negative_margin: float = 1.0,
+    distance: str | Callable[[Any], Any] = "euclidean",
+    average_over: str = "all",
+) -> Any:
+    """Contrastive losses by row over all pairs of the batch; see `ContrastiveLoss`.
+
+    Returns:
+        (batch,) float32: the sum of the losses of a row's pairs with all other rows,
+        times batch / number of pairs.
+    """
+    _checks.one_of("average_over", average_over, AVERAGES)
+    labels, embeddings = _checked(labels, embeddings)
+    margins = ops.convert_to_tensor([positive_margin, negative_margin], "float32")
+    return _dense(
+        labels, embeddings, margins, "contrastive", distance, False, average_over
+    )
+
+
+def _triplet_losses(
+    labels: Any,
+    embeddings: Any,
+    margin: float,
+    mining: str,
+    distance: Any,
+    soft: bool,
+    average_over: str,
+    census: bool,
+) -> tuple[Any, Any]:
+    check_choice(mining, soft, average_over)
+    _checks.number("margin", margin, above=0)
+    labels, embeddings = _checked(labels, embeddings)
+    counts = None
+    if census and mining == "all":
+        counts = triplet_census(labels, embeddings, margin=margin, distance=distance)
+    margin = ops.convert_to_tensor(margin, "float32")
+    if mining == "all" or callable(distance):
+        values = _dense(
+            labels, embeddings, margin, mining, distance, soft, average_over
+        )
+        return values, counts
+
+    _checks.one_of("distance", distance, DISTANCES)
     rows = prepare(embeddings, distance)
-    size = ops.shape(rows)[0]
-    d = squared_distances(rows, rows)
-    if is_rooted(distance):
-        d = safe_sqrt(d)
-    index = ops.arange(size)
-    same = labels[:, None] == labels[None, :]
-    positive = same & (index[:, None] != index[None, :])
-    has_negative = ops.any(~same, axis=1)
-    far, big = ops.stop_gradient(d), 3e38
+    rooted = is_rooted(distance)
+    ordered = _ordered(labels, rows)
+    forward = compiled(
+        _mining_pairs.forward, mining=mining, rooted=rooted, soft=soft, census=census
+    )
+    backward = compiled(_mining_pairs.backward, mining=mining)
+    found = forward(*ordered[:3], margin)
+    losses, active = found["losses"], found["active"]
 
-    def pick(at):
-        return ops.take_along_axis(d, at, axis=1)
+    # Rows with more positives than the table holds: a loss of their own.
+    rule = _mining_dense.Rule(mining, rooted, soft, above=_mining_pairs.TABLE_RANKS)
+    many = mining != "hard" and _can_exceed(ordered.given, rule.above)
+    if many:
+        many_losses = compiled(_mining_dense.dense_losses, rule=rule)
+        many_gradient = compiled(_mining_dense.dense_gradient, rule=rule)
+        extra = ops.cond(
+            found["most"] > rule.above,
+            lambda: many_losses(*ordered[:3], margin),
+            lambda: (ops.zeros_like(losses), ops.zeros_like(active)),
+        )
+        losses, active = losses + extra[0], active + extra[1]
 
-    nearest = ops.argmin(ops.where(same, big, far), axis=1)[:, None]
-    if mining == "hard":
-        farthest = ops.argmax(ops.where(positive, far, -1.0), axis=1)[:, None]
-        valid = (ops.any(positive, axis=1) & has_negative)[:, None]
-        gap = pick(farthest) - pick(nearest)
-    elif mining == "all":
-        gap = ops.reshape(d[:, :, None] - d[:, None, :], (size, size * size))
-        valid = ops.reshape(positive[:, :, None] & ~same[:, None, :], ops.shape(gap))
+    def gradient(weights: Any) -> Any:
+        result = backward(*ordered[:3], weights, found)
+        if not many:
+            return result
+        return result + ops.cond(
+            found["most"] > rule.above,
+            lambda: many_gradient(*ordered[:3], margin, weights),
+            lambda: ops.zeros_like(result),
+        )
+
+    units = found["units"] if average_over == "all" else active
+    values = _attach(rows, ordered, losses, units, gradient)
+    return values, _census(found, ordered) if census else None
+
+
+def _can_exceed(size: Any, ranks: int) -> bool:
+    """Whether a class of a batch of this size, if known, can have more positives."""
+    return not isinstance(size, int) or size > ranks + 1
+
+
+def _dense(
+    labels: Any,
+    embeddings: Any,
+    margin: Any,
+    mining: str,
+    distance: Any,
+    soft: bool,
+    average_over: str,
+) -> Any:
+    """The losses by coefficients, for distance words and for callables."""
+    matrix = callable(distance)
+    if matrix:
+        rows = _called(distance, embeddings)
+        # Only differences of distances count in triplets: none need be negative.
+        shift = 0.0 if mining == "contrastive" else ops.min(rows, initial=0.0)
+        rows = rows - ops.stop_gradient(shift)
+        rooted = False
     else:
-        beyond = ~same[:, None, :] & (far[:, None, :] > far[:, :, None])
-        if mining == "semi_hard":
-            last = ops.argmax(ops.where(same, -1.0, far), axis=1)[:, None]
-        else:
-            beyond = beyond & (far[:, None, :] < far[:, :, None] + margin)
-            last = nearest
-        candidates = ops.where(beyond, far[:, None, :], big)
-        found = ops.any(beyond, axis=2)
-        chosen = ops.where(found, ops.argmin(candidates, axis=2), last)
-        gap = d - pick(chosen)
-        valid = positive & has_negative[:, None]
-    losses = ops.softplus(gap) if soft else ops.relu(gap + margin)
-    losses = ops.where(valid, losses, 0.0)
-    units = losses > 0 if average_over == "active" else valid
-    count = ops.maximum(ops.sum(ops.cast(units, "float32")), 1.0)
-    return ops.sum(losses, axis=1) * (ops.cast(size, "float32") / count)
+        _checks.one_of("distance", distance, DISTANCES)
+        rows, rooted = prepare(embeddings, distance), is_rooted(distance)
+    ordered = _ordered(labels, rows, matrix)
+    rule = _mining_dense.Rule(mining, rooted, soft, matrix)
+    losses, active, units = compiled(_mining_dense.forward, rule=rule)(
+        *ordered[:3], margin
+    )
+    backward = compiled(_mining_dense.dense_gradient, rule=rule)
+
+    def gradient(weights: Any) -> Any:
+        result = backward(*ordered[:3], margin, weights)
+        return ordered.restore(result, axis=1) if matrix else result
+
+    units = units if average_over == "all" else active
+    return _attach(rows, ordered, losses, units, gradient)
+
+
+def _called(distance: Callable[[Any], Any], embeddings: Any) -> Any:
+    """The matrix a callable makes of the embeddings, checked."""
+    result = ops.cast(distance(ops.cast(embeddings, "float32")), "float32")
+    size = embeddings.shape[0]
+    if len(result.shape) != 2 or any(
+        side is not None and size is not None and side != size for side in result.shape
+    ):
+        raise ValueError(
+            _checks.message(
+                "distance",
+                f"a callable that turns embeddings {tuple(embeddings.shape)} into "
+                "a (batch, batch) matrix of distances",
+                _checks.Told(f"a result of shape {tuple(result.shape)}"),
+            )
+        )
+    size = ops.shape(embeddings)[0]
+    return ops.reshape(result, (size, size))
+
+
+def _attach(
+    rows: Any, ordered: _Ordered, losses: Any, units: Any, gradient: Callable
+) -> Any:
+    """Values of the batch with the given gradient with respect to `rows`.
+
+    Args:
+        rows: what the gradient is for, in the order of the batch.
+        ordered: the batch in the order of its labels.
+        losses: (padded,) sums by row.
+        units: (padded,) the number of units that the mean goes over, by row.
+        gradient: from (padded,) weights by row to the gradient of the ordered rows.
+    """
+    units = ops.sum(ops.cast(units, "float32"))
+    scale = safe_divide(ops.cast(ordered.size, "float32"), units)
+    values = ordered.restore(losses) * scale
+
+    @ops.custom_gradient
+    def attach(rows: Any) -> Any:
+        def grad(*args: Any, upstream: Any = None) -> Any:
+            weights = args[0] if upstream is None else upstream
+            weights = take_padded(weights * scale, ordered.order)
+            return ordered.restore(gradient(weights))
+
+        return values, grad
+
+    return attach(rows)

@@ -1,5 +1,6 @@
 """Metric-learning and focal losses: functions, and Keras losses over them."""
 
+from kerastrip.losses.contrastive import ContrastiveLoss
 from kerastrip.losses.focal import (
     BinaryFocalLoss,
     CategoricalFocalLoss,
@@ -20,6 +21,7 @@ from kerastrip.losses.triplet import (
 __all__ = [
     "BinaryFocalLoss",
     "CategoricalFocalLoss",
+    "ContrastiveLoss",
     "SparseCategoricalFocalLoss",
     "TripletHardLoss",
     "TripletLoss",

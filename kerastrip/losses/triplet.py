@@ -1,13 +1,16 @@
-"""Triplet losses with mining inside the batch."""
+"""Triplet losses that mine their triplets inside the batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
+from kerastrip import _checks
+from kerastrip.distances import checked_distance, serialized_distance
 from kerastrip.losses._label_loss import LabelLoss
-from kerastrip.mining import triplet_values
+from kerastrip.mining import check_choice, triplet_losses
 
 _TFA_DISTANCES = {
     "L2": "euclidean",
@@ -18,24 +21,98 @@ _TFA_DISTANCES = {
 
 @keras.saving.register_keras_serializable(package="kerastrip")
 class TripletLoss(LabelLoss):
+    """Triplet loss with mining inside the batch.
+
+    With the distance d, margin m, anchor a, positive p and negative n, a triplet costs
+
+        max(0, d(a,p) - d(a,n) + m),    with soft=True  log(1 + exp(d(a,p) - d(a,n)))
+
+    and `mining` says which triplets are taken:
+
+    | mining | unit | what is taken |
+    |---|---|---|
+    | `"semi_hard"` | pair (a, p) | the nearest n with d(a,n) > d(a,p); if there is none, the farthest n of a |
+    | `"semi_hard_or_hard"` | pair (a, p) | the nearest n with d(a,p) < d(a,n) < d(a,p) + m; if there is none, the nearest n of a |
+    | `"hard"` | anchor a | its farthest p and its nearest n |
+    | `"all"` | triplet | every (a, p, n) |
+
+    The loss is the mean over these units. Units without a positive or without a
+    negative are left out of the mean; a batch without any unit has value 0 and
+    gradient 0. The selection itself carries no gradient.
+
+    Corner cases: rows at distance 0 get a finite gradient (0 for that distance: it
+    has no direction). Negatives at exactly the distance of the positive are hard, not
+    semi-hard. Of equally near rows one is taken. Batches work best with several rows
+    per class (`PKSampler`). `"all"` takes time in proportion to the triplets; the
+    other words do so up to 64 positives per anchor and sort the row beyond.
+
+    Args:
+        margin: m, > 0, in units of the distance. Default 0.2, meant for embeddings of
+            length 1. May be changed between epochs; a compiled model then needs
+            `model.make_train_function(force=True)`. With `soft=True` the loss does
+            not use it, except to choose in `"semi_hard_or_hard"`.
+        mining: one of the words of the table. Default `"semi_hard"`. May be changed
+            as `margin` may.
+        distance: `"euclidean"`, `"squared_euclidean"`, `"cosine"` (1 - cos), or a
+            callable from (batch, dim) float32 embeddings to the (batch, batch) matrix
+            of distances (meant for batches up to 4,096).
+        soft: take the softplus instead of the hinge. Default False.
+        average_over: `"all"` units, or the `"active"` ones, those with a loss > 0.
+            The softplus is always > 0, so `soft=True` wants `"all"`.
+        name: name of the loss.
+        reduction: of the (batch,) values, as in `keras.losses.Loss`.
+        dtype: as in `keras.losses.Loss`. Distances are float32 in any case.
+
+    Call arguments: `y_true` are labels, (batch,) or (batch, 1) integers or
+    (batch, classes) one-hot; `y_pred` are embeddings, (batch, dim).
+
+    Returns:
+        With `reduction=None` (batch,) values, one per anchor, whose mean is the loss:
+        the sum over the anchor's units times batch / number of units.
+
+    Raises:
+        ValueError: for a margin that is not > 0, unknown words, `soft` with
+            `"active"`; when called, for embeddings that are not 2-D, lengths that
+            differ, or a callable that returns another shape.
+        TypeError: for a margin that is no number; when called, for float labels.
+
+    Example:
+
+    >>> loss = TripletLoss(margin=0.5)
+    >>> float(loss([0, 0, 1, 1], [[0.0], [0.25], [0.5], [2.0]]))
+    0.5
+
+    References:
+        Schroff, Kalenichenko, Philbin, "FaceNet: a unified embedding for face
+        recognition and clustering", 2015, equations 1 to 4 (with squared distances).
+        Hermans, Beyer, Leibe, "In defense of the triplet loss for person
+        re-identification", 2017, equation 5 ("hard"), equation 7 ("all"), section 2
+        (softplus).
+    """
+
     def __init__(
         self,
         margin: float = 0.2,
         mining: str = "semi_hard",
-        distance: str = "euclidean",
+        distance: str | Callable[[Any], Any] = "euclidean",
         soft: bool = False,
         average_over: str = "all",
         *,
         name: str = "triplet_loss",
-        reduction: str = "sum_over_batch_size",
+        reduction: str | None = "sum_over_batch_size",
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.margin, self.mining, self.distance = margin, mining, distance
-        self.soft, self.average_over = soft, average_over
+        self.margin = _checks.number("margin", margin, above=0)
+        check_choice(mining, soft, average_over)
+        self.mining = mining
+        self.distance = checked_distance(distance)
+        self.soft = soft
+        self.average_over = average_over
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        return triplet_values(
+        """(batch,) values; see the class."""
+        return triplet_losses(
             y_true,
             y_pred,
             margin=self.margin,
@@ -46,21 +123,63 @@ class TripletLoss(LabelLoss):
         )
 
     def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor."""
         return {
             **super().get_config(),
             "margin": self.margin,
             "mining": self.mining,
-            "distance": self.distance,
+            "distance": serialized_distance(self.distance),
             "soft": self.soft,
             "average_over": self.average_over,
         }
 
 
+def _tfa_distance(distance_metric: Any) -> Any:
+    """The distance word of a TensorFlow Addons `distance_metric`."""
+    if isinstance(distance_metric, str):
+        _checks.one_of("distance_metric", distance_metric, tuple(_TFA_DISTANCES))
+        return _TFA_DISTANCES[distance_metric]
+    return checked_distance(distance_metric, name="distance_metric")
+
+
 def triplet_semihard_loss(
-    y_true: Any, y_pred: Any, margin: float = 1.0, distance_metric: Any = "L2"
+    y_true: Any,
+    y_pred: Any,
+    margin: float = 1.0,
+    distance_metric: str | Callable[[Any], Any] = "L2",
 ) -> Any:
-    return triplet_values(
-        y_true, y_pred, margin=margin, distance=_TFA_DISTANCES[distance_metric]
+    """Triplet loss with semi-hard mining, under its TensorFlow Addons name.
+
+    `TripletLoss(margin, mining="semi_hard")` as a function; the mean of what it
+    returns is the value of `tfa.losses.triplet_semihard_loss`. Where the two differ:
+    a batch without positives or without negatives gives 0 here, NaN there.
+
+    Args:
+        y_true: labels, (batch,) or (batch, 1) integers or (batch, classes) one-hot.
+        y_pred: (batch, dim) embeddings.
+        margin: > 0. Default 1.
+        distance_metric: `"L2"` (euclidean), `"squared-L2"` (that of tf.contrib),
+            `"angular"` (1 - cos), or a callable as in `TripletLoss`.
+
+    Returns:
+        (batch,) float32 values whose mean is the loss.
+
+    Raises:
+        ValueError, TypeError: as `TripletLoss`.
+
+    Example:
+
+    >>> from keras import ops
+    >>> rows = [[0.0], [0.25], [0.5], [2.0]]
+    >>> float(ops.mean(triplet_semihard_loss([0, 0, 1, 1], rows, margin=0.5)))
+    0.5
+
+    References:
+        Schroff, Kalenichenko, Philbin, "FaceNet: a unified embedding for face
+        recognition and clustering", 2015, equations 1 to 4.
+    """
+    return triplet_losses(
+        y_true, y_pred, margin=margin, distance=_tfa_distance(distance_metric)
     )
 
 
@@ -69,75 +188,172 @@ def triplet_hard_loss(
     y_pred: Any,
     margin: float = 1.0,
     soft: bool = False,
-    distance_metric: Any = "L2",
+    distance_metric: str | Callable[[Any], Any] = "L2",
 ) -> Any:
-    return triplet_values(
+    """Batch-hard triplet loss, under its TensorFlow Addons name.
+
+    `TripletLoss(margin, mining="hard", soft=soft)` as a function; the mean of what it
+    returns is the value of `tfa.losses.triplet_hard_loss`. Where the two differ: an
+    anchor without a positive is left out here; there it has a positive at distance 0
+    and counts in the mean.
+
+    Args:
+        y_true: labels, (batch,) or (batch, 1) integers or (batch, classes) one-hot.
+        y_pred: (batch, dim) embeddings.
+        margin: > 0. Default 1. Not used with `soft=True`.
+        soft: take the softplus instead of the hinge.
+        distance_metric: `"L2"` (euclidean), `"squared-L2"`, `"angular"` (1 - cos), or
+            a callable as in `TripletLoss`.
+
+    Returns:
+        (batch,) float32 values whose mean is the loss.
+
+    Raises:
+        ValueError, TypeError: as `TripletLoss`.
+
+    Example:
+
+    >>> from keras import ops
+    >>> rows = [[0.0], [0.25], [0.5], [2.0]]
+    >>> float(ops.mean(triplet_hard_loss([0, 0, 1, 1], rows, margin=0.5)))
+    0.6875
+
+    References:
+        Hermans, Beyer, Leibe, "In defense of the triplet loss for person
+        re-identification", 2017, equation 5.
+    """
+    return triplet_losses(
         y_true,
         y_pred,
         margin=margin,
         mining="hard",
         soft=soft,
-        distance=_TFA_DISTANCES[distance_metric],
+        distance=_tfa_distance(distance_metric),
     )
 
 
 @keras.saving.register_keras_serializable(package="kerastrip")
 class TripletSemiHardLoss(LabelLoss):
+    """`TripletLoss(mining="semi_hard")` with the arguments of TensorFlow Addons.
+
+    See `triplet_semihard_loss` for the formula, the corner cases and the paper.
+
+    Args:
+        margin: > 0. Default 1.
+        distance_metric: `"L2"` (euclidean), `"squared-L2"`, `"angular"` (1 - cos), or
+            a callable as in `TripletLoss`.
+        name: name of the loss.
+        reduction: of the (batch,) values, as in `keras.losses.Loss`.
+        dtype: as in `keras.losses.Loss`. Distances are float32 in any case.
+
+    Returns:
+        With `reduction=None` (batch,) values, one per anchor, whose mean is the loss.
+
+    Raises:
+        ValueError, TypeError: as `TripletLoss`.
+
+    Example:
+
+    >>> loss = TripletSemiHardLoss(margin=0.5)
+    >>> float(loss([0, 0, 1, 1], [[0.0], [0.25], [0.5], [2.0]]))
+    0.5
+    """
+
     mining = "semi_hard"
     soft = False
 
     def __init__(
         self,
         margin: float = 1.0,
-        distance_metric: Any = "L2",
+        distance_metric: str | Callable[[Any], Any] = "L2",
         *,
         name: str = "triplet_semihard_loss",
-        reduction: str = "sum_over_batch_size",
+        reduction: str | None = "sum_over_batch_size",
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.margin, self.distance_metric = margin, distance_metric
-        self.distance = _TFA_DISTANCES[distance_metric]
+        self.margin = _checks.number("margin", margin, above=0)
+        self.distance = _tfa_distance(distance_metric)
+        self.distance_metric = distance_metric
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        return triplet_semihard_loss(y_true, y_pred, self.margin, self.distance_metric)
+        """(batch,) values; see the class."""
+        return triplet_losses(
+            y_true, y_pred, margin=self.margin, distance=self.distance
+        )
 
     def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor."""
         return {
             **super().get_config(),
             "margin": self.margin,
-            "distance_metric": self.distance_metric,
+            "distance_metric": serialized_distance(self.distance_metric),
         }
 
 
 @keras.saving.register_keras_serializable(package="kerastrip")
 class TripletHardLoss(LabelLoss):
+    """`TripletLoss(mining="hard")` with the arguments of TensorFlow Addons.
+
+    See `triplet_hard_loss` for the formula, the corner cases and the paper.
+
+    Args:
+        margin: > 0. Default 1. Not used with `soft=True`.
+        soft: take the softplus instead of the hinge.
+        distance_metric: `"L2"` (euclidean), `"squared-L2"`, `"angular"` (1 - cos), or
+            a callable as in `TripletLoss`.
+        name: name of the loss.
+        reduction: of the (batch,) values, as in `keras.losses.Loss`.
+        dtype: as in `keras.losses.Loss`. Distances are float32 in any case.
+
+    Returns:
+        With `reduction=None` (batch,) values, one per anchor, whose mean is the loss.
+
+    Raises:
+        ValueError, TypeError: as `TripletLoss`.
+
+    Example:
+
+    >>> loss = TripletHardLoss(margin=0.5)
+    >>> float(loss([0, 0, 1, 1], [[0.0], [0.25], [0.5], [2.0]]))
+    0.6875
+    """
+
     mining = "hard"
 
     def __init__(
         self,
         margin: float = 1.0,
         soft: bool = False,
-        distance_metric: Any = "L2",
+        distance_metric: str | Callable[[Any], Any] = "L2",
         *,
         name: str = "triplet_hard_loss",
-        reduction: str = "sum_over_batch_size",
+        reduction: str | None = "sum_over_batch_size",
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.margin, self.soft = margin, soft
+        self.margin = _checks.number("margin", margin, above=0)
+        check_choice(self.mining, soft, "all")
+        self.soft = soft
+        self.distance = _tfa_distance(distance_metric)
         self.distance_metric = distance_metric
-        self.distance = _TFA_DISTANCES[distance_metric]
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        return triplet_hard_loss(
-            y_true, y_pred, self.margin, self.soft, self.distance_metric
+        """(batch,) values; see the class."""
+        return triplet_losses(
+            y_true,
+            y_pred,
+            margin=self.margin,
+            mining=self.mining,
+            soft=self.soft,
+            distance=self.distance,
         )
 
     def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor."""
         return {
             **super().get_config(),
             "margin": self.margin,
             "soft": self.soft,
-            "distance_metric": self.distance_metric,
+            "distance_metric": serialized_distance(self.distance_metric),
         }

@@ -1,0 +1,176 @@
+"""Slow, obvious oracles: plain loops in float64, written from the definitions.
+
+Nothing here is shared with the package. A loss is a list of units (loss value,
+gradient), so that the same loops give value, per-row value and gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def distance_and_slopes(x, y, word):
+    """Distance of two vectors and its gradients with respect to x and y."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if word == "cosine":
+        nx, ny = np.linalg.norm(x), np.linalg.norm(y)
+        if nx == 0 or ny == 0:
+            return (0.0 if nx == ny else 0.5), 0 * x, 0 * y
+        u, v = x / nx, y / ny
+        cos = u @ v
+        return 1 - cos, -(v - cos * u) / nx, -(u - cos * v) / ny
+    squared = float(((x - y) ** 2).sum())
+    if word == "squared_euclidean":
+        return squared, 2 * (x - y), -2 * (x - y)
+    root = math.sqrt(squared)
+    slope = (x - y) / root if root > 0 else 0 * x
+    return root, slope, -slope
+
+
+def distance_matrix(embeddings, word):
+    n = len(embeddings)
+    return np.array(
+        [
+            [
+                distance_and_slopes(embeddings[i], embeddings[j], word)[0]
+                for j in range(n)
+            ]
+            for i in range(n)
+        ]
+    ).reshape(n, n)
+
+
+def census(labels, embeddings, margin=0.2, word="euclidean", matrix=None):
+    """One dict per anchor with the keys of the package's Census."""
+    d = distance_matrix(embeddings, word) if matrix is None else matrix
+    result = []
+    for a in range(len(labels)):
+        positives, negatives = _others(labels, a)
+        kinds = {"easy": 0, "semi_hard": 0, "hard": 0}
+        pairs = 0
+        for p in positives:
+            found = False
+            for n in negatives:
+                if d[a, n] <= d[a, p]:
+                    kinds["hard"] += 1
+                elif d[a, n] < d[a, p] + margin:
+                    kinds["semi_hard"] += 1
+                    found = True
+                else:
+                    kinds["easy"] += 1
+            pairs += found
+        result.append(
+            {
+                "positives": len(positives),
+                "negatives": len(negatives),
+                **kinds,
+                "pairs_with_semi_hard": pairs,
+                "pos_dist": sum(d[a, p] for p in positives),
+                "neg_dist": sum(d[a, n] for n in negatives),
+            }
+        )
+    return result
+
+
+def chosen_triplets(labels, d, margin, mining):
+    """The triplets (a, p, n) that a mining word takes from a distance matrix."""
+    triplets = []
+    for a in range(len(labels)):
+        positives, negatives = _others(labels, a)
+        if not positives or not negatives:
+            continue
+        if mining == "all":
+            triplets += [(a, p, n) for p in positives for n in negatives]
+            continue
+        if mining == "hard":
+            farthest = max(positives, key=lambda p: d[a, p])
+            triplets.append((a, farthest, min(negatives, key=lambda n: d[a, n])))
+            continue
+        for p in positives:
+            beyond = [n for n in negatives if d[a, n] > d[a, p]]
+            if mining == "semi_hard":
+                fallback = max(negatives, key=lambda n: d[a, n])
+            else:
+                beyond = [n for n in beyond if d[a, n] < d[a, p] + margin]
+                fallback = min(negatives, key=lambda n: d[a, n])
+            chosen = min(beyond, key=lambda n: d[a, n]) if beyond else fallback
+            triplets.append((a, p, chosen))
+    return triplets
+
+
+def triplet_loss(
+    labels,
+    embeddings,
+    *,
+    margin=0.2,
+    mining="semi_hard",
+    word="euclidean",
+    soft=False,
+    average_over="all",
+    weights=None,
+):
+    """Per-row values, and the gradient of sum(weights * values)."""
+    x = np.asarray(embeddings, np.float64)
+    d = distance_matrix(x, word)
+    units = []
+    for a, p, n in chosen_triplets(labels, d, margin, mining):
+        gap = d[a, p] - d[a, n]
+        if soft:
+            loss, slope = np.logaddexp(0, gap), 1 / (1 + math.exp(-gap))
+        else:
+            loss, slope = max(gap + margin, 0.0), float(gap + margin > 0)
+        gradient = {a: 0, p: 0, n: 0}
+        for other, sign in ((p, slope), (n, -slope)):
+            _, to_a, to_other = distance_and_slopes(x[a], x[other], word)
+            gradient[a] = gradient[a] + sign * to_a
+            gradient[other] = gradient[other] + sign * to_other
+        units.append((a, loss, gradient))
+    return _collect(units, x, average_over, weights)
+
+
+def contrastive_loss(
+    labels,
+    embeddings,
+    *,
+    positive_margin=0.0,
+    negative_margin=1.0,
+    word="euclidean",
+    average_over="all",
+    weights=None,
+):
+    """Per-row values, and the gradient of sum(weights * values)."""
+    x = np.asarray(embeddings, np.float64)
+    units = []
+    for a in range(len(x)):
+        for b in range(len(x)):
+            if a == b:
+                continue
+            d, to_a, to_b = distance_and_slopes(x[a], x[b], word)
+            if labels[a] == labels[b]:
+                slope = max(d - positive_margin, 0.0)
+            else:
+                slope = -max(negative_margin - d, 0.0)
+            units.append((a, slope**2 / 2, {a: slope * to_a, b: slope * to_b}))
+    return _collect(units, x, average_over, weights)
+
+
+def _others(labels, a):
+    rows = [j for j in range(len(labels)) if j != a]
+    return (
+        [j for j in rows if labels[j] == labels[a]],
+        [j for j in rows if labels[j] != labels[a]],
+    )
+
+
+def _collect(units, x, average_over, weights):
+    weights = np.ones(len(x)) if weights is None else weights
+    values, gradient = np.zeros(len(x)), np.zeros_like(x)
+    counted = [u for u in units if average_over == "all" or u[1] > 0]
+    for a, loss, slopes in counted:
+        scale = len(x) / len(counted)
+        values[a] += scale * loss
+        for row, slope in slopes.items():
+            gradient[row] += weights[a] * scale * slope
+    return values, gradient
