@@ -20,6 +20,9 @@ pytestmark = pytest.mark.backend
 
 LAYOUT = [((3, 4), np.dtype("float32")), ((5,), np.dtype("uint8"))]
 
+# The pool needs no backend, and this one is there at once.
+LIGHT = {"KERAS_BACKEND": "numpy"}
+
 
 class Unpicklable(Exception):
     def __init__(self, one, two):
@@ -66,6 +69,7 @@ def test_the_work_is_done_elsewhere(pool):
 
 
 def test_spawned_workers_give_the_same(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", LIGHT["KERAS_BACKEND"])
     monkeypatch.setattr(_workers, "_START", "spawn")
     pool = WorkerPool(work, LAYOUT, processes=1, slots=1)
     np.testing.assert_array_equal(pool(7)[1], work(7)[1])
@@ -98,7 +102,7 @@ def run(script, timeout=60, **kwargs):
     path = os.pathsep.join([str(root), str(root / "tests")])
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **LIGHT},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -54,7 +54,7 @@ def as_source(x: Any, name: str = "x") -> Any:
         return StructureSource(x, name)
     if isinstance(x, np.ndarray):
         return RowSource(x, name) if x.dtype == object else ArraySource(x, name)
-    if hasattr(x, "__dlpack__"):
+    if hasattr(x, "__dlpack__") or hasattr(x, "numpy"):  # tensors
         return ArraySource(np.asarray(x), name)
     if hasattr(x, "to_numpy"):
         return as_source(x.to_numpy(), name)
