@@ -1,0 +1,250 @@
+"""CollapseGuard: an alarm for trainings that cannot get anywhere."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import keras
+
+from kerastrip import _checks
+from kerastrip._outputs import Output, embedding_output
+
+ACTIONS = ("warn", "stop", "reduce_lr")
+
+_READ = (
+    "easy",
+    "hard",
+    "active",
+    "pos_dist",
+    "neg_dist",
+    "norm",
+    "spread",
+    "effective_dim",
+)
+
+# Healthy training from scratch starts at a spread of 0.01 to 0.1 and passes 0.002 on
+# the way when mining is hard; what has collapsed stays under 0.0005.
+_SPREAD = 1e-3
+_LINE = 1.1
+_LOSS_TOLERANCE = 0.05
+_CHANCE = 0.02
+_IDLE = 1e-4
+
+
+class Alarm(NamedTuple):
+    """One alarm of a `CollapseGuard`."""
+
+    epoch: int
+    kind: str
+    """`"exploded"`, `"collapsed"`, `"at_chance"` or `"idle"`."""
+    message: str
+
+
+class CollapseGuard(keras.callbacks.Callback):
+    """Raise an alarm when the embedding collapses, explodes or has nothing to learn.
+
+    It reads what `MiningStats` reports (pass both, in any order) at the end of each
+    epoch. An alarm is one sentence with the figures and the remedies, in the order in
+    which to try them; it is kept in `alarms` and given out as a warning.
+
+    | kind | figures of the training batches |
+    |---|---|
+    | `exploded` | `norm` over `max_norm` or not finite |
+    | `collapsed` | for `patience` epochs: `spread` under 0.001 `norm`^2 (a point); or `effective_dim` under 1.1 while `easy` < 0.5 (a line, told for embeddings of 3 and more dimensions); or the loss within 5 % of the margin (of ln 2 if it is soft) while `hard` > 0.95 or both distances are under a tenth of the margin |
+    | `at_chance` | for `chance_patience` epochs: `hard` within 0.02 of 0.5 and `pos_dist` within 2 % of `neg_dist`: the embedding knows nothing of the labels, as with permuted labels |
+    | `idle` | for `idle_patience` epochs: `active` under 0.0001: every triplet is easy, or there is none |
+
+    Args:
+        action: what to do at an alarm: `"warn"`; `"stop"` the training; or
+            `"reduce_lr"`: multiply the learning rate by `factor` at `exploded` and
+            `collapsed`, every time anew, and only warn at the others.
+        patience: int >= 1, epochs in a row that make a collapse.
+        chance_patience: int >= 1, epochs in a row at chance.
+        idle_patience: int >= 1, epochs in a row without anything to learn from.
+        max_norm: float > 0, the largest mean length of the embeddings.
+        factor: float between 0 and 1, for `"reduce_lr"`.
+        prefix: the `prefix` of the `MiningStats` to read.
+        output: position or name of the embedding among the outputs. None takes the
+            output whose loss has a `distance`.
+
+    Raises:
+        ValueError, TypeError: from the constructor for bad arguments.
+
+    Example:
+
+    >>> guard = CollapseGuard("stop", patience=2)
+    >>> guard.alarms
+    []
+    """
+
+    def __init__(
+        self,
+        action: str = "warn",
+        *,
+        patience: int = 3,
+        chance_patience: int = 5,
+        idle_patience: int = 10,
+        max_norm: float = 1000.0,
+        factor: float = 0.1,
+        prefix: str = "",
+        output: int | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.action = _checks.one_of("action", action, ACTIONS)
+        self.patience = {
+            "exploded": 1,
+            "collapsed": _checks.integer("patience", patience, 1),
+            "at_chance": _checks.integer("chance_patience", chance_patience, 1),
+            "idle": _checks.integer("idle_patience", idle_patience, 1),
+        }
+        self.max_norm = _checks.number("max_norm", max_norm, above=0)
+        self.factor = _checks.number("factor", factor, above=0, below=1)
+        if not isinstance(prefix, str):
+            raise TypeError(_checks.message("prefix", "a str", prefix))
+        self.prefix = prefix
+        self.output = output
+        self.alarms: list[Alarm] = []
+        self._streaks = dict.fromkeys(self.patience, 0)
+        self._told = False
+        self._where: Output
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._where = embedding_output(self.model, self.output)
+        self._streaks = dict.fromkeys(self.patience, 0)
+        self.alarms = []
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        logs = logs or {}
+        missing = [self.prefix + n for n in _READ if self.prefix + n not in logs]
+        if missing:
+            if not self._told:
+                self._told = True
+                warnings.warn(
+                    f"CollapseGuard sees nothing: the logs have no {missing[0]!r}. "
+                    "Add MiningStats() to the callbacks, with the prefix given here "
+                    f"({self.prefix!r})."
+                )
+            return
+        figures = {name: logs[self.prefix + name] for name in _READ}
+        figures["loss"] = logs.get(self._where.loss_key, math.nan)
+        state = self._diagnose(figures)
+        found = None if state is None else state[0]
+        for kind in self._streaks:
+            self._streaks[kind] = self._streaks[kind] + 1 if kind == found else 0
+        if state is not None and self._streaks[state[0]] == self.patience[state[0]]:
+            self._alarm(epoch, *state)
+
+    def _diagnose(self, now: dict[str, float]) -> tuple[str, str, str] | None:
+        """The worst thing these figures show: kind, what is seen, remedies."""
+        if not math.isfinite(now["norm"]) or now["norm"] > self.max_norm:
+            return (
+                "exploded",
+                f"the embeddings have a mean length of {now['norm']:.3g}",
+                'end the embedding with UnitNormalization(dtype="float32"), '
+                f"{self._lower_rate()}, clip the gradients (clipnorm=1.0)",
+            )
+        collapse = self._collapse(now)
+        if collapse:
+            return (
+                "collapsed",
+                f"the embedding has collapsed: {collapse}",
+                f"{self._lower_rate()}, begin with mining='semi_hard' or 'all' and "
+                "take 'hard' later (MiningSchedule), put more classes into a batch, "
+                "train a softmax head beside the embedding",
+            )
+        if (
+            abs(now["hard"] - 0.5) < _CHANCE
+            and abs(now["pos_dist"] / now["neg_dist"] - 1) < _CHANCE
+        ):
+            return (
+                "at_chance",
+                "the embedding knows nothing of the labels: a negative is nearer than "
+                f"a positive in {now['hard']:.1%} of the triplets (chance: 50%), mean "
+                f"distances {now['pos_dist']:.3g} and {now['neg_dist']:.3g}",
+                "check that labels and samples belong together and are shuffled as "
+                "one, check that the inputs reach the model scaled and not blank, "
+                "raise the learning rate",
+            )
+        if now["easy"] + now["active"] == 0:
+            return (
+                "idle",
+                "no batch holds a triplet",
+                "draw P x K batches with PKSampler, check the labels",
+            )
+        if now["active"] < _IDLE:
+            return (
+                "idle",
+                f"all triplets but {now['active']:.1g} are easy, the loss has nothing "
+                "left to teach",
+                "stop if retrieval is good enough, put more classes into a batch, "
+                "mine 'hard', raise the margin, augment more",
+            )
+        return None
+
+    def _collapse(self, now: dict[str, float]) -> str:
+        """In words, how the embedding is collapsed; '' if it is not."""
+        relative = now["spread"] / now["norm"] ** 2 if now["norm"] > 0 else 0.0
+        if relative < _SPREAD:
+            return (
+                f"all embeddings lie at one point (spread {now['spread']:.2g} at a "
+                f"mean length of {now['norm']:.3g}, distances {now['pos_dist']:.2g} "
+                f"and {now['neg_dist']:.2g}, loss {now['loss']:.3g})"
+            )
+        if now["effective_dim"] < _LINE and now["easy"] < 0.5 and self._dim() > 2:
+            return (
+                "all embeddings lie on one line (effective dimension "
+                f"{now['effective_dim']:.3g} of {self._dim()}, {now['easy']:.0%} of "
+                "the triplets easy)"
+            )
+        margin = getattr(self._where.loss, "margin", None)
+        if margin is None:
+            return ""
+        soft = getattr(self._where.loss, "soft", False)
+        stuck = math.log(2) if soft else margin
+        near = max(now["pos_dist"], now["neg_dist"]) < 0.1 * margin
+        if abs(now["loss"] - stuck) <= _LOSS_TOLERANCE * stuck and (
+            now["hard"] > 0.95 or near
+        ):
+            return (
+                f"the loss sits at {'ln 2' if soft else 'the margin'} "
+                f"({now['loss']:.4g}) with {now['hard']:.0%} of the triplets hard and "
+                f"mean distances of {now['pos_dist']:.2g} and {now['neg_dist']:.2g}"
+            )
+        return ""
+
+    def _dim(self) -> int:
+        """Columns of the embedding, 0 if the model does not tell."""
+        outputs = getattr(self.model, "outputs", None)
+        if not outputs or self._where.index is None:
+            return 0
+        return outputs[self._where.index].shape[-1] or 0
+
+    def _lower_rate(self) -> str:
+        rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+        return f"lower the learning rate to a tenth ({0.1 * rate:.2g})"
+
+    def _alarm(self, epoch: int, kind: str, seen: str, remedies: str) -> None:
+        lasted = self.patience[kind]
+        since = f" for {lasted} epochs" if lasted > 1 else ""
+        message = f"Epoch {epoch + 1}: {seen}{since}; in this order: {remedies}."
+        if self.action == "stop":
+            self.model.stop_training = True
+            message += " Training stops here."
+        elif self.action == "reduce_lr" and kind in ("exploded", "collapsed"):
+            message += self._reduce_rate()
+            self._streaks[kind] = 0
+        self.alarms.append(Alarm(epoch, kind, message))
+        warnings.warn(message)
+
+    def _reduce_rate(self) -> str:
+        optimizer = self.model.optimizer
+        try:
+            optimizer.learning_rate = self.factor * float(
+                keras.ops.convert_to_numpy(optimizer.learning_rate)
+            )
+        except TypeError:  # a LearningRateSchedule owns the rate
+            return " The learning rate follows a schedule and was left alone."
+        rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+        return f" The learning rate is now {rate:.2g}."

@@ -1,0 +1,207 @@
+"""MarginSchedule, MiningSchedule: change the triplet loss while the model trains.
+
+The margin and the mining word of a loss are Python attributes that are read when a
+step is traced. Both callbacks set them at the beginning of an epoch and let the model
+trace again: one new trace per change, the same on every backend. Validation and
+`MiningStats` follow.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+
+from kerastrip import _checks
+from kerastrip._outputs import embedding_output
+from kerastrip.callbacks._attach import retrace
+from kerastrip.mining import MININGS
+
+
+class MarginSchedule(keras.callbacks.Callback):
+    """Set the margin of the compiled loss at the beginning of every epoch.
+
+    The logs of the epoch get the key `margin`.
+
+    Args:
+        schedule: a mapping {epoch: margin}, each margin being valid from its epoch
+            on; or a function (epoch, margin, logs) -> margin of the epoch's number,
+            the margin so far and the logs of the epoch before ({} at first).
+        output: position or name of the embedding among the outputs. None takes the
+            output whose loss has a `distance`.
+
+    Raises:
+        ValueError, TypeError: from the constructor for bad arguments; from `fit` if
+            the loss has no `margin`, or the function returns none.
+
+    Example:
+
+    >>> ramp = MarginSchedule({0: 0.1, 5: 0.2, 10: 0.4})
+    >>> on_demand = MarginSchedule(
+    ...     lambda epoch, margin, logs: margin * (1.5 if logs.get("active", 1) < 0.1 else 1)
+    ... )
+    """
+
+    def __init__(
+        self,
+        schedule: Mapping[int, float] | Callable[[int, float, dict[str, float]], float],
+        *,
+        output: int | str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(schedule, Mapping):
+            _check_epochs("schedule", schedule)
+            for margin in schedule.values():
+                _checks.number("schedule", margin, above=0)
+        elif not callable(schedule):
+            raise TypeError(
+                _checks.message(
+                    "schedule", "a mapping {epoch: margin} or a function", schedule
+                )
+            )
+        self.schedule = schedule
+        self.output = output
+        self._logs: dict[str, float] = {}
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        loss = _loss_with(self.model, "margin", self.output)
+        if isinstance(self.schedule, Mapping):
+            margin = _latest(self.schedule, epoch, loss.margin)
+        else:
+            margin = self.schedule(epoch, loss.margin, self._logs)
+            margin = _checks.number("schedule(...)", margin, above=0)
+        _change(self.model, loss, "margin", margin)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._logs = dict(logs or {})
+        if logs is not None:
+            logs["margin"] = _loss_with(self.model, "margin", self.output).margin
+
+
+class MiningSchedule(keras.callbacks.Callback):
+    """Change the mining of the compiled loss, by epoch or when a figure falls.
+
+    `MiningSchedule(["all", "semi_hard", "hard"])` goes to the next word when
+    `semi_hard`, as `MiningStats` reports it, was under `below` for `patience` epochs
+    in a row: then the word in use finds little left to learn from. The logs of the
+    epoch get the key `mining_stage`, the position of the word in use.
+
+    Args:
+        stages: mining words in order, or a mapping {epoch: word}, each word being
+            valid from its epoch on.
+        monitor: the key of the logs to watch; not used with a mapping.
+        below: float, the threshold. Default 0.05.
+        patience: int >= 1, epochs in a row under the threshold.
+        output: position or name of the embedding among the outputs. None takes the
+            output whose loss has a `distance`.
+
+    A second `fit` goes on where the first one stopped.
+
+    Raises:
+        ValueError, TypeError: from the constructor for bad arguments; from `fit` if
+            the loss has no `mining`.
+
+    Example:
+
+    >>> by_epoch = MiningSchedule({0: "semi_hard", 10: "hard"})
+    >>> by_figure = MiningSchedule(["all", "semi_hard", "hard"], below=0.1)
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[str] | Mapping[int, str],
+        *,
+        monitor: str = "semi_hard",
+        below: float = 0.05,
+        patience: int = 1,
+        output: int | str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(stages, str) or not isinstance(stages, (Mapping, Sequence)):
+            raise TypeError(
+                _checks.message(
+                    "stages", "a sequence of words or a mapping {epoch: word}", stages
+                )
+            )
+        if isinstance(stages, Mapping):
+            _check_epochs("stages", stages)
+            self.words = tuple(stages[epoch] for epoch in sorted(stages))
+        else:
+            self.words = tuple(stages)
+        if not self.words:
+            raise ValueError(_checks.message("stages", "at least one word", stages))
+        for word in self.words:
+            _checks.one_of("stages", word, MININGS)
+        if not isinstance(monitor, str):
+            raise TypeError(_checks.message("monitor", "a key of the logs", monitor))
+        self.stages = stages
+        self.monitor = monitor
+        self.below = _checks.number("below", below)
+        self.patience = _checks.integer("patience", patience, 1)
+        self.output = output
+        self.stage = 0
+        self._epochs_below = 0
+        self._told = False
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if isinstance(self.stages, Mapping):
+            self.stage = sum(start <= epoch for start in self.stages) - 1
+        loss = _loss_with(self.model, "mining", self.output)
+        if self.stage >= 0:
+            _change(self.model, loss, "mining", self.words[self.stage])
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        logs = {} if logs is None else logs
+        logs["mining_stage"] = self.stage
+        if isinstance(self.stages, Mapping):
+            return
+        value = logs.get(self.monitor)
+        if value is None:
+            if not self._told:
+                self._told = True
+                warnings.warn(
+                    f"MiningSchedule stays at {self.words[self.stage]!r}: the logs "
+                    f"have no {self.monitor!r}, only {sorted(logs)}. Add MiningStats() "
+                    "to the callbacks, or name another key in monitor=."
+                )
+            return
+        self._epochs_below = self._epochs_below + 1 if value < self.below else 0
+        if self._epochs_below >= self.patience and self.stage < len(self.words) - 1:
+            self.stage += 1
+            self._epochs_below = 0
+
+
+def _check_epochs(name: str, schedule: Mapping[int, Any]) -> None:
+    if not schedule:
+        raise ValueError(_checks.message(name, "at least one epoch", schedule))
+    for epoch in schedule:
+        _checks.integer(name, epoch, 0, "The keys are epochs, counted from 0.")
+
+
+def _latest(schedule: Mapping[int, Any], epoch: int, otherwise: Any) -> Any:
+    """What holds at `epoch`: the entry of the last epoch not after it."""
+    begun = [start for start in schedule if start <= epoch]
+    return schedule[max(begun)] if begun else otherwise
+
+
+def _loss_with(model: Any, attribute: str, output: int | str | None) -> Any:
+    """The compiled loss of the embedding, which must have `attribute`."""
+    loss = embedding_output(model, output).loss
+    if not hasattr(loss, attribute):
+        raise ValueError(
+            _checks.message(
+                "output",
+                f"an output whose loss has a `{attribute}`",
+                _checks.Told(f"one with the loss {loss!r}"),
+                "Compile the model with kerastrip.losses.TripletLoss for it.",
+            )
+        )
+    return loss
+
+
+def _change(model: Any, loss: Any, attribute: str, value: Any) -> None:
+    if getattr(loss, attribute) != value:
+        setattr(loss, attribute, value)
+        retrace(model)
