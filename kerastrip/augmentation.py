@@ -8,7 +8,6 @@ from too, so the order of the calls, the thread and the process do not matter.
 from __future__ import annotations
 
 import contextlib
-import copy
 import enum
 import hashlib
 import itertools
@@ -20,7 +19,8 @@ import random
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -121,7 +121,7 @@ class Augmentation:
         self.seed = _integer64("seed", seed)
         self._seedable = hasattr(pipeline, "set_random_state")
         if self._seedable:
-            pipeline = copy.deepcopy(pipeline)
+            pipeline = deepcopy(pipeline)
             if getattr(pipeline, "seed", None) is not None:
                 warnings.warn(
                     f"The seed of the pipeline ({pipeline.seed}) is not used: a "
@@ -189,26 +189,10 @@ class Augmentation:
             ValueError: an image of the wrong rank or range, a target that the
                 pipeline does not know.
         """
-        run, rng = self._run(key)
-        if not self._seedable:
-            result = run(_copied(image), rng)
-        elif isinstance(image, dict):
-            _targets.check_targets(self._pipeline, image)
-            result = run(**{name: _copied(value) for name, value in image.items()})
-            result = {name: result[name] for name in image}
-        else:
-            _targets.check_image("image", image)
-            result = run(image=_copied(image))["image"]
-        if not isinstance(result, dict if isinstance(image, dict) else np.ndarray):
-            raise TypeError(
-                "The pipeline must give an array for an array and a dict for a dict, "
-                f"received {type(result).__name__} for {type(image).__name__}. "
-                "Transforms to tensors have no place in it."
-            )
-        return result
+        return self._view(image, self._state(key))
 
-    def _run(self, key: tuple[int, ...]) -> tuple[Callable, np.random.Generator]:
-        """This thread's copy of the pipeline, its generators set to the key."""
+    def _state(self, key: tuple[int, ...]) -> dict[str, Any]:
+        """The state of a generator for one key."""
         try:
             packed = struct.pack(f"<{len(key) + 1}q", self.seed, *key)
         except struct.error:
@@ -216,16 +200,7 @@ class Augmentation:
                 _integer64("key", value, "Write aug(image, epoch, step, position).")
             raise
         words = hashlib.blake2b(packed, digest_size=32, person=_HASH_NAME).digest()
-        try:
-            run, rng = self._local.own
-        except AttributeError:
-            run, rng = self._pipeline, np.random.Generator(np.random.PCG64(0))
-            if self._seedable:
-                run = copy.deepcopy(run)
-                # Not set_random_seed: it gives every transform the same numbers.
-                run.set_random_state(rng, _Random(rng))
-            self._local.own = run, rng
-        rng.bit_generator.state = {
+        return {
             "bit_generator": "PCG64",
             "state": {
                 "state": int.from_bytes(words[:16], "little"),
@@ -234,7 +209,36 @@ class Augmentation:
             "has_uint32": 0,
             "uinteger": 0,
         }
-        return run, rng
+
+    def _view(self, image: Any, state: dict[str, Any], copy: bool = True) -> Any:
+        """The view; without `copy` the image may be written into, or returned."""
+        try:
+            run, rng = self._local.own
+        except AttributeError:
+            run, rng = self._pipeline, np.random.Generator(np.random.PCG64(0))
+            if self._seedable:
+                run = deepcopy(run)
+                # Not set_random_seed: it gives every transform the same numbers.
+                run.set_random_state(rng, _Random(rng))
+            self._local.own = run, rng
+        rng.bit_generator.state = state
+        own = _copied if copy else _same
+        if not self._seedable:
+            result = run(own(image), rng)
+        elif isinstance(image, dict):
+            _targets.check_targets(run, image)
+            result = run(**{name: own(value) for name, value in image.items()})
+            result = {name: result[name] for name in image}
+        else:
+            _targets.check_image("image", image)
+            result = run(image=own(image))["image"]
+        if not isinstance(result, dict if isinstance(image, dict) else np.ndarray):
+            raise TypeError(
+                "The pipeline must give an array for an array and a dict for a dict, "
+                f"received {type(result).__name__} for {type(image).__name__}. "
+                "Transforms to tensors have no place in it."
+            )
+        return result
 
     # -- many images -------------------------------------------------------
 
@@ -245,6 +249,7 @@ class Augmentation:
         first: int = 0,
         views: int | None = None,
         out: Any = None,
+        copy: bool = True,
     ) -> Any:
         """A batch of views: image i under the key (*key, first + i).
 
@@ -259,6 +264,9 @@ class Augmentation:
                 with the key (*key, first + i).
             out: array (or dict of arrays) to write into, of the result's shape,
                 any dtype that holds the result's. Default: a new one.
+            copy: False if nobody needs `images` any more: a few transforms write
+                into their input, which is copied otherwise. Several views are
+                always made of copies. Default True.
 
         Returns:
             Array (batch, height, width[, channels]), with `views`
@@ -287,13 +295,15 @@ class Augmentation:
         shape: tuple[int, ...] = (len(samples),)
         if views is not None:
             shape += (_checks.integer("views", views, minimum=1),)
+            copy = True
         if bare := not isinstance(images, dict):
             out = {"image": out}
         batch = _targets.Batch(self._pipeline, shape, out)
+        indices = list(itertools.product(*map(range, shape)))
+        states = [self._state((*key, first + i, *view)) for i, *view in indices]
         with _turn if _is_small(samples[0]) else contextlib.nullcontext():
-            for index in itertools.product(*map(range, shape)):
-                position, *view = index
-                result = self(samples[position], *key, first + position, *view)
+            for index, state in zip(indices, states, strict=True):
+                result = self._view(samples[index[0]], state, copy)
                 for name, value in ({"image": result} if bare else result).items():
                     batch.put(index, name, value)
         targets = batch.targets()
@@ -445,7 +455,7 @@ class Augmentation:
         """
         if self._seedable:
             for last, transform in enumerate(_leaves(self._pipeline)):
-                part = copy.deepcopy(self._pipeline)
+                part = deepcopy(self._pipeline)
                 for node in _nodes(part):
                     node.p = 1.0
                 for leaf in _leaves(part)[last + 1 :]:
@@ -607,6 +617,8 @@ class _Random(random.Random):
         self.random = rng.random  # type: ignore[method-assign]
 
     def getrandbits(self, k: int) -> int:
+        if k <= 64:
+            return self._raw() >> (64 - k)
         value = 0
         for _ in range(0, k, 64):
             value = value << 64 | self._raw()
@@ -622,8 +634,11 @@ def _is_small(row: Any) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of an array: some transforms write into it, others return it."""
     return np.array(value) if isinstance(value, np.ndarray) else value
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _integer64(name: str, value: Any, advice: str = "") -> int:
