@@ -23,7 +23,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -33,6 +33,7 @@ Layout = Sequence[tuple[tuple[int, ...], np.dtype]]
 Work = Callable[..., Sequence[np.ndarray]]
 
 _ALIGN = 64
+_PATIENCE = 60.0
 _START = "fork" if sys.platform.startswith("linux") else "spawn"
 
 
@@ -95,6 +96,14 @@ class WorkerPool:
         slot, task = self._free.get(), None
         try:
             task = self._executor.submit(_run, slot, args)
+            if not wait([task], _PATIENCE).done:
+                warnings.warn(
+                    f"A worker process has been busy for {_PATIENCE} s with one batch. "
+                    "TensorFlow, JAX and PyTorch hang in forked processes: sources and "
+                    "augmentations must do without them, or use "
+                    "use_multiprocessing=False.",
+                    stacklevel=2,
+                )
             task.result()
             return [view.copy() for view in self._views[slot]]
         except BrokenProcessPool as error:
@@ -221,8 +230,8 @@ class InFlight:
 
     def __init__(self) -> None:
         self._running = 0
+        self._used = self._closing = False
         self._idle = threading.Condition()
-        self._closing = False
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
@@ -231,6 +240,7 @@ class InFlight:
             if self._closing:
                 raise RuntimeError("The process is ending: no more batches.")
             self._running += 1
+            self._used = True
         try:
             yield
         finally:
@@ -243,6 +253,8 @@ class InFlight:
         with self._idle:
             self._closing = True
             self._idle.wait_for(lambda: self._running == 0, timeout)
+        if not self._used:
+            return
         # The traceback of an uncaught error holds the iterator of `fit`. Freed now, it
         # joins its threads while they can still run Python.
         for name in ("last_exc", "last_value", "last_traceback"):

@@ -42,10 +42,7 @@ class Lazy:
 
     def __init__(self, array):
         self._array, self.shape, self.dtype = array, array.shape, array.dtype
-        self.calls = 0
-
-    def __len__(self):
-        return len(self._array)
+        self.calls = 0  # no `__len__`, as in zarr 3
 
     def __getitem__(self, indices):
         assert (np.diff(indices) > 0).all()
@@ -163,6 +160,12 @@ def test_rows_of_differing_shape_are_named(images):
 def test_what_is_no_source(x, error, words):
     with pytest.raises(error, match=words):
         as_source(x)
+
+
+def test_a_stream_is_no_source():
+    tf = pytest.importorskip("tensorflow")
+    with pytest.raises(TypeError, match="random access"):
+        as_source(tf.data.Dataset.range(5))
 
 
 def test_an_array_that_does_not_index_by_rows_is_refused():

@@ -96,6 +96,12 @@ def test_an_error_surfaces_and_the_pool_lives_on(pool):
     np.testing.assert_array_equal(pool(1)[0], work(1)[0])
 
 
+def test_a_worker_that_takes_for_ever_is_told_of(pool, monkeypatch):
+    monkeypatch.setattr(_workers, "_PATIENCE", 0.02)
+    with pytest.warns(UserWarning, match=r"busy for 0.02 s.*forked"):
+        pool(1, "slow")
+
+
 def run(script, timeout=60, **kwargs):
     """Runs a script in a fresh interpreter; it must end by itself."""
     root = pathlib.Path(__file__).parents[1]

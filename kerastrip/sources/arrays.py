@@ -1,7 +1,7 @@
 """Sources over what is already an array, or behaves like a list of samples.
 
-A source is anything with `len(source)` and `source.take(indices)`, without
-`__getitem__`: `take` returns fresh arrays, the rows in the order asked for, in the
+A source is anything with `len(source)` and `source.take(indices)` that is neither
+indexed nor iterated (arrays and data sets have a `take` too): `take` returns fresh arrays, the rows in the order asked for, in the
 structure that the model gets (an array, a tuple or a dict of arrays). A source that
 knows the labels of its samples has them as `labels`.
 """
@@ -25,9 +25,9 @@ def as_source(x: Any, name: str = "x") -> Any:
     |---|---|
     | array, `np.memmap`, tensor, data frame | one indexing call |
     | h5py or zarr array, or what else has `shape` and `dtype` | one call, in sorted order |
-    | Hugging Face or PyTorch dataset, list, `keras.utils.Sequence` of samples | one call if it has `__getitems__`, else sample by sample; sorted, each once |
+    | Hugging Face or PyTorch dataset, list of samples | one call if it has `__getitems__`, else sample by sample; sorted, each once |
     | dict or tuple of these | one source per part |
-    | a source (`len`, `take`, no `__getitem__`) | itself |
+    | a source of `kerastrip.sources` | itself |
 
     Nothing is copied: a change made later to the array is seen by the source.
 
@@ -48,7 +48,9 @@ def as_source(x: Any, name: str = "x") -> Any:
         >>> len(source), source.take([4, 0])["age"].tolist()
         (5, [5, 3])
     """
-    if hasattr(x, "take") and hasattr(x, "__len__") and not hasattr(x, "__getitem__"):
+    if _has(x, "take", "__len__") and not (
+        hasattr(x, "__getitem__") or hasattr(x, "__iter__")
+    ):
         return x
     if isinstance(x, (Mapping, tuple)):
         return StructureSource(x, name)
@@ -58,21 +60,18 @@ def as_source(x: Any, name: str = "x") -> Any:
         return ArraySource(np.asarray(x), name)
     if hasattr(x, "to_numpy"):
         return as_source(x.to_numpy(), name)
-    if isinstance(x, (str, bytes)) or not (
-        hasattr(x, "__len__") and hasattr(x, "__getitem__")
-    ):
-        raise TypeError(
-            message(
-                name,
-                "samples with random access: an array, np.memmap, anything with "
-                "`__len__` and `__getitem__`, a kerastrip source, or a dict or tuple "
-                "of those",
-                x,
-            )
-        )
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
+    if _has(x, "shape", "dtype", "__getitem__"):
         return LazyArraySource(x, name)
-    return RowSource(x, name)
+    if _has(x, "__len__", "__getitem__") and not isinstance(x, (str, bytes)):
+        return RowSource(x, name)
+    raise TypeError(
+        message(
+            name,
+            "samples with random access: an array, np.memmap, anything with `__len__` "
+            "and `__getitem__`, a kerastrip source, or a dict or tuple of those",
+            x,
+        )
+    )
 
 
 class ArraySource:
@@ -208,6 +207,10 @@ class StructureSource:
         """Dict or tuple of what each part returns for `indices`."""
         taken = {key: part.take(indices) for key, part in self._parts.items()}
         return taken if self._named else tuple(taken.values())
+
+
+def _has(x: Any, *names: str) -> bool:
+    return all(hasattr(x, name) for name in names)
 
 
 def _check_length(length: int, received: Any, name: str) -> None:
