@@ -7,6 +7,7 @@ else than its default fails `test_every_argument_is_exercised`.
 
 import inspect
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,18 @@ LOSSES = {
             {"soft": True},
         ),
     ),
+    "ContrastiveLoss": Trained(
+        "embedding",
+        "label",
+        (
+            {
+                "positive_margin": 0.1,
+                "negative_margin": 0.8,
+                "distance": "cosine",
+                "average_over": "active",
+            },
+        ),
+    ),
     "TripletSemiHardLoss": Trained(
         "embedding", "label", ({"margin": 0.5, "distance_metric": "squared-L2"},)
     ),
@@ -75,20 +88,51 @@ METRICS = {
         ({"margin": 0.4, "distance": "cosine", "prefix": "emb_"},),
     ),
 }
-# A callback is made from a sampler and held-out data; the second part is what it
-# must have put into the history.
+
+
+@dataclass(frozen=True)
+class Called:
+    """How to try a callback.
+
+    Attributes:
+        build: makes it, and what it needs beside it, from a sampler and held-out
+            data x, y.
+        keys: what it must have put into the history.
+        triplet: whether it needs a triplet loss, which takes longer to trace.
+    """
+
+    build: Callable[..., list[keras.callbacks.Callback]]
+    keys: tuple[str, ...] = ()
+    triplet: bool = False
+
+
 CALLBACKS = {
-    "EpochSync": (lambda sampler, x, y: kerastrip.EpochSync(sampler), ()),
-    "MiningStats": (
-        lambda sampler, x, y: kerastrip.MiningStats(),
-        ("easy", "semi_hard", "hard", "val_easy", "val_semi_hard", "val_hard"),
+    "CollapseGuard": Called(
+        lambda sampler, x, y: [kerastrip.CollapseGuard(), kerastrip.MiningStats()],
+        triplet=True,
     ),
-    "RetrievalEvaluation": (
-        lambda sampler, x, y: kerastrip.RetrievalEvaluation(x, y),
+    "EpochSync": Called(lambda sampler, x, y: [kerastrip.EpochSync(sampler)]),
+    "MarginSchedule": Called(
+        lambda sampler, x, y: [kerastrip.MarginSchedule({0: 0.3, 1: 0.2})],
+        ("margin",),
+        triplet=True,
+    ),
+    "MiningSchedule": Called(
+        lambda sampler, x, y: [kerastrip.MiningSchedule({0: "all", 1: "hard"})],
+        ("mining_stage",),
+        triplet=True,
+    ),
+    "MiningStats": Called(
+        lambda sampler, x, y: [kerastrip.MiningStats()],
+        ("easy", "semi_hard", "hard", "val_easy", "val_semi_hard", "val_hard"),
+        triplet=True,
+    ),
+    "RetrievalEvaluation": Called(
+        lambda sampler, x, y: [kerastrip.RetrievalEvaluation(x, y)],
         ("val_recall@1", "val_map@r"),
     ),
-    "VerificationEvaluation": (
-        lambda sampler, x, y: kerastrip.VerificationEvaluation(x, y),
+    "VerificationEvaluation": Called(
+        lambda sampler, x, y: [kerastrip.VerificationEvaluation(x, y)],
         ("val_auc", "val_eer"),
     ),
 }
@@ -110,12 +154,11 @@ SERIALISABLE = [
     for kind in SHARED
     for name, case in TABLES[kind].items()
 ]
-# (dtype policy, jit_compile); PyTorch would spend minutes on compiling.
-MODES = [("float32", "auto"), ("mixed_bfloat16", "auto")]
-if ON_TENSORFLOW:
-    MODES.append(("float32", True))
+# (dtype policy, jit_compile). JAX compiles by itself; PyTorch would take minutes.
+PLAIN = ("mixed_bfloat16", "auto")
+COMPILED = ("float32", True if ON_TENSORFLOW else "auto")
 each_loss = pytest.mark.parametrize("name", LOSSES)
-each_mode = pytest.mark.parametrize(("policy", "jit"), MODES)
+each_mode = pytest.mark.parametrize(("policy", "jit"), [PLAIN, COMPILED])
 
 
 @pytest.fixture
@@ -159,6 +202,11 @@ def network(head):
 
 def make(name, settings):
     return getattr(kerastrip, name)(**settings)
+
+
+def cheap_loss():
+    """A loss of an embedding that takes little time to trace."""
+    return kerastrip.SparseCategoricalFocalLoss(from_logits=True)
 
 
 def weights_of(model):
@@ -230,9 +278,9 @@ def test_a_saved_model_loads_without_custom_objects(kind, name, case, tmp_path):
     model = network(case.head)
     subject = make(name, case.settings[0])
     if kind is keras.losses.Loss:
-        model.compile("sgd", loss=subject)
+        model.compile("sgd", loss=subject, run_eagerly=True)
     else:
-        model.compile("sgd", loss=kerastrip.TripletLoss(), metrics=[subject])
+        model.compile("sgd", cheap_loss(), metrics=[subject], run_eagerly=True)
     expected = model.evaluate(x, y, verbose=0, return_dict=True)
     model.save(tmp_path / "model.keras")
 
@@ -287,14 +335,16 @@ def test_fit_with_a_loss(name, policy, jit, set_policy):
 
 
 @pytest.mark.parametrize("labels", ["one class", "all classes", "pairs"])
-@pytest.mark.parametrize("rows", ["equal", "zero", "huge", "usual"])
+@pytest.mark.parametrize("rows", ["equal", "zero", "huge"])
 @each_loss
 def test_gradient_is_finite_for_hostile_batches(name, rows, labels):
     case = LOSSES[name]
     width = CLASSES if case.head == "logits" else 4
-    usual = np.random.default_rng(2).normal(size=(ROWS, width))
-    scale = {"equal": 0, "zero": 0, "huge": 1e4, "usual": 1}[rows]
-    kernel = usual * scale + (rows == "equal")
+    kernel = {
+        "equal": np.ones((ROWS, width)),
+        "zero": np.zeros((ROWS, width)),
+        "huge": 1e4 * np.random.default_rng(2).normal(size=(ROWS, width)),
+    }[rows]
     codes = {
         "one class": np.zeros(ROWS, int),
         "all classes": np.arange(ROWS),
@@ -329,14 +379,12 @@ def test_fit_with_a_metric(name, policy, jit, set_policy):
     x, y = data(case)
     model = network(case.head)
     metric = make(name, case.settings[0])
-    loss = kerastrip.TripletLoss()
-    model.compile("sgd", loss, metrics=[metric], jit_compile=jit)
-    history = model.fit(x, y, validation_data=(x, y), epochs=2, verbose=0).history
+    model.compile("sgd", cheap_loss(), metrics=[metric], jit_compile=jit)
+    history = model.fit(x, y, epochs=2, verbose=0).history
     result = metric.result()
     keys = list(result) if isinstance(result, dict) else [metric.name]
     for key in keys:
         assert np.isfinite(history[key]).all()
-        assert np.isfinite(history[f"val_{key}"]).all()
     assert any(np.any(history[key]) for key in keys)
 
 
@@ -357,26 +405,26 @@ def test_a_metric_forgets_when_it_is_reset(name):
 # Callbacks
 
 
-@each_mode
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_fit_twice_with_a_callback(name, policy, jit, set_policy, tmp_path):
-    set_policy(policy)
+def test_fit_twice_with_a_callback(name, set_policy, tmp_path):
+    case = CALLBACKS[name]
+    set_policy("mixed_bfloat16")
     x, y = data(LOSSES["TripletLoss"])
     train = kerastrip.PKSampler(x, y, classes_per_batch=3, samples_per_class=2)
-    build, keys = CALLBACKS[name]
-    callback = build(train, x, y)
+    callbacks, keys = case.build(train, x, y), case.keys
     model = network("embedding")
-    model.compile("sgd", kerastrip.TripletLoss(), jit_compile=jit)
-    for epochs in (2, 1):  # the same object serves two runs
+    model.compile("sgd", kerastrip.TripletLoss() if case.triplet else cheap_loss())
+    validation = (x, y) if any(key.startswith("val_") for key in keys) else None
+    for epochs in (2, 1):  # the same objects serve two runs
         history = model.fit(
             train,
-            validation_data=(x, y),
+            validation_data=validation,
             epochs=epochs,
             shuffle=False,
-            callbacks=[callback],
+            callbacks=callbacks,
             verbose=0,
         ).history
-        assert {"loss", "val_loss", *keys} <= set(history)
+        assert {"loss", *keys} <= set(history)
         for key in keys:
             assert len(history[key]) == epochs
             assert np.isfinite(history[key]).all()
