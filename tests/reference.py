@@ -174,3 +174,34 @@ def _collect(units, x, average_over, weights):
         for row, slope in slopes.items():
             gradient[row] += weights[a] * scale * slope
     return values, gradient
+
+
+def value_and_gradient(function, x):
+    """function(x) and the gradient of its sum, as NumPy, on whatever backend runs."""
+    import keras
+
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        x = tf.constant(x)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = function(x)
+            total = tf.reduce_sum(value)
+        return value.numpy(), tape.gradient(total, x).numpy()
+    if backend == "jax":
+        import jax
+
+        def total(x):
+            value = function(x)
+            return value.sum(), value
+
+        gradient, value = jax.jit(jax.grad(total, has_aux=True))(x)
+        return np.asarray(value), np.asarray(gradient)
+    import torch
+
+    x = torch.tensor(x, requires_grad=True)
+    value = function(x)
+    value.sum().backward()
+    return value.detach().numpy(), x.grad.numpy()
