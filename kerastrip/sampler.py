@@ -5,20 +5,15 @@ from __future__ import annotations
 import operator
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import keras
 import numpy as np
 
-from kerastrip import _checks
+from kerastrip import _batch, _checks
 from kerastrip._workers import LookAhead, WorkerPool, in_flight
-from kerastrip.augmentation import Augmentation
 from kerastrip.plan import PKPlan
 from kerastrip.sources import as_source
-
-_WORDS = ("label", "one_hot")
 
 
 class PKSampler(keras.utils.PyDataset):
@@ -54,9 +49,10 @@ class PKSampler(keras.utils.PyDataset):
             output; for a model whose outputs are a dict a dict by output name. Use
             ones for an output without weights.
         augment: `Augmentation`, albumentations pipeline or callable (image, rng) ->
-            image; for dict or tuple inputs a dict or tuple of those by input (an
-            `Augmentation` alone gets a whole dict as its targets: image, mask, ...).
-            The key of an image is (seed, epoch, step, position in the global batch).
+            image; for dict or tuple inputs a dict or tuple of those by input, or for a
+            dict one pipeline that transforms its entries (image, mask, ...) alike. The
+            key of an image is (seed, epoch, step, position in the global batch), so
+            inputs whose `Augmentation`s have one seed draw the same numbers.
         fixed: True for validation: always the batches of epoch 0.
         replicas: devices that share a batch in contiguous parts (on this host). P
             must be divisible, so that no class is cut.
@@ -65,10 +61,12 @@ class PKSampler(keras.utils.PyDataset):
         seed: integer of 64 bits. Default 0.
         workers: threads that prepare batches ahead, or processes with
             `use_multiprocessing=True`. Default 2 on TensorFlow, 1 on JAX and
-            PyTorch. 0: batches are made when they are asked for.
+            PyTorch, where they work ahead of steps in order (`shuffle=False`) only. 0:
+            batches are made when they are asked for.
         use_multiprocessing: True: a pool of processes, forked here once (spawned on
             macOS and Windows), prepares the inputs. Worth it where augmentation or
-            decoding is slow. `close()` ends it.
+            decoding is slow. No TensorFlow, JAX or PyTorch in what they run. `close()`
+            ends them (TensorFlow keeps a dataset that has been through `fit`).
         max_queue_size: batches that Keras keeps ready. Default 10.
 
     Raises:
@@ -188,11 +186,10 @@ class PKSampler(keras.utils.PyDataset):
         )
         self.fixed = bool(fixed)
         self.check_replicas(replicas)
-        self._targets = _per_output("targets", targets, partial(_target, self.plan))
-        self._weights = _weights(sample_weight, targets, len(self.labels))
+        self._targets = _batch.targets(targets, self.plan)
+        self._weights = _batch.weights(sample_weight, targets, len(self.labels))
         self._epoch, self._due, self._begun, self._closed = 0, 0, False, False
-        # Makes one batch: what is wrong with samples or augmentation shows here.
-        self._inputs = _Inputs(self.source, augment, self.plan)
+        self._inputs = _batch.Inputs(self.source, augment, self.plan)
         self._pool: WorkerPool | None = None
         if use_multiprocessing:
             self._pool = WorkerPool(
@@ -249,14 +246,16 @@ class PKSampler(keras.utils.PyDataset):
                 rows = self.plan.indices(epoch, step)
                 make = self._inputs.arrays if self._pool is None else self._pool
                 x = self._inputs.packed(make(rows, epoch, step))
-                y = _gather(self._targets, rows)
+                y = _batch.gather(self._targets, rows)
             except SystemExit as error:
                 # Keras' threads would swallow it and wait for the batch for ever.
                 raise RuntimeError(
                     f"Something called sys.exit({error.code!r}) while preparing step "
                     f"{step} of epoch {epoch}."
                 ) from error
-        return (x, y) if self._weights is None else (x, y, _gather(self._weights, rows))
+        if self._weights is None:
+            return x, y
+        return x, y, _batch.gather(self._weights, rows)
 
     def as_dataset(self, initial_epoch: int | None = None) -> Any:
         """The same batches as a `tf.data.Dataset`: one endless stream, in order.
@@ -417,205 +416,3 @@ class PKSampler(keras.utils.PyDataset):
             f"samples, {len(self)} batches per epoch, {len(self.labels)} samples in "
             f"{len(self.classes_)} classes, epoch={self.epoch}{shard})"
         )
-
-
-class _Inputs:
-    """The model inputs of a batch; holds no sampler, so that a worker can have it."""
-
-    def __init__(self, source: Any, augment: Any, plan: PKPlan):
-        self._source, self._key, self._first = source, plan.seed, plan.first_row
-        rows = plan.indices(0, 0)
-        self._augment = _augmentations(augment, source.take(rows[:1]))
-        self._example = self._made(rows, 0, 0)
-        arrays = keras.tree.flatten(self._example)
-        for array in arrays:
-            if not isinstance(array, np.ndarray):
-                raise TypeError(
-                    _checks.message(
-                        "augment" if augment is not None else "x",
-                        "arrays that stack to a batch",
-                        array,
-                    )
-                )
-        self.layout = [(array.shape, array.dtype) for array in arrays]
-
-    def _made(self, rows: np.ndarray, epoch: int, step: int) -> Any:
-        x, key = self._source.take(rows), (self._key, epoch, step)
-        if self._augment is None:
-            return x
-        if isinstance(self._augment, Augmentation):
-            return self._augment.batch(x, *key, first=self._first)
-        parts = {
-            name: self._augment[name].batch(part, *key, first=self._first)
-            if name in self._augment
-            else part
-            for name, part in _items(x)
-        }
-        return parts if isinstance(x, Mapping) else tuple(parts.values())
-
-    def arrays(self, rows: np.ndarray, epoch: int, step: int) -> list[np.ndarray]:
-        """The inputs one after the other, checked to be as in the first batch."""
-        arrays = keras.tree.flatten(self._made(rows, epoch, step))
-        found = [(array.shape, array.dtype) for array in arrays]
-        if found != self.layout:
-            raise ValueError(
-                f"The inputs of step {step} of epoch {epoch} differ from those of the "
-                f"first batch: expected {_told(self.layout)}, received {_told(found)}."
-            )
-        return arrays
-
-    def packed(self, arrays: Sequence[np.ndarray]) -> Any:
-        """What `arrays` returned, in the structure that the model gets."""
-        return keras.tree.pack_sequence_as(self._example, arrays)
-
-
-_Reader = Callable[[np.ndarray], Any]
-
-
-def _gather(readers: Any, rows: np.ndarray) -> Any:
-    return keras.tree.map_structure(lambda read: read(rows), readers)
-
-
-def _per_output(name: str, value: Any, reader: Callable[[str, Any], _Reader]) -> Any:
-    """One reader, or a tuple or dict of them by output."""
-    if isinstance(value, list):
-        raise TypeError(
-            _checks.message(
-                name,
-                "one entry, a tuple in the order of the outputs or a dict by output name",
-                value,
-                "Keras takes no lists here: write a tuple, or np.asarray for values.",
-            )
-        )
-    if isinstance(value, (tuple, Mapping)):
-        if not value:
-            raise ValueError(_checks.message(name, "at least one entry", value))
-        parts = {key: reader(f"{name}[{key!r}]", part) for key, part in _items(value)}
-        return parts if isinstance(value, Mapping) else tuple(parts.values())
-    return reader(name, value)
-
-
-def _items(structure: Mapping | tuple) -> Any:
-    if isinstance(structure, Mapping):
-        return structure.items()
-    return enumerate(structure)
-
-
-def _target(plan: PKPlan, name: str, value: Any) -> _Reader:
-    if isinstance(value, str):
-        word = _checks.one_of(name, value, _WORDS)
-        if word == "label":
-            return plan.codes.__getitem__
-        return partial(_one_hot, plan.codes, len(plan.classes_))
-    if isinstance(value, (list, tuple, Mapping)) or not hasattr(value, "__len__"):
-        raise TypeError(
-            _checks.message(
-                name,
-                "'label', 'one_hot', an array of one row per sample, or a tuple or "
-                "dict of those by output",
-                value,
-            )
-        )
-    source = as_source(value, name)
-    if len(source) != len(plan.codes):
-        raise ValueError(
-            _checks.message(
-                name,
-                f"{len(plan.codes)} rows, one per sample",
-                _checks.Told(f"{len(source)} rows"),
-            )
-        )
-    return source.take
-
-
-def _one_hot(codes: np.ndarray, classes: int, rows: np.ndarray) -> np.ndarray:
-    encoded = np.zeros((len(rows), classes), np.float32)
-    encoded[np.arange(len(rows)), codes[rows]] = 1
-    return encoded
-
-
-def _weights(sample_weight: Any, targets: Any, samples: int) -> Any:
-    """Readers of the weights, in a structure that Keras accepts, or None."""
-    if sample_weight is None:
-        return None
-    if isinstance(sample_weight, (tuple, Mapping)):
-        if isinstance(sample_weight, tuple):
-            fits = isinstance(targets, (tuple, Mapping)) and (
-                len(sample_weight) == len(targets)
-            )
-        else:
-            fits = isinstance(targets, Mapping) and (
-                sample_weight.keys() == targets.keys()
-            )
-        if not fits:
-            raise ValueError(
-                _checks.message(
-                    "sample_weight",
-                    "one array for all outputs, a tuple of one per output, in their "
-                    "order, or for a model whose outputs are a dict a dict with the "
-                    "names that `targets` has",
-                    _checks.Told(
-                        f"{_entries(sample_weight)} for targets={_entries(targets)}"
-                    ),
-                )
-            )
-
-    def reader(name: str, value: Any) -> _Reader:
-        if value is None:
-            raise ValueError(
-                _checks.message(
-                    name, "an array", value, "For an output without weights: np.ones."
-                )
-            )
-        array = np.array(value)
-        if array.dtype.kind not in "biuf" or array.ndim == 0:
-            raise TypeError(_checks.message(name, f"{samples} numbers", value))
-        if len(array) != samples or not np.isfinite(array).all() or (array < 0).any():
-            raise ValueError(
-                _checks.message(
-                    name, f"{samples} finite weights >= 0, one per sample", value
-                )
-            )
-        return array.astype(np.float32).__getitem__
-
-    return _per_output("sample_weight", sample_weight, reader)
-
-
-def _augmentations(augment: Any, x: Any) -> Any:
-    """None, one Augmentation, or a dict of them by input."""
-    if augment is None or isinstance(augment, Augmentation):
-        if augment is None or isinstance(x, (np.ndarray, Mapping)):
-            return augment
-    elif isinstance(augment, (Mapping, tuple)):
-        known = dict(_items(x)) if type(augment) is type(x) else {}
-        parts = {
-            key: part if isinstance(part, Augmentation) else Augmentation(part)
-            for key, part in _items(augment)
-            if part is not None
-        }
-        if parts and parts.keys() <= known.keys():
-            return parts
-    elif isinstance(x, np.ndarray):
-        return Augmentation(augment)
-    inputs = [key for key, _ in _items(x)] if not isinstance(x, np.ndarray) else []
-    raise ValueError(
-        _checks.message(
-            "augment",
-            f"a {type(x).__name__} of augmentations for some of the inputs {inputs}"
-            if inputs
-            else "one augmentation, as `x` is one array",
-            augment,
-        )
-    )
-
-
-def _entries(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"a dict of {sorted(value)}"
-    if isinstance(value, tuple):
-        return f"a tuple of {len(value)}"
-    return _checks.describe(value)
-
-
-def _told(layout: Sequence[tuple]) -> str:
-    return ", ".join(f"{shape} {dtype}" for shape, dtype in layout)

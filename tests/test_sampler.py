@@ -303,12 +303,11 @@ def test_augmentation_by_input(images, labels):
 @backend
 def test_one_pipeline_transforms_image_and_mask_alike(images, labels):
     A = pytest.importorskip("albumentations")
-    turn = Augmentation(A.Compose([A.D4(p=1)]))
-    x, _ = PKSampler(
-        {"image": images[..., 0], "mask": images[..., 0]}, labels, **SHAPE, augment=turn
-    )[0]
-    np.testing.assert_array_equal(x["image"], x["mask"])
-    assert (x["image"][:, 0, 0] == 0).any()
+    turn, pair = A.Compose([A.D4(p=1)]), {"image": images, "mask": images}
+    for augment in (turn, Augmentation(turn)):
+        x, _ = PKSampler(pair, labels, **SHAPE, augment=augment)[0]
+        np.testing.assert_array_equal(x["image"], x["mask"])
+        assert (x["image"][:, 0, 0] == 0).any()
 
 
 @backend

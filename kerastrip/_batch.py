@@ -1,0 +1,241 @@
+"""What a batch is made of: inputs, targets and sample weights.
+
+Each is read by the rows of the plan. Nothing here refers to the sampler, so that
+worker processes can hold it and a sampler that is dropped is freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+
+from kerastrip import _checks
+from kerastrip.augmentation import Augmentation
+from kerastrip.plan import PKPlan
+from kerastrip.sources import as_source
+
+Reader = Callable[[np.ndarray], Any]
+
+_WORDS = ("label", "one_hot")
+
+
+class Inputs:
+    """The model inputs of a batch, gathered and augmented.
+
+    Makes the first batch: what is wrong with samples or augmentation shows here, and
+    its shapes and dtypes are what every later batch must have.
+
+    Args:
+        source: a source.
+        augment: what `PKSampler(augment=)` takes.
+        plan: gives the rows of the first batch and the key of the augmentation.
+
+    Attributes:
+        layout: (shape, dtype) of each input.
+    """
+
+    def __init__(self, source: Any, augment: Any, plan: PKPlan):
+        self._source, self._key, self._first = source, plan.seed, plan.first_row
+        rows = plan.indices(0, 0)
+        self._augment = _augmentations(augment, source.take(rows[:1]))
+        self._example = self._made(rows, 0, 0)
+        arrays = keras.tree.flatten(self._example)
+        for array in arrays:
+            if not isinstance(array, np.ndarray):
+                raise TypeError(
+                    _checks.message(
+                        "augment" if augment is not None else "x",
+                        "arrays that stack to a batch",
+                        array,
+                    )
+                )
+        self.layout = [(array.shape, array.dtype) for array in arrays]
+
+    def _made(self, rows: np.ndarray, epoch: int, step: int) -> Any:
+        x, key = self._source.take(rows), (self._key, epoch, step)
+        if self._augment is None:
+            return x
+        if isinstance(self._augment, Augmentation):
+            return self._augment.batch(x, *key, first=self._first)
+        parts = {
+            name: self._augment[name].batch(part, *key, first=self._first)
+            if name in self._augment
+            else part
+            for name, part in _items(x)
+        }
+        return parts if isinstance(x, Mapping) else tuple(parts.values())
+
+    def arrays(self, rows: np.ndarray, epoch: int, step: int) -> list[np.ndarray]:
+        """The inputs one after the other."""
+        arrays = keras.tree.flatten(self._made(rows, epoch, step))
+        found = [(array.shape, array.dtype) for array in arrays]
+        if found != self.layout:
+            raise ValueError(
+                f"The inputs of step {step} of epoch {epoch} differ from those of the "
+                f"first batch: expected {_told(self.layout)}, received {_told(found)}."
+            )
+        return arrays
+
+    def packed(self, arrays: Sequence[np.ndarray]) -> Any:
+        """What `arrays` returned, in the structure that the model gets."""
+        return keras.tree.pack_sequence_as(self._example, arrays)
+
+
+def gather(readers: Any, rows: np.ndarray) -> Any:
+    """What the readers give for `rows`, in their structure."""
+    return keras.tree.map_structure(lambda read: read(rows), readers)
+
+
+def _per_output(name: str, value: Any, reader: Callable[[str, Any], Reader]) -> Any:
+    """One reader, or a tuple or dict of them by output."""
+    if isinstance(value, list):
+        raise TypeError(
+            _checks.message(
+                name,
+                "one entry, a tuple in the order of the outputs or a dict by output name",
+                value,
+                "Keras takes no lists here: write a tuple, or np.asarray for values.",
+            )
+        )
+    if isinstance(value, (tuple, Mapping)):
+        if not value:
+            raise ValueError(_checks.message(name, "at least one entry", value))
+        parts = {key: reader(f"{name}[{key!r}]", part) for key, part in _items(value)}
+        return parts if isinstance(value, Mapping) else tuple(parts.values())
+    return reader(name, value)
+
+
+def _items(structure: Mapping | tuple) -> Any:
+    if isinstance(structure, Mapping):
+        return structure.items()
+    return enumerate(structure)
+
+
+def targets(value: Any, plan: PKPlan) -> Any:
+    """Readers of the targets: the words, arrays, tuples and dicts of `targets=`."""
+    return _per_output("targets", value, partial(_target, plan))
+
+
+def _target(plan: PKPlan, name: str, value: Any) -> Reader:
+    if isinstance(value, str):
+        word = _checks.one_of(name, value, _WORDS)
+        if word == "label":
+            return plan.codes.__getitem__
+        return partial(_one_hot, plan.codes, len(plan.classes_))
+    if isinstance(value, (list, tuple, Mapping)) or not hasattr(value, "__len__"):
+        raise TypeError(
+            _checks.message(
+                name,
+                "'label', 'one_hot', an array of one row per sample, or a tuple or "
+                "dict of those by output",
+                value,
+            )
+        )
+    source = as_source(value, name)
+    if len(source) != len(plan.codes):
+        raise ValueError(
+            _checks.message(
+                name,
+                f"{len(plan.codes)} rows, one per sample",
+                _checks.Told(f"{len(source)} rows"),
+            )
+        )
+    return source.take
+
+
+def _one_hot(codes: np.ndarray, classes: int, rows: np.ndarray) -> np.ndarray:
+    encoded = np.zeros((len(rows), classes), np.float32)
+    encoded[np.arange(len(rows)), codes[rows]] = 1
+    return encoded
+
+
+def weights(sample_weight: Any, targets: Any, samples: int) -> Any:
+    """Readers of the weights, in a structure that Keras accepts, or None."""
+    if sample_weight is None:
+        return None
+    if isinstance(sample_weight, (tuple, Mapping)):
+        if isinstance(sample_weight, tuple):
+            fits = isinstance(targets, (tuple, Mapping)) and (
+                len(sample_weight) == len(targets)
+            )
+        else:
+            fits = isinstance(targets, Mapping) and (
+                sample_weight.keys() == targets.keys()
+            )
+        if not fits:
+            raise ValueError(
+                _checks.message(
+                    "sample_weight",
+                    "one array for all outputs, a tuple of one per output, in their "
+                    "order, or for a model whose outputs are a dict a dict with the "
+                    "names that `targets` has",
+                    _checks.Told(
+                        f"{_entries(sample_weight)} for targets={_entries(targets)}"
+                    ),
+                )
+            )
+
+    def reader(name: str, value: Any) -> Reader:
+        if value is None:
+            raise ValueError(
+                _checks.message(
+                    name, "an array", value, "For an output without weights: np.ones."
+                )
+            )
+        array = np.array(value)
+        if array.dtype.kind not in "biuf" or array.ndim == 0:
+            raise TypeError(_checks.message(name, f"{samples} numbers", value))
+        if len(array) != samples or not np.isfinite(array).all() or (array < 0).any():
+            raise ValueError(
+                _checks.message(
+                    name, f"{samples} finite weights >= 0, one per sample", value
+                )
+            )
+        return array.astype(np.float32).__getitem__
+
+    return _per_output("sample_weight", sample_weight, reader)
+
+
+def _augmentations(augment: Any, x: Any) -> Any:
+    """None, one Augmentation for the whole input, or a dict of them by input."""
+
+    def made(one: Any) -> Augmentation:
+        return one if isinstance(one, Augmentation) else Augmentation(one)
+
+    if augment is None:
+        return None
+    if isinstance(augment, (Mapping, tuple)):
+        kind = Mapping if isinstance(augment, Mapping) else tuple
+        known = {key for key, _ in _items(x)} if isinstance(x, kind) else set()
+        parts = {key: made(one) for key, one in _items(augment) if one is not None}
+        if parts and parts.keys() <= known:
+            return parts
+    elif isinstance(x, np.ndarray) or (
+        # A plain callable expects an image; these know a dict of targets.
+        isinstance(x, Mapping)
+        and (isinstance(augment, Augmentation) or hasattr(augment, "set_random_state"))
+    ):
+        return made(augment)
+    expected = "one augmentation, as `x` is one array"
+    if not isinstance(x, np.ndarray):
+        expected = (
+            f"a {type(x).__name__} of augmentations for some of the inputs "
+            f"{[key for key, _ in _items(x)]}"
+        )
+    raise ValueError(_checks.message("augment", expected, augment))
+
+
+def _entries(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a dict of {sorted(value)}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    return _checks.describe(value)
+
+
+def _told(layout: Sequence[tuple]) -> str:
+    return ", ".join(f"{shape} {dtype}" for shape, dtype in layout)
