@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kerastrip import _checks
+from kerastrip._labels import LabelTable
 from kerastrip.inference import Space, embeddings_array, nearest
 
 METRICS = (
@@ -100,10 +101,11 @@ def retrieval_metrics(
         )
     alone = gallery is None
     rows = queries if alone else embeddings_array("gallery", gallery)
-    codes, row_codes = _codes(
-        labels_array("labels", labels, len(queries)),
-        None if alone else labels_array("gallery_labels", gallery_labels, len(rows)),
-    )
+    table = label_table("labels", labels, len(queries))
+    codes = row_codes = table.codes
+    if not alone:
+        others = label_table("gallery_labels", gallery_labels, len(rows))
+        codes, row_codes = _common_codes(table, others)
     partners = np.bincount(row_codes, minlength=codes.max() + 1)[codes] - alone
     chosen = np.flatnonzero(partners > 0)
     if not len(chosen):
@@ -236,43 +238,28 @@ def _has_k(word: str) -> bool:
     return re.fullmatch(r"(recall|precision|knn)@[1-9][0-9]*", word) is not None
 
 
-def labels_array(name: str, value: Any, length: int) -> np.ndarray:
-    """`length` integer or string labels from labels or one-hot rows."""
-    labels = np.asarray(value)
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim == 2:
-        ones = labels == 1
-        if not ((ones | (labels == 0)).all() and (ones.sum(axis=1) == 1).all()):
-            raise ValueError(
-                _checks.message(
-                    name, "(n,) labels or (n, classes) rows with a single 1", labels
-                )
+def label_table(name: str, value: Any, length: int) -> LabelTable:
+    """The table of `length` labels, else an error that names them."""
+    table = LabelTable(value, name=name)
+    if len(table.codes) != length:
+        raise ValueError(
+            _checks.message(
+                name, f"{length} labels", _checks.Told(f"{len(table.codes)} labels")
             )
-        labels = labels.argmax(axis=1)
-    if labels.ndim != 1 or len(labels) != length:
-        raise ValueError(_checks.message(name, f"{length} labels", labels))
-    if labels.dtype.kind == "O":  # names in a data frame
-        labels = np.array(labels.tolist())
-    if labels.dtype.kind == "f" and (labels == np.floor(labels)).all():
-        labels = labels.astype(np.int64)
-    if labels.dtype.kind not in "iubUS":
-        raise TypeError(
-            _checks.message(name, "integers, strings or one-hot rows", labels)
         )
-    return labels
+    return table
 
 
-def _codes(
-    labels: np.ndarray, others: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The labels, and those of the gallery, as numbers 0 ... classes - 1."""
-    if others is not None and (labels.dtype.kind in "US") != (
-        others.dtype.kind in "US"
-    ):
+def _common_codes(own: LabelTable, others: LabelTable) -> tuple[np.ndarray, np.ndarray]:
+    """The codes of two sets of labels by one table."""
+    kinds = [table.classes.dtype.kind in "iu" for table in (own, others)]
+    if kinds[0] != kinds[1]:
         raise TypeError(
-            _checks.message("gallery_labels", f"{labels.dtype.name} labels", others)
+            _checks.message(
+                "gallery_labels", "labels of the same kind as `labels`", others.classes
+            )
         )
-    both = labels if others is None else np.concatenate([labels, others])
-    codes = np.unique(both, return_inverse=True)[1]
-    return codes[: len(labels)], codes if others is None else codes[len(labels) :]
+    both = LabelTable(np.concatenate([own.classes, others.classes]))
+    return both.encode(own.classes)[own.codes], both.encode(others.classes)[
+        others.codes
+    ]

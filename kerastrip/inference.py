@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import keras
@@ -18,7 +21,9 @@ from kerastrip.distances import DISTANCES
 from kerastrip.sources import as_source
 
 # A block of distances is at most so many rows, and at most so many numbers.
-_ROWS, _NUMBERS = 256, 1 << 24
+_ROWS, _NUMBERS = 512, 1 << 25
+# Neighbours are picked from so many numbers at a time.
+_PART = 1 << 21
 # Squares of larger numbers are near the end of float32.
 _LARGE = 1e15
 
@@ -281,7 +286,7 @@ def search(
     distances = np.empty((len(queries), k), np.float32)
     # A few more than k: float32 may have ordered the last ones wrongly.
     taken = min(k + 8, len(gallery))
-    step = max(1, _NUMBERS // (4 * taken * queries.shape[1]))
+    step = max(1, _NUMBERS // (8 * taken * queries.shape[1]))
     for rows, block in space.blocks():
         candidates = nearest(block, taken)
         for low in range(rows.start, rows.stop, step):
@@ -301,9 +306,6 @@ def search(
 def nearest(block: np.ndarray, k: int) -> np.ndarray:
     """The columns of the k smallest numbers of every row, in order.
 
-    The columns are dealt into groups. The k smallest numbers of a row lie in the k
-    groups whose minima are the smallest, so that only those are looked into.
-
     Args:
         block: (rows, columns) float32, >= 0.
         k: 1 ... columns.
@@ -311,8 +313,20 @@ def nearest(block: np.ndarray, k: int) -> np.ndarray:
     Returns:
         (rows, k) int64, ascending by number; equal numbers by column.
     """
+    # NumPy lets go of the interpreter lock in all that is slow here.
+    parts = np.array_split(block, min(len(block), block.size // _PART + 1))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return np.concatenate(list(pool.map(_nearest, parts, itertools.repeat(k))))
+
+
+def _nearest(block: np.ndarray, k: int) -> np.ndarray:
+    """`nearest` for some rows.
+
+    The columns are dealt into groups. The k smallest numbers of a row lie in the k
+    groups whose minima are the smallest, so that only those are looked into.
+    """
     rows, columns = block.shape
-    size = math.isqrt(columns // k)
+    size = math.isqrt(columns // (2 * k))  # about the fastest
     if size < 4:
         return _columns(_sorted_keys(block, np.arange(columns), k))
     groups = columns // size
@@ -320,10 +334,8 @@ def nearest(block: np.ndarray, k: int) -> np.ndarray:
     least = dealt.min(axis=1)
     best = np.argpartition(least, k - 1, axis=1)[:, :k]
     members = best[:, None] + groups * np.arange(size)[:, None]
-    rest = np.arange(size * groups, columns)
-    candidates = np.concatenate(
-        [members.reshape(rows, -1), np.broadcast_to(rest, (rows, len(rest)))], axis=1
-    )
+    rest = np.broadcast_to(np.arange(size * groups, columns), (rows, columns % size))
+    candidates = np.concatenate([members.reshape(rows, -1), rest], axis=1)
     numbers = np.take_along_axis(block, candidates, axis=1)
     found = _sorted_keys(numbers, candidates, k)
     # A group that was left out may hold a number equal to the last one taken.

@@ -14,7 +14,7 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip.distances import DISTANCES
-from kerastrip.evaluation import labels_array
+from kerastrip.evaluation import label_table
 from kerastrip.inference import Space, embeddings_array, row_distances, unit_rows
 
 METRICS = (
@@ -31,6 +31,8 @@ METRICS = (
 # 2^17 of them from one power of two to the next.
 _SORTED = 1 << 22
 _CELLS, _DROPPED_BITS = 1 << 22, 6
+# Rows at a time, so that what is made of them stays small.
+_ROWS = 64
 
 
 class OperatingPoint(NamedTuple):
@@ -170,12 +172,11 @@ def verification_curve(
             )
         )
     if labels is not None:
-        labels = labels_array("labels", labels, len(rows))
-        codes = np.unique(labels, return_inverse=True)[1]
+        codes = label_table("labels", labels, len(rows)).codes
     if pairs is None:
         if labels is None:
             raise ValueError(_checks.message("pairs", "the pairs of `is_same`", pairs))
-        check_labels("labels", labels)
+        check_codes("labels", codes)
         return _curve_of_all(rows, codes, distance)
     pairs = pairs_array(pairs, len(rows))
     if labels is not None:
@@ -385,16 +386,13 @@ def _curve_of_all(
     # of the largest possible one fall into the first cell.
     largest = 5 * np.float32(space.left[:, -1].max()) if distance != "cosine" else 2.5
     top = int(np.float32(largest).view(np.uint32)) >> _DROPPED_BITS
-    base = np.int64(top - _CELLS + 1)
+    base = top - _CELLS + 1
     counts, counts_same = np.zeros(_CELLS, np.int64), np.zeros(_CELLS, np.int64)
     for values, same in parts:
-        cells = (np.abs(values).view(np.uint32) >> np.uint32(_DROPPED_BITS)).astype(
-            np.int64
-        )
-        cells -= base
-        np.maximum(cells, 0, out=cells)
-        counts += np.bincount(cells, minlength=_CELLS)
-        counts_same += np.bincount(cells[same], minlength=_CELLS)
+        cells = (np.abs(values).view(np.uint32) >> _DROPPED_BITS).astype(np.int64)
+        cells = np.maximum(cells - base, 0)
+        np.add.at(counts, cells, 1)
+        np.add.at(counts_same, cells[same], 1)
     filled = np.flatnonzero(counts)
     bits = ((filled + base + 1) << _DROPPED_BITS) - 1
     same = np.cumsum(counts_same[filled])
@@ -410,19 +408,22 @@ def _all_pairs(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Values of `space.blocks` above the diagonal, flat, and which are of one code."""
     for rows, block in space.blocks(upper=True):
-        same = codes[rows, None] == codes[rows.start :]
-        above = np.triu_indices(len(block), 1)
-        yield tuple(  # type: ignore[misc]
-            np.concatenate([part[above], part[:, len(block) :].ravel()])
-            for part in (block, same)
-        )
+        for low in range(0, len(block), _ROWS):
+            part = block[low : low + _ROWS, low:]
+            first = rows.start + low
+            same = codes[first : first + len(part), None] == codes[first:]
+            above = np.triu_indices(len(part), 1)
+            yield tuple(  # type: ignore[misc]
+                np.concatenate([array[above], array[:, len(part) :].ravel()])
+                for array in (part, same)
+            )
 
 
-def check_labels(name: str, labels: np.ndarray) -> None:
+def check_codes(name: str, codes: np.ndarray) -> None:
     """An error unless two labels are equal and two are not."""
-    sizes = np.unique(labels, return_counts=True)[1]
+    sizes = np.bincount(codes)
     same = int((sizes * (sizes - 1) // 2).sum())
-    _check_both(len(labels) * (len(labels) - 1) // 2, same, name)
+    _check_both(len(codes) * (len(codes) - 1) // 2, same, name)
 
 
 def _check_both(pairs: int, same: int, name: str) -> None:

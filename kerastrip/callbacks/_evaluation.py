@@ -12,7 +12,7 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip._outputs import embedding_output
-from kerastrip.evaluation import labels_array
+from kerastrip.evaluation import label_table
 from kerastrip.inference import embed_with_targets, is_batches
 from kerastrip.sources import as_source
 
@@ -69,7 +69,7 @@ class EpochEvaluation:
         if y is None:
             y = getattr(x if hasattr(x, "source") else self._x, "labels", None)
         if y is not None:
-            self.labels = labels_array("y", y, self.length)
+            self.labels = label_table("y", y, self.length).codes
         elif labelled:
             raise ValueError(_checks.message("y", "one label per sample", y))
 
@@ -107,7 +107,9 @@ class EpochEvaluation:
         )
         labels = self.labels
         if targets is not None:
-            labels = labels_array("x", targets, len(embeddings))
+            if targets.ndim == 2 and targets.shape[1] == 1:
+                targets = targets[:, 0]
+            labels = label_table("x", targets, len(embeddings)).codes
         elif labels is None and self._labelled:
             raise ValueError(
                 _checks.message("x", "batches of (inputs, targets)", self._x)

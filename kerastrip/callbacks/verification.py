@@ -11,7 +11,7 @@ from kerastrip import _checks
 from kerastrip.callbacks._evaluation import EpochEvaluation
 from kerastrip.distances import DISTANCES
 from kerastrip.verification import (
-    check_labels,
+    check_codes,
     check_metrics,
     flags_array,
     pairs_array,
@@ -109,7 +109,7 @@ class VerificationEvaluation(keras.callbacks.Callback):
         labels = self._evaluation.labels
         if pairs is None:
             if labels is not None:
-                check_labels("y", labels)
+                check_codes("y", labels)
             return
         if self._evaluation.length is not None:
             pairs = pairs_array(pairs, self._evaluation.length)
