@@ -18,7 +18,7 @@ class LabelTable:
     Args:
         labels: `(samples,)` integers (booleans count as 0 and 1), strings or bytes, or
             `(samples, classes)` one-hot rows (then the labels are the columns).
-        classes: the table to use; by default all distinct labels, sorted.
+        classes: the labels to code for, in any order; by default those that occur.
         name: what errors call the labels.
 
     Attributes:
@@ -33,7 +33,11 @@ class LabelTable:
     def __init__(self, labels: Any, classes: Any = None, name: str = "labels") -> None:
         values, width = _label_values(labels, name)
         if classes is not None:
-            given, _ = _label_values(classes, "classes")
+            given, rows = _label_values(classes, "classes")
+            if rows is not None:
+                raise ValueError(
+                    _checks.message("classes", "a one-dimensional table", classes)
+                )
             self.classes = _distinct(given)
         elif width is not None:
             self.classes = np.arange(width)
@@ -99,9 +103,12 @@ class LabelTable:
             table[_offsets(classes, low)] = np.arange(len(classes))
 
             def direct(chunk: np.ndarray) -> tuple:
-                inside = (chunk >= low) & (chunk <= high)
-                found = table[_offsets(np.where(inside, chunk, classes[0]), low)]
-                return found, inside & (found >= 0)
+                known = (chunk >= low) & (chunk <= high)
+                if not known.all():
+                    return 0, known
+                # In the dtype of the table: NumPy mixes int64 and uint64 as floats.
+                found = table[_offsets(chunk.astype(classes.dtype, copy=False), low)]
+                return found, found >= 0
 
             return direct
         mixed = {values.dtype.kind, classes.dtype.kind} == {"i", "u"}
@@ -131,6 +138,9 @@ def _label_values(labels: Any, name: str) -> tuple[np.ndarray, int | None]:
         )
     if len(values) == 0:
         raise ValueError(_checks.message(name, "at least one label", values))
+    if isinstance(labels, (list, tuple)) and values.dtype.kind in "fUS":
+        # NumPy makes strings of ["a", 1] and floats of [-1, 2**63].
+        values = np.array(labels, object)
     if values.dtype.kind == "O":
         values = _from_objects(values, name)
     if values.dtype.kind == "f":
@@ -191,6 +201,8 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
             return values.astype(np.int64)
         except OverflowError:
             return values
+    if all(issubclass(kind, (float, np.floating)) for kind in kinds):
+        return values.astype(np.float64)
     shown = sorted(kind.__name__ for kind in kinds)
     error = ValueError if any(value != value for value in values) else TypeError
     raise error(

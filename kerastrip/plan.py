@@ -20,7 +20,7 @@ EPOCH_MODES = ("balanced", "coverage")
 SMALL_CLASSES = ("repeat", "drop", "error")
 
 # About this many indices are planned at once when steps are asked for in order.
-_BLOCK = 1 << 14
+_BLOCK = 1 << 15
 # The streams of keys that one seed is split into.
 _SAMPLES, _CLASSES, _LIMIT, _SPLIT = range(4)
 
@@ -355,7 +355,9 @@ class PKPlan:
             per_batch = self.classes_per_batch * self.samples_per_class
             count = min(max(_BLOCK // per_batch, 1), self._batches - step)
         rows = self._rows(epoch, np.arange(step, step + count))
-        self._block, self._next = (epoch, step, rows), (epoch, step + count)
+        after = step + count
+        self._next = (epoch, after) if after < self._batches else (epoch + 1, 0)
+        self._block = epoch, step, rows
         return rows[0].copy()
 
     def _rows(self, epoch: int, steps: np.ndarray) -> np.ndarray:
@@ -366,12 +368,11 @@ class PKPlan:
         unit, draw = self._schedule.draws(epoch, steps, columns)
         unit, draw = unit[..., None], draw[..., None]
         size = self._sizes[unit]
-        key = mix(self.seed, _SAMPLES, unit)
-        if self.epoch_mode == "coverage":
-            # An epoch begins its cycles anew, with the samples of its turn.
-            key = mix(key, epoch)
-            if self.max_per_class is not None:
-                size = np.minimum(size, self.max_per_class)
+        # Balanced cycles run on over the epochs; coverage begins them anew.
+        cycles_since = epoch if self.epoch_mode == "coverage" else 0
+        key = mix(self.seed, _SAMPLES, cycles_since, unit)
+        if self.max_per_class is not None:
+            size = np.minimum(size, self.max_per_class)
         # A class too small for K rows gives all of its samples as often as they
         # fit; the rows left over go round in cycles, as in a larger class.
         k = self.samples_per_class
@@ -456,6 +457,7 @@ def split_classes(
     >>> train, test
     (array([0, 1, 3]), array([2]))
     """
+    seed = _checks.integer("seed", seed)
     table = _labels.LabelTable(labels)
     present = np.unique(table.codes)
     if isinstance(test, (float, int, np.number)):
@@ -499,6 +501,7 @@ def split_samples(
     >>> len(train), len(test)
     (3, 2)
     """
+    seed = _checks.integer("seed", seed)
     table = _labels.LabelTable(labels)
     order, sizes = _sorted_by(table.codes)
     unit = np.repeat(np.arange(len(sizes)), sizes)
@@ -511,7 +514,7 @@ def split_samples(
                 "labels",
                 "at least 2 samples of every class, one for each part",
                 _checks.Told(f"{len(alone)} classes with one sample"),
-                f"The first is {alone[0].item()!r}.",
+                f"The first is {alone.tolist()[0]!r}.",
             )
         )
     count = _share("test", test, sizes, "samples of the smallest class")
