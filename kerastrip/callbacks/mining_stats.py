@@ -131,13 +131,12 @@ class MiningStats(keras.callbacks.Callback):
         """The argument `name`, or else the attribute of that name of the loss."""
         given = getattr(self, name)
         value = getattr(self._where.loss, name, None) if given is None else given
-        if value is None:
+        if value is None or callable(value):
             raise ValueError(
                 _checks.message(
                     name,
-                    "a value, or a compiled loss that has one",
-                    _checks.Told(f"None, and the loss is {self._where.loss!r}"),
-                    f"Give MiningStats({name}=...).",
+                    f"a compiled loss that tells it, or MiningStats({name}=...)",
+                    _checks.Told(f"the loss {self._where.loss!r} with {value!r}"),
                 )
             )
         return value

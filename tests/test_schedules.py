@@ -1,0 +1,220 @@
+"""MarginSchedule and MiningSchedule: the loss really changes, on every backend."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from kerastrip.callbacks.mining_stats import MiningStats
+from kerastrip.callbacks.schedules import MarginSchedule, MiningSchedule
+from kerastrip.losses import TripletLoss
+from kerastrip.metrics import TripletCensus
+
+Y = np.arange(24, dtype="int32") % 4
+X = np.random.default_rng(2).normal(size=(24, 5)).astype("float32")
+
+
+def build(loss=None, rate=0.0):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.Input((5,)),
+            keras.layers.Dense(4),
+            keras.layers.UnitNormalization(dtype="float32"),
+        ]
+    )
+    loss = loss or TripletLoss(margin=0.2)
+    model.compile(keras.optimizers.SGD(rate), loss=loss)
+    return model, loss
+
+
+def fit(model, *callbacks, epochs=3, **options):
+    return model.fit(
+        X,
+        Y,
+        batch_size=24,
+        shuffle=False,
+        verbose=0,
+        epochs=epochs,
+        validation_data=(X, Y),
+        callbacks=list(callbacks),
+        **options,
+    ).history
+
+
+def expected(model, margin, mining="semi_hard"):
+    """Loss and census of the one batch, computed apart."""
+    embeddings = model(X)
+    loss = TripletLoss(margin=margin, mining=mining)(Y, embeddings)
+    census = TripletCensus(margin=margin)
+    census.update_state(Y, embeddings)
+    return float(loss), float(census.result()["semi_hard"])
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("stats_first", [True, False])
+def test_the_margin_changes_the_loss_and_the_census(stats_first):
+    model, loss = build()
+    callbacks = [MiningStats(), MarginSchedule({0: 0.1, 2: 0.8})]
+    history = fit(model, *(callbacks if stats_first else callbacks[::-1]))
+    margins = [0.1, 0.1, 0.8]
+    for epoch, margin in enumerate(margins):
+        value, semi_hard = expected(model, margin)
+        for lead in ("", "val_"):
+            assert history[f"{lead}loss"][epoch] == pytest.approx(value, rel=1e-4)
+            assert history[f"{lead}semi_hard"][epoch] == pytest.approx(
+                semi_hard, rel=1e-5
+            )
+    assert history["margin"] == margins
+    assert loss.margin == 0.8
+
+
+@pytest.mark.backend
+def test_the_mining_changes_the_loss_and_the_gradient():
+    model, loss = build(rate=0.1)
+    start = model.get_weights()
+    fit(model, MiningSchedule({0: "all"}), epochs=1)
+    by_all = model.get_weights()
+    model.set_weights(start)
+    history = fit(model, MiningSchedule({0: "hard"}), epochs=1)
+    assert loss.mining == "hard"
+    assert not np.allclose(model.get_weights()[0], by_all[0])
+    model.set_weights(start)
+    assert history["loss"][0] == pytest.approx(
+        expected(model, 0.2, "hard")[0], rel=1e-4
+    )
+
+
+def test_a_function_gets_epoch_margin_and_logs():
+    seen = []
+
+    def grow(epoch, margin, logs):
+        seen.append((epoch, margin, logs.get("semi_hard")))
+        return margin * 2
+
+    model, _ = build()
+    history = fit(model, MiningStats(), MarginSchedule(grow))
+    assert [margin for _, margin, _ in seen] == pytest.approx([0.2, 0.4, 0.8])
+    assert [epoch for epoch, _, _ in seen] == [0, 1, 2]
+    assert [value for _, _, value in seen] == [None, *history["semi_hard"][:2]]
+    assert history["margin"] == pytest.approx([0.4, 0.8, 1.6])
+
+
+def test_by_epoch_a_resumed_run_starts_where_it_belongs():
+    model, loss = build()
+    callbacks = MarginSchedule({1: 0.5, 4: 0.9}), MiningSchedule({0: "all", 3: "hard"})
+    history = fit(model, *callbacks, initial_epoch=2, epochs=5)
+    assert history["margin"] == [0.5, 0.5, 0.9]
+    assert history["mining_stage"] == [0, 1, 1]
+    assert loss.mining == "hard"
+
+
+def test_before_the_first_entry_the_loss_keeps_its_own():
+    model, loss = build()
+    history = fit(model, MarginSchedule({5: 0.5}), MiningSchedule({5: "all"}))
+    assert history["margin"] == [0.2] * 3
+    assert loss.mining == "semi_hard"
+
+
+def run_by_logs(schedule, values):
+    """The mining of each epoch when `monitor` takes these values."""
+    model, loss = build()
+    schedule.set_model(model)
+    used = []
+    for epoch, value in enumerate(values):
+        schedule.on_epoch_begin(epoch)
+        used.append(loss.mining)
+        schedule.on_epoch_end(epoch, {schedule.monitor: value})
+    return used
+
+
+def test_by_logs_the_next_stage_begins_when_the_figure_stays_low():
+    stages = ["all", "semi_hard", "hard"]
+    used = run_by_logs(MiningSchedule(stages, below=0.1), [0.5, 0.05, 0.5, 0.05, 0, 0])
+    assert used == ["all", "all", "semi_hard", "semi_hard", "hard", "hard"]
+    used = run_by_logs(
+        MiningSchedule(stages, below=0.1, patience=2), [0.05, 0.5, 0.05, 0.05, 0.05, 0]
+    )
+    assert used == ["all"] * 4 + ["semi_hard"] * 2
+
+
+@pytest.mark.backend
+def test_by_the_logs_of_a_real_fit():
+    model, loss = build()
+    schedule = MiningSchedule(["all", "semi_hard", "hard"], below=1.1)
+    history = fit(model, MiningStats(), schedule)
+    assert history["mining_stage"] == [0, 1, 2]
+    for value, word in zip(history["loss"], schedule.words, strict=True):
+        assert value == pytest.approx(expected(model, 0.2, word)[0], rel=1e-4)
+    assert loss.mining == "hard"
+    fit(model, MiningStats(), schedule, epochs=1)
+    assert schedule.stage == 2  # a second fit goes on
+
+
+def test_without_the_key_it_says_so_once():
+    model, loss = build()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, MiningSchedule(["all", "hard"]))
+    told = [str(w.message) for w in caught if "MiningSchedule" in str(w.message)]
+    assert len(told) == 1
+    assert "MiningStats()" in told[0]
+    assert loss.mining == "all"
+
+
+def test_no_new_trace_without_a_change():
+    traces = []
+
+    class Counting(TripletLoss):
+        def call(self, y_true, y_pred):
+            traces.append(self.margin)
+            return super().call(y_true, y_pred)
+
+    model, _ = build(Counting(margin=0.2))
+    fit(model, MarginSchedule({0: 0.2, 3: 0.4}), epochs=6)
+    assert traces.count(0.2) == traces.count(0.4)
+    assert len(traces) < 6 or keras.backend.backend() == "torch"
+
+
+def test_the_loss_must_have_what_is_scheduled():
+    model, _ = build(keras.losses.MeanSquaredError())
+    with pytest.raises(ValueError, match="`margin`"):
+        fit(model, MarginSchedule({0: 0.1}))
+    with pytest.raises(ValueError, match="`mining`"):
+        fit(model, MiningSchedule(["all"]))
+
+
+def test_a_margin_that_is_none():
+    model, _ = build()
+    with pytest.raises(TypeError, match="schedule"):
+        fit(model, MarginSchedule(lambda epoch, margin, logs: None))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: MarginSchedule({}), ValueError, "schedule"),
+        (lambda: MarginSchedule({0: -1.0}), ValueError, "schedule"),
+        (lambda: MarginSchedule({-1: 0.1}), ValueError, "schedule"),
+        (lambda: MarginSchedule(0.3), TypeError, "schedule"),
+        (lambda: MiningSchedule("hard"), TypeError, "stages"),
+        (lambda: MiningSchedule([]), ValueError, "stages"),
+        (lambda: MiningSchedule(["semihard"]), ValueError, "semi_hard"),
+        (lambda: MiningSchedule({0.5: "hard"}), TypeError, "stages"),
+        (lambda: MiningSchedule(["hard"], patience=0), ValueError, "patience"),
+        (lambda: MiningSchedule(["hard"], below="x"), TypeError, "below"),
+        (lambda: MiningSchedule(["hard"], monitor=1), TypeError, "monitor"),
+    ],
+)
+def test_bad_arguments(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
+
+
+def test_margin_values_stay_python_floats():
+    """A tensor as margin would tie the loss to one backend and one graph."""
+    model, _ = build()
+    with pytest.raises(TypeError, match="schedule"):
+        fit(model, MarginSchedule(lambda e, m, logs: ops.convert_to_tensor(0.5)))
