@@ -231,8 +231,9 @@ def test_documented_arguments_are_those_of_the_signature(name, value):
 @pytest.mark.parametrize("value", EXPORTED)
 def test_public_names_have_arguments_and_an_example(value):
     doc = value.__doc__ or ""
-    if argument_names(value):
-        assert documented(doc, "Args:", "Attributes:"), "no Args section"
+    if not documented(doc, "Args:") and documented(doc, "Attributes:"):
+        return  # a result: nobody makes one by hand
+    assert documented(doc, "Args:") or not argument_names(value), "no Args section"
     assert re.search(r"^\s*Examples?:", doc, re.MULTILINE), "no Example section"
     assert ">>>" in doc, "the example does not run"
 
