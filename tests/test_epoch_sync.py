@@ -73,7 +73,7 @@ def test_replicas_are_checked_when_training_begins():
     model.fit(sampler(), callbacks=[EpochSync(sampler())], shuffle=False, verbose=0)
 
 
-def run(arguments, timeout=150):
+def run(arguments, timeout=240):
     root = pathlib.Path(__file__).parents[1]
     return subprocess.run(
         [sys.executable, __file__, *map(str, arguments)],

@@ -636,12 +636,16 @@ def fit(**mode):
                       batches_per_epoch=20000, **mode)
     model = keras.Sequential([keras.layers.Dense(6, activation="softmax")])
     model.compile("sgd", "sparse_categorical_crossentropy")
-    model.fit(train, callbacks=[EpochSync(train)], shuffle=False, verbose=0)
+    model.fit(train, callbacks=[EpochSync(train), Interrupt()], shuffle=False, verbose=0)
+
+class Interrupt(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 20:
+            threading.Timer(0.1, os.kill, (parent, signal.SIGINT)).start()
 
 fatal = -1
 """
 INTERRUPT = """
-threading.Timer({after}, os.kill, (parent, signal.SIGINT)).start()
 try:
     fit(**{mode})
 except KeyboardInterrupt:
@@ -650,7 +654,7 @@ except KeyboardInterrupt:
 """
 
 
-def live(script, seconds=90):
+def live(script, seconds=240):
     """Runs a script that trains; it must end by itself."""
     root = str(pathlib.Path(__file__).parents[1])
     return subprocess.run(
@@ -673,7 +677,7 @@ except Exception as error:
     print("A worker process of the sampler died" in str(error), flush=True)
 fatal = -1
 """
-        + INTERRUPT.format(after=3, mode={"workers": 1})
+        + INTERRUPT.format(mode={"workers": 1})
     )
     assert done.stdout.split() == ["True", "interrupted"], done.stderr
     assert done.returncode == -signal.SIGINT, done.stderr
@@ -684,7 +688,7 @@ fatal = -1
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_ctrl_c_ends_the_process_every_time(mode):
     for _ in range(8):
-        done = live(INTERRUPT.format(after=3, mode=mode))
+        done = live(INTERRUPT.format(mode=mode))
         assert done.stdout.split() == ["interrupted"], done.stderr
         assert done.returncode == -signal.SIGINT, done.stderr
 
