@@ -53,9 +53,9 @@ class LabelTable:
             )
         self.codes = self._codes(values, name)
 
-    def encode(self, labels: Any) -> np.ndarray:
+    def encode(self, labels: Any, name: str = "labels") -> np.ndarray:
         """The int32 codes of `labels`; ValueError names an unknown label."""
-        return self._codes(_label_values(labels, "labels")[0], "labels")
+        return self._codes(_label_values(labels, name)[0], name)
 
     def decode(self, codes: Any) -> np.ndarray:
         """The labels of `codes`; ValueError for a code outside the table."""
@@ -84,7 +84,7 @@ class LabelTable:
                 raise ValueError(
                     _checks.message(
                         name,
-                        f"labels among the {len(self.classes)} of `classes`",
+                        f"labels among the {len(self.classes)} known ones",
                         np.asarray(chunk[first]).item(),
                         f"It stands at position {start + first}.",
                     )

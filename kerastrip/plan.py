@@ -139,7 +139,7 @@ class PKPlan:
     >>> rows = plan.indices(epoch=0, step=0)
     >>> plan.codes[rows].reshape(2, 2)  # two classes, two rows each
     array([[1, 1],
-           [2, 2]], dtype=int32)
+           [0, 0]], dtype=int32)
 
     References:
         - Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person
@@ -393,7 +393,8 @@ class PKPlan:
             item = _permutation.cycle(
                 np.full_like(unit, epoch), item, self._sizes[unit], limit, key
             )
-        return self._order[self._starts[unit] + item].reshape(len(steps), -1)
+        rows = self._order[self._starts[unit] + item]
+        return rows.reshape(len(steps), -1).astype(np.int64)
 
     def encode(self, labels: Any) -> np.ndarray:
         """The int32 codes of `labels`; ValueError names an unknown label."""
@@ -467,7 +468,11 @@ def split_classes(
         )
         held_out = present[order[: count[0]]]
     else:
-        held_out = np.unique(table.encode(test))
+        if np.ndim(test) != 1:
+            raise TypeError(
+                _checks.message("test", "a share, a number or a list of labels", test)
+            )
+        held_out = np.unique(table.encode(test, "test"))
         if len(held_out) == len(present):
             raise ValueError(
                 _checks.message("test", "some of the classes, not all of them", test)

@@ -118,7 +118,7 @@ def test_large_arrays_are_coded_chunk_by_chunk(monkeypatch):
 def test_an_unknown_label_is_named(labels, classes, named):
     with pytest.raises(ValueError, match=named) as error:
         LabelTable(labels, classes)
-    assert f"the {len(classes)} of `classes`" in str(error.value)
+    assert f"among the {len(classes)} known ones" in str(error.value)
     assert "`labels`" in str(error.value)
 
 
