@@ -121,7 +121,16 @@ def embed_with_targets(
             )
         batches, total = _read_batches(x), None
     else:
-        source = as_source(getattr(x, "source", x))
+        if augmentation is not None and not hasattr(augmentation, "batch"):
+            raise TypeError(
+                _checks.message(
+                    "augmentation",
+                    "an Augmentation",
+                    augmentation,
+                    "Wrap the pipeline: Augmentation(pipeline).",
+                )
+            )
+        source = source_of(x)
         total = len(source)
         batches = _take_batches(source, batch_size, augmentation, views)
     if augmentation is None and views > 1:
@@ -156,14 +165,30 @@ def embed_with_targets(
 
 def is_batches(x: Any) -> bool:
     """Whether `x` gives batches (`tf.data.Dataset`, `PyDataset`), not samples."""
-    if hasattr(x, "source"):
+    if is_sampler(x):
         return False
     return hasattr(x, "as_numpy_iterator") or isinstance(x, keras.utils.PyDataset)
+
+
+def is_sampler(x: Any) -> bool:
+    """Whether `x` draws batches from a `source` with `labels`, and is none itself."""
+    return hasattr(x, "source") and hasattr(x, "labels") and not hasattr(x, "take")
+
+
+def source_of(x: Any) -> Any:
+    """The source of a sampler, or of samples."""
+    return as_source(x.source if is_sampler(x) else x)
 
 
 def _read_batches(x: Any) -> Iterator[tuple[list[Any], Any]]:
     """The ([inputs], targets) of a dataset; targets None where there are none."""
     if hasattr(x, "as_numpy_iterator"):
+        if int(x.cardinality()) == -1:
+            raise ValueError(
+                _checks.message(
+                    "x", "a dataset that ends", x, "Leave out its `.repeat()`."
+                )
+            )
         batches = x.as_numpy_iterator()
     else:
         batches = (x[i] for i in range(len(x)))
@@ -378,9 +403,8 @@ def embeddings_array(name: str, value: Any) -> np.ndarray:
         )
     with np.errstate(over="ignore"):
         rows = np.ascontiguousarray(rows, dtype="float32")
-    good = (np.abs(rows) < _LARGE).all(axis=1)
-    if not good.all():
-        bad = np.flatnonzero(~good)
+    bad = unusable_rows(rows)
+    if len(bad):
         raise ValueError(
             _checks.message(
                 name,
@@ -392,6 +416,11 @@ def embeddings_array(name: str, value: Any) -> np.ndarray:
             )
         )
     return rows
+
+
+def unusable_rows(rows: np.ndarray) -> np.ndarray:
+    """Which (n, dim) rows hold NaN, infinity or numbers whose squares may."""
+    return np.flatnonzero(~(np.abs(rows) < _LARGE).all(axis=1))
 
 
 class Space(NamedTuple):

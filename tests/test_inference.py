@@ -286,6 +286,8 @@ class TestEmbed:
             embed(model, Batches(np.ones((0, 4))))
         with pytest.raises(ValueError, match="augmentation"):
             embed(model, Batches(np.ones((2, 4))), augmentation=lambda x: x)
+        with pytest.raises(TypeError, match=r"augmentation.*Wrap"):
+            embed(model, np.ones((2, 4)), augmentation=lambda x: x)
         image = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Conv2D(2, 3)])
         with pytest.raises(ValueError, match=r"\(batch, dim\).*\(2, 2, 2, 2\)"):
             embed(image, np.ones((2, 4, 4, 1)))
@@ -310,3 +312,5 @@ def test_tf_dataset(rng):
     np.testing.assert_allclose(
         embed(model, alone), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6
     )
+    with pytest.raises(ValueError, match="repeat"):
+        embed(model, alone.repeat())

@@ -194,10 +194,11 @@ def test_resumed_training_begins_with_a_measurement(data):
 
 
 @pytest.mark.parametrize("kind", [RetrievalEvaluation, VerificationEvaluation])
-def test_a_diverged_model_is_reported_not_raised(data, kind):
+@pytest.mark.parametrize("weight", [np.nan, 1e30])
+def test_a_diverged_model_is_reported_not_raised(data, kind, weight):
     x, y = data
-    model = small_model()
-    model.set_weights([np.full_like(w, np.nan) for w in model.get_weights()])
+    model = small_model(rate=0.0)
+    model.set_weights([np.full_like(w, weight) for w in model.get_weights()])
     with pytest.warns(UserWarning, match="24 of 24 embeddings.*diverged"):
         history = fit(model, data, [kind(x, y)], epochs=1)
     figures = [v for key, v in history.items() if key.startswith("val_")]

@@ -13,8 +13,13 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._outputs import embedding_output
 from kerastrip.evaluation import label_table
-from kerastrip.inference import embed_with_targets, is_batches
-from kerastrip.sources import as_source
+from kerastrip.inference import (
+    embed_with_targets,
+    is_batches,
+    is_sampler,
+    source_of,
+    unusable_rows,
+)
 
 
 class EpochEvaluation:
@@ -64,10 +69,10 @@ class EpochEvaluation:
                     )
                 )
             return
-        self._x = as_source(getattr(x, "source", x))
+        self._x = source_of(x)
         self.length = len(self._x)
         if y is None:
-            y = getattr(x if hasattr(x, "source") else self._x, "labels", None)
+            y = getattr(x if is_sampler(x) else self._x, "labels", None)
         if y is not None:
             self.labels = label_table("y", y, self.length).codes
         elif labelled:
@@ -114,11 +119,11 @@ class EpochEvaluation:
             raise ValueError(
                 _checks.message("x", "batches of (inputs, targets)", self._x)
             )
-        bad = len(embeddings) - int(np.isfinite(embeddings).all(axis=1).sum())
-        if bad:
+        bad = unusable_rows(embeddings)
+        if len(bad):
             warnings.warn(
-                f"{type(self._callback).__name__}: {bad} of {len(embeddings)} "
-                f"embeddings hold NaN or infinity after epoch {epoch + 1}; its "
+                f"{type(self._callback).__name__}: {len(bad)} of {len(embeddings)} "
+                f"embeddings hold NaN, infinity or more than 1e15 after epoch {epoch + 1}; its "
                 "figures are NaN. The training has diverged.",
                 stacklevel=2,
             )
