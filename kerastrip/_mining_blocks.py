@@ -215,11 +215,9 @@ def positive_entries(d: Any, anchors: Anchors) -> Any:
     return (d < 0) & (d > -INFINITE) & (column != anchors.own[:, None])
 
 
-def sorted_negatives(d: Any) -> tuple[Any, Any]:
-    """Every row's negatives in rising order, then inf; and their columns."""
-    negatives = ops.where(d >= 0, d, INFINITE)
-    order = ops.cast(ops.argsort(negatives, axis=1), "int32")
-    return ops.take_along_axis(negatives, order, axis=1), order
+def sorted_negatives(d: Any, order: Any) -> Any:
+    """Every row's negatives in rising order, then inf; `order` are their columns."""
+    return ops.take_along_axis(ops.where(d >= 0, d, INFINITE), order, axis=1)
 
 
 def count_below(ascending: Any, bounds: Any, *, inclusive: bool) -> Any:
@@ -258,7 +256,7 @@ def many_counts(d: Any, anchors: Anchors, margin: Any, rooted: bool) -> tuple[An
         Hard triplets, semi-hard triplets and pairs with a semi-hard one, (3, count)
         int32, and the sum of the distances to the positives, (count,).
     """
-    ascending, _ = sorted_negatives(d)
+    ascending = ops.sort(ops.where(d >= 0, d, INFINITE), axis=1)
     p = ops.abs(d)
     below = count_below(ascending, p, inclusive=True)
     within = count_below(ascending, add_margin(p, margin, rooted), inclusive=False)

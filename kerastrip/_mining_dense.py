@@ -8,6 +8,8 @@ made, and rows with so many positives that `_mining_pairs` would not keep them.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -20,6 +22,7 @@ from kerastrip._mining_blocks import (
     add_margin,
     block_of,
     block_rows,
+    compiled,
     count_below,
     count_true,
     entry,
@@ -35,6 +38,9 @@ from kerastrip._mining_blocks import (
     zero,
 )
 
+# Per row of a block: the loss, how many units are > 0, coefficients (count, padded).
+Terms = tuple[Any, Any, Any]
+
 
 class Rule(NamedTuple):
     """What a loss takes from the matrix."""
@@ -46,10 +52,10 @@ class Rule(NamedTuple):
     above: int = 0  # only rows with more positives than this
 
 
-def _by_pairs(d: Any, here: Anchors, margin: Any, rule: Rule) -> tuple[Any, Any, Any]:
+def _by_pairs(d: Any, order: Any, here: Anchors, margin: Any, rule: Rule) -> Terms:
     """One negative for every positive, found in the sorted row."""
     count, width = ops.shape(d)
-    ascending, order = sorted_negatives(d)
+    ascending = sorted_negatives(d, order)
     p = ops.abs(d)
     at = count_below(ascending, p, inclusive=True)
     beyond = ops.take_along_axis(ascending, ops.minimum(at, width - 1), axis=1)
@@ -77,7 +83,7 @@ def _by_pairs(d: Any, here: Anchors, margin: Any, rule: Rule) -> tuple[Any, Any,
     )
 
 
-def _by_anchors(d: Any, here: Anchors, margin: Any, rule: Rule) -> tuple[Any, Any, Any]:
+def _by_anchors(d: Any, _: Any, here: Anchors, margin: Any, rule: Rule) -> Terms:
     """The farthest positive and the nearest negative of every row."""
     positive, negative, _ = extremes(d)
     gap = ops.abs(entry(d, positive)), ops.abs(entry(d, negative))
@@ -91,12 +97,10 @@ def _by_anchors(d: Any, here: Anchors, margin: Any, rule: Rule) -> tuple[Any, An
     return loss, ops.cast(loss > 0, "int32"), slope[:, None] * signs
 
 
-def _by_triplets(
-    d: Any, here: Anchors, margin: Any, rule: Rule
-) -> tuple[Any, Any, Any]:
+def _by_triplets(d: Any, _: Any, here: Anchors, margin: Any, rule: Rule) -> Terms:
     """Every triplet, one pass per positive rank."""
     column = ops.arange(ops.shape(d)[1], dtype="int32")
-    negative = d >= 0
+    negative = ~(d < 0)  # NaN too: it has to show in the loss
     n = ops.where(negative, d, 0.0)
     if rule.rooted:
         n = ops.sqrt(n)
@@ -126,9 +130,9 @@ def _by_triplets(
     return row_sum(losses), active, coefficients
 
 
-def _contrast(d: Any, here: Anchors, margin: Any, rule: Rule) -> tuple[Any, Any, Any]:
+def _contrast(d: Any, _: Any, here: Anchors, margin: Any, rule: Rule) -> Terms:
     """Every pair: half the squared excess over one margin or lack of the other."""
-    real = d > -INFINITE
+    real = d != -INFINITE
     size = ops.where(real, ops.abs(d), 0.0)
     if rule.rooted:
         size = ops.sqrt(size)
@@ -154,82 +158,129 @@ _TERMS = {
 }
 
 
-def _has_work(here: Anchors, rule: Rule) -> Any:
-    return ops.max(here.positives) > rule.above if rule.above else here.own[0] >= 0
+def prepared(function: Callable, rule: Rule) -> Callable:
+    """`function` for a rule, compiled as a whole unless its rows are sorted.
+
+    XLA sorts three to five times slower on a CPU than TensorFlow does: then the sort
+    stays outside, between two compiled pieces.
+    """
+    if _TERMS[rule.mining] is _by_pairs:
+        return functools.partial(function, rule=rule, piece=compiled)
+    return compiled(function, rule=rule, piece=functools.partial)
+
+
+def _distances(
+    rows: Any, labels: Any, size: Any, here: Anchors, first: Any, *, matrix: bool
+) -> tuple[Any, Any]:
+    """Signed distances of a block, and what to sort: inf for all but negatives."""
+    d = signed_distances(Batch(rows, labels, size), here, first, matrix)
+    return d, ops.where(d >= 0, d, INFINITE)
+
+
+def _losses_of_block(
+    d: Any, order: Any, here: Anchors, margin: Any, *, rule: Rule
+) -> tuple[Any, Any]:
+    return _TERMS[rule.mining](d, order, here, margin, rule)[:2]
+
+
+def _gradient_of_block(
+    rows: Any,
+    d: Any,
+    order: Any,
+    here: Anchors,
+    margin: Any,
+    weights: Any,
+    *,
+    rule: Rule,
+) -> tuple[Any, Any]:
+    """The block's share in the gradient: of its own rows, and of all columns."""
+    coefficients = _TERMS[rule.mining](d, order, here, margin, rule)[2]
+    coefficients = coefficients * weights[:, None]
+    if rule.matrix:
+        return coefficients, ops.zeros((1, 1))
+    if rule.rooted:
+        # The least distance of a positive stands for 0, which has no direction.
+        apart = (d > 0) | (d < -TINY)
+        coefficients = ops.where(apart, coefficients / ops.sqrt(ops.abs(d)), 0.0)
+    else:
+        coefficients = 2.0 * coefficients
+    own = ops.take(rows, here.own, axis=0)
+    back = ops.transpose(coefficients)
+    return (
+        row_sum(coefficients)[:, None] * own - ops.matmul(coefficients, rows),
+        row_sum(back)[:, None] * rows - ops.matmul(back, own),
+    )
+
+
+def _walk(batch: Batch, rule: Rule, piece: Callable, visit: Callable, state: Any):
+    """Call visit(d, order, here, first, *state) on the blocks that have work."""
+    anchors = find_anchors(batch)
+    padded = ops.shape(batch.rows)[0]
+    count = block_rows(padded)
+
+    def block(first: Any, *state: Any) -> Any:
+        here = block_of(anchors, first, count)
+
+        def work() -> Any:
+            d, keys = piece(_distances, matrix=rule.matrix)(*batch, here, first)
+            order = None
+            if _TERMS[rule.mining] is _by_pairs:
+                order = ops.cast(ops.argsort(keys, axis=1), "int32")
+            return visit(d, order, here, first, *state)
+
+        if rule.above:
+            wide = ops.max(here.positives) > rule.above
+            return first + count, *ops.cond(wide, work, lambda: state)
+        return first + count, *work()
+
+    return ops.while_loop(lambda first, *_: first < padded, block, (zero(), *state))[1:]
 
 
 def dense_losses(
-    rows: Any, labels: Any, size: Any, margin: Any, *, rule: Rule
+    rows: Any, labels: Any, size: Any, margin: Any, *, rule: Rule, piece: Callable
 ) -> tuple[Any, Any]:
     """Per row the sum of its losses and the number of those > 0, both (padded,)."""
-    batch = Batch(rows, labels, size)
-    anchors = find_anchors(batch)
     padded = ops.shape(rows)[0]
-    count = block_rows(padded)
+    state = ops.zeros((padded,), "float32"), ops.zeros((padded,), "int32")
 
-    def block(first: Any, losses: Any, active: Any) -> Any:
-        here = block_of(anchors, first, count)
+    def visit(d: Any, order: Any, here: Anchors, first: Any, *state: Any) -> Any:
+        found = piece(_losses_of_block, rule=rule)(d, order, here, margin)
+        return tuple(put(x, (first,), y) for x, y in zip(state, found, strict=True))
 
-        def work() -> Any:
-            d = signed_distances(batch, here, first, matrix=rule.matrix)
-            loss, more, _ = _TERMS[rule.mining](d, here, margin, rule)
-            return put(losses, (first,), loss), put(active, (first,), more)
-
-        done = ops.cond(_has_work(here, rule), work, lambda: (losses, active))
-        return first + count, *done
-
-    state = (zero(), ops.zeros((padded,), "float32"), ops.zeros((padded,), "int32"))
-    return ops.while_loop(lambda first, *_: first < padded, block, state)[1:]
+    return _walk(Batch(rows, labels, size), rule, piece, visit, state)
 
 
 def dense_gradient(
-    rows: Any, labels: Any, size: Any, margin: Any, weights: Any, *, rule: Rule
+    rows: Any,
+    labels: Any,
+    size: Any,
+    margin: Any,
+    weights: Any,
+    *,
+    rule: Rule,
+    piece: Callable,
 ) -> Any:
     """Gradient of sum(weights * losses) with respect to `rows`, in their shape."""
+    width = ops.shape(rows)[1]
+
+    def visit(d: Any, order: Any, here: Anchors, first: Any, gradient: Any) -> Any:
+        to_rows, to_columns = piece(_gradient_of_block, rule=rule)(
+            rows, d, order, here, margin, ops.take(weights, here.own)
+        )
+        if rule.matrix:
+            return (put(gradient, (first, 0), to_rows),)
+        before = ops.slice(gradient, (first, 0), (ops.shape(d)[0], width))
+        return (put(gradient, (first, 0), before + to_rows) + to_columns,)
+
     batch = Batch(rows, labels, size)
-    anchors = find_anchors(batch)
-    padded = ops.shape(rows)[0]
-    count = block_rows(padded)
-
-    def block(first: Any, gradient: Any) -> Any:
-        here = block_of(anchors, first, count)
-
-        def work() -> Any:
-            d = signed_distances(batch, here, first, matrix=rule.matrix)
-            _, _, coefficients = _TERMS[rule.mining](d, here, margin, rule)
-            share = ops.slice(weights, (first,), (count,))
-            coefficients = coefficients * share[:, None]
-            if rule.matrix:
-                return put(gradient, (first, 0), coefficients)
-            if rule.rooted:
-                root = ops.sqrt(ops.abs(d))
-                # The least positive distance stands for 0: no direction, no gradient.
-                real = (d > 0) | (d < -TINY)
-                coefficients = ops.where(real, coefficients / root, 0.0)
-            else:
-                coefficients = 2.0 * coefficients
-            own = ops.slice(rows, (first, 0), (count, ops.shape(rows)[1]))
-            to_columns = row_sum(ops.transpose(coefficients))[
-                :, None
-            ] * rows - ops.matmul(ops.transpose(coefficients), own)
-            to_rows = row_sum(coefficients)[:, None] * own - ops.matmul(
-                coefficients, rows
-            )
-            before = ops.slice(gradient, (first, 0), (count, ops.shape(rows)[1]))
-            return put(gradient, (first, 0), before + to_rows) + to_columns
-
-        return first + count, ops.cond(_has_work(here, rule), work, lambda: gradient)
-
-    return ops.while_loop(
-        lambda first, _: first < padded, block, (zero(), ops.zeros_like(rows))
-    )[1]
+    return _walk(batch, rule, piece, visit, (ops.zeros_like(rows),))[0]
 
 
 def forward(
-    rows: Any, labels: Any, size: Any, margin: Any, *, rule: Rule
+    rows: Any, labels: Any, size: Any, margin: Any, *, rule: Rule, piece: Callable
 ) -> tuple[Any, Any, Any]:
     """`dense_losses` and the number of units of every row, (padded,) float32."""
-    losses, active = dense_losses(rows, labels, size, margin, rule=rule)
+    losses, active = dense_losses(rows, labels, size, margin, rule=rule, piece=piece)
     anchors = find_anchors(Batch(rows, labels, size))
     positives = ops.cast(anchors.positives, "float32")
     negatives = ops.cast(anchors.negatives, "float32")

@@ -14,9 +14,9 @@ from kerastrip import _checks
 
 
 def safe_sqrt(x: Any) -> Any:
-    """Square root of `max(x, 0)` whose gradient at 0 is 0 instead of infinite."""
-    positive = x > 0
-    return ops.where(positive, ops.sqrt(ops.where(positive, x, 1.0)), 0.0)
+    """Square root of `max(x, 0)` whose gradient at 0 is 0; NaN stays NaN."""
+    none = x <= 0
+    return ops.where(none, 0.0, ops.sqrt(ops.where(none, 1.0, x)))
 
 
 def safe_divide(x: Any, y: Any) -> Any:

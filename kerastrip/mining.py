@@ -285,8 +285,8 @@ def _triplet_losses(
     rule = _mining_dense.Rule(mining, rooted, soft, above=_mining_pairs.TABLE_RANKS)
     many = mining != "hard" and _can_exceed(ordered.given, rule.above)
     if many:
-        many_losses = compiled(_mining_dense.dense_losses, rule=rule)
-        many_gradient = compiled(_mining_dense.dense_gradient, rule=rule)
+        many_losses = _mining_dense.prepared(_mining_dense.dense_losses, rule)
+        many_gradient = _mining_dense.prepared(_mining_dense.dense_gradient, rule)
         extra = ops.cond(
             found["most"] > rule.above,
             lambda: many_losses(*ordered[:3], margin),
@@ -336,10 +336,9 @@ def _dense(
         rows, rooted = prepare(embeddings, distance), is_rooted(distance)
     ordered = _ordered(labels, rows, matrix)
     rule = _mining_dense.Rule(mining, rooted, soft, matrix)
-    losses, active, units = compiled(_mining_dense.forward, rule=rule)(
-        *ordered[:3], margin
-    )
-    backward = compiled(_mining_dense.dense_gradient, rule=rule)
+    forward = _mining_dense.prepared(_mining_dense.forward, rule)
+    losses, active, units = forward(*ordered[:3], margin)
+    backward = _mining_dense.prepared(_mining_dense.dense_gradient, rule)
 
     def gradient(weights: Any) -> Any:
         result = backward(*ordered[:3], margin, weights)

