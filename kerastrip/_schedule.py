@@ -55,9 +55,12 @@ class Balanced:
         # of a group of C_g stands at (i + 1/2) / C_g of the way.
         group = np.repeat(np.arange(len(group_sizes)), group_sizes)
         turn = np.arange(len(group)) - self._first[group]
-        way = (turn + 0.5) / group_sizes[group]
+        size = group_sizes[group]
+        way = (turn + 0.5) / size
         self._turns = group[np.argsort(way, kind="stable")]
         self._places = np.sort(self._turns * len(group) + np.arange(len(group)))
+        # The class at each place of the one keyed order of its group.
+        self._classes = self._first[group] + permute(turn, size, mix(key, group))
 
     def _turns_before(self, batch: np.ndarray | int, group: np.ndarray) -> np.ndarray:
         """How many of the batches 0..batch-1 go to `group`."""
@@ -96,7 +99,8 @@ class Balanced:
 
         # Items below `extra` are the extra ones of this epoch.
         at = (past + item) % size
-        return self._class(at, group), (past - at + size - 1) // size + round_
+        draw = (past - at + size - 1) // size + round_
+        return self._classes[self._first[group] + at], draw
 
     def draws_per_class(self, epoch: int) -> np.ndarray:
         """`(classes,)` how often each class is drawn in `epoch`."""
@@ -107,14 +111,8 @@ class Balanced:
             for batch in (epoch * self.batches, (epoch + 1) * self.batches)
         )
         counts = np.empty_like(size)
-        counts[self._class(at, group)] = after - before
+        counts[self._classes] = after - before
         return counts
-
-    def _class(self, at: np.ndarray, group: np.ndarray) -> np.ndarray:
-        """The class at a place of the one keyed order of its group."""
-        return self._first[group] + permute(
-            at, self._sizes[group], mix(self._key, group)
-        )
 
 
 class Coverage:
