@@ -1,0 +1,77 @@
+"""The examples run, from data to files."""
+
+import csv
+import importlib.util
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+
+import kerastrip
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+def load_example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("digits")
+    load_example("digits").main(["--out", str(out), "--epochs", "2"])
+    return out
+
+
+def test_digits_trains_and_writes_its_files(digits):
+    with open(digits / "figures.csv", newline="") as file:
+        figures = {
+            (row["embedding"], row["digits"]): float(row["map@r"])
+            for row in csv.DictReader(file)
+        }
+    assert figures["trained", "seen"] > figures["untrained", "seen"] + 0.05
+    assert figures["trained", "seen"] > figures["raw pixels", "seen"]
+    assert {part for _, part in figures} == {"seen", "unseen"}
+    for picture in ("mining.png", "embedding.png"):
+        assert (digits / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_digits_logs_the_mining(digits):
+    with open(digits / "history.csv", newline="") as file:
+        epochs = list(csv.DictReader(file))
+    assert len(epochs) == 2
+    for prefix in ("", "val_"):
+        for epoch in epochs:
+            fractions = [
+                float(epoch[prefix + key]) for key in ("easy", "semi_hard", "hard")
+            ]
+            np.testing.assert_allclose(sum(fractions), 1, atol=1e-5)
+    assert float(epochs[1]["hard"]) < float(epochs[0]["hard"])
+    assert 0 <= float(epochs[1]["val_recall@1"]) <= 1
+
+
+def test_digits_can_be_used_from_disk(digits):
+    model = keras.models.load_model(digits / "model.keras")
+    augmentation = kerastrip.Augmentation.load(digits / "augmentation.json")
+    images, _ = load_example("digits").load()
+    views = kerastrip.embed(model, images[:5], augmentation=augmentation, views=2)
+    np.testing.assert_allclose(np.linalg.norm(views, axis=1), 1, rtol=1e-5)
+
+
+def test_digits_composes_classes_of_their_own():
+    example = load_example("digits")
+    images, names = example.load()
+    seen = ~np.isin(names, [str(digit) for digit in example.UNSEEN])
+    images, names = images[seen], names[seen]
+    more, more_names = example.with_composed(images, names, seed=0)
+    assert len(np.unique(more_names)) == 7 + 2 * 7 * 6
+    np.testing.assert_array_equal(more[: len(images)], images)
+    upper = {image[:4].tobytes() for image in images[names == "3"]}
+    lower = {image[4:].tobytes() for image in images[names == "5"]}
+    for image in more[more_names == "3 over 5"]:
+        assert image[:4].tobytes() in upper
+        assert image[4:].tobytes() in lower
