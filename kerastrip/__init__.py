@@ -9,7 +9,10 @@ from kerastrip import distances, evaluation, mining, plotting, sources, verifica
 from kerastrip._version import __version__
 from kerastrip.augmentation import Augmentation
 from kerastrip.callbacks import (
+    CollapseGuard,
     EpochSync,
+    MarginSchedule,
+    MiningSchedule,
     MiningStats,
     RetrievalEvaluation,
     VerificationEvaluation,
@@ -18,6 +21,7 @@ from kerastrip.inference import embed, search
 from kerastrip.losses import (
     BinaryFocalLoss,
     CategoricalFocalLoss,
+    ContrastiveLoss,
     SparseCategoricalFocalLoss,
     TripletHardLoss,
     TripletLoss,
@@ -37,7 +41,11 @@ __all__ = [
     "Augmentation",
     "BinaryFocalLoss",
     "CategoricalFocalLoss",
+    "CollapseGuard",
+    "ContrastiveLoss",
     "EpochSync",
+    "MarginSchedule",
+    "MiningSchedule",
     "MiningStats",
     "PKPlan",
     "PKSampler",
