@@ -20,7 +20,7 @@ from kerastrip._mining_blocks import (
     add_margin,
     block_of,
     block_rows,
-    count_true,
+    count_two,
     entry,
     extremes,
     find_anchors,
@@ -100,8 +100,8 @@ def sweep(
             if census:
                 valid = rank < positives
                 # What is not a negative of the row is < 0, so it counts as below.
-                below = count_true(d <= p[:, None]) - (padded - here.negatives)
-                within = count_true((d > p[:, None]) & (d < bound[:, None]))
+                below, within = count_two(d, p, bound)
+                below = below - (padded - here.negatives)
                 more = ops.stack([below, within, ops.cast(within > 0, "int32")])
                 counts = counts + ops.where(valid, more, 0)
                 p = ops.where(valid, p, 0.0)

@@ -29,6 +29,14 @@ from kerastrip._mining_blocks import (
 from kerastrip._numerics import integer_labels, safe_divide
 from kerastrip.distances import DISTANCES, is_rooted, prepare
 
+__all__ = [
+    "Census",
+    "contrastive_losses",
+    "triplet_census",
+    "triplet_losses",
+    "triplet_losses_and_census",
+]
+
 MININGS = ("semi_hard", "semi_hard_or_hard", "hard", "all")
 AVERAGES = ("all", "active")
 
