@@ -191,8 +191,6 @@ class TripletCensus(keras.metrics.Metric):
         # Takes this metric's part from whole targets and outputs: MiningStats sets
         # it, because training steps hand every metric all of them.
         self.take: Callable[[Any], Any] = _whole
-        # True once a batch has been counted, or the counting has been traced.
-        self.updated = False
         shape = (len(_SUMS),)
         self._total = self.add_variable(shape, "zeros", "float32", name="total")
         self._rest = self.add_variable(shape, "zeros", "float32", name="rest")
@@ -223,7 +221,6 @@ class TripletCensus(keras.metrics.Metric):
         total, error = _add(self._total, value)
         self._total.assign(total)
         self._rest.assign_add(error + rest)
-        self.updated = True
         return value + rest
 
     def result(self) -> dict[str, Any]:

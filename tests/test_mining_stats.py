@@ -90,9 +90,15 @@ def assert_no_trace(model):
 # --- what it reports -------------------------------------------------------------
 
 
-@pytest.mark.backend
 @pytest.mark.parametrize(
-    "outputs", ["single", "list", "list by name", "dict", "partly trained"]
+    "outputs",
+    [
+        pytest.param("list", marks=pytest.mark.backend),
+        pytest.param("dict", marks=pytest.mark.backend),
+        "single",
+        "list by name",
+        "partly trained",
+    ],
 )
 def test_reports_the_census_for_any_output_structure(outputs):
     model, targets = build(outputs)
@@ -121,14 +127,18 @@ def test_subclassed_model_without_output_names():
     assert history["easy"][0] + history["active"][0] == pytest.approx(1)
 
 
-@pytest.mark.backend
 def test_labels_may_come_one_hot():
     model, _ = build("single")
     assert fit(model, ONE_HOT)["easy"] == pytest.approx(fit(model, Y)["easy"])
 
 
-@pytest.mark.backend
-@pytest.mark.parametrize("options", [{"run_eagerly": True}, {"jit_compile": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"run_eagerly": True}, marks=pytest.mark.backend),
+        {"jit_compile": True},
+    ],
+)
 def test_however_the_step_is_run(options):
     if keras.backend.backend() == "torch" and "jit_compile" in options:
         pytest.skip("compiling takes torch a minute")
@@ -148,8 +158,10 @@ def test_steps_per_execution():
     assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.backend
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param("mixed_bfloat16", marks=pytest.mark.backend), "mixed_float16"],
+)
 def test_mixed_precision(policy):
     before = keras.mixed_precision.dtype_policy()
     keras.mixed_precision.set_dtype_policy(policy)
@@ -204,7 +216,6 @@ def test_per_batch_shows_each_batch_and_keeps_the_epoch():
     assert single.seen[-1]["easy"] != pytest.approx(wanted["easy"], rel=1e-5)
 
 
-@pytest.mark.backend
 def test_margin_and_distance_of_ones_own():
     model, targets = build()
     history = fit(model, targets, MiningStats(margin=0.05, distance="cosine"))
@@ -246,7 +257,6 @@ def test_the_progress_bar_shows_it(capsys):
     assert "semi_hard: 0." in capsys.readouterr().out
 
 
-@pytest.mark.backend
 def test_no_triplets_in_the_data():
     model, _ = build("single")
     history = model.fit(
@@ -282,7 +292,6 @@ def test_second_fit_with_and_without():
     assert_no_trace(model)
 
 
-@pytest.mark.backend
 def test_one_instance_serves_two_models():
     stats = MiningStats()
     for outputs in ("single", "dict"):
@@ -326,8 +335,13 @@ class Boom(keras.callbacks.Callback):
         raise self.error
 
 
-@pytest.mark.backend
-@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(KeyboardInterrupt(), marks=pytest.mark.backend),
+        RuntimeError("boom"),
+    ],
+)
 def test_after_an_interruption(error):
     model, targets = build()
     stats = MiningStats()
@@ -486,6 +500,25 @@ def test_metrics_updated_by_hand_are_counted(outputs):
     history = fit(model, targets)
     wanted = epoch_of(model)
     assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.backend
+def test_a_late_batch_hook_raises_no_false_alarm():
+    """JAX and torch run batch hooks beside later steps, even after validation began."""
+
+    class Late(MiningStats):
+        def on_train_batch_end(self, batch, logs=None):
+            self.late = (batch, logs)
+
+        def on_test_begin(self, logs=None):
+            super().on_test_begin(logs)
+            super().on_train_batch_end(*self.late)
+
+    model, targets = build()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="MiningStats")
+        history = fit(model, targets, Late(), validation_data=(X, targets))
+    assert {*KEYS, *(f"val_{key}" for key in KEYS)} <= set(history)
 
 
 # --- warnings and errors ---------------------------------------------------------

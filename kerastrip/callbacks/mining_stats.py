@@ -61,7 +61,8 @@ class MiningStats(keras.callbacks.Callback):
     ['active', 'anchors_without_positive', 'easy', 'effective_dim']
     """
 
-    # Keras may run the batch hook beside the next step: it touches no state of it.
+    # Keras may run the batch hook late, beside later steps: it reads only what the
+    # first step has left behind.
     async_safe = True
 
     def __init__(
@@ -95,8 +96,9 @@ class MiningStats(keras.callbacks.Callback):
         self._target: Any = None  # the model it is attached to
         self._where: Output
         self._fitting = False
-        self._unchecked: set[str] = set()
-        self._uncounted: set[str] = set()
+        self._phase = "train"
+        self._counted: set[str] = set()
+        self._checked: set[str] = set()
         self._norm_told = False
 
     def feed(self, y: Any, y_pred: Any) -> dict[str, Any]:
@@ -121,11 +123,15 @@ class MiningStats(keras.callbacks.Callback):
         margin, distance = self._setting("margin"), self._setting("distance")
         with creation_scope(model):
             self.census = TripletCensus(margin, distance, prefix=self.prefix)
-        self.census.take = self._where.take
+        self.census.take = self._take
         attach(model, self)
         self._target = model
-        self._unchecked = {"train", "test"}
-        self._uncounted = set()
+        self._counted, self._checked = set(), set()
+
+    def _take(self, structure: Any) -> Any:
+        """The embedding's part; runs whenever a batch is counted or that is traced."""
+        self._counted.add(self._phase)
+        return self._where.take(structure)
 
     def _setting(self, name: str) -> Any:
         """The argument `name`, or else the attribute of that name of the loss."""
@@ -148,7 +154,7 @@ class MiningStats(keras.callbacks.Callback):
         super().set_model(model)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._fitting = True
+        self._fitting, self._phase = True, "train"
         self._attach()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -170,21 +176,20 @@ class MiningStats(keras.callbacks.Callback):
     def on_test_begin(self, logs: Any = None) -> None:
         if not self._fitting or self._target is None:
             self._attach()
-        if "test" in self._unchecked:
-            self.census.updated = False
+        self._phase = "test"
 
     def on_test_end(self, logs: Any = None) -> None:
+        self._phase = "train"
         self._check("test", logs)
         if not self._fitting:
             self.detach()
 
     def _check(self, phase: str, logs: Any) -> None:
         """Once per run and phase: was anything counted, is it normalised?"""
-        if phase not in self._unchecked:
+        if phase in self._checked:
             return
-        self._unchecked.remove(phase)
-        if not self.census.updated:
-            self._uncounted.add(phase)
+        self._checked.add(phase)
+        if phase not in self._counted:
             warnings.warn(
                 f"MiningStats has nothing to report for {phase}ing: the "
                 f"`{phase}_step` of this model calls neither `compute_metrics` nor "
@@ -207,6 +212,6 @@ class MiningStats(keras.callbacks.Callback):
 
     def _drop_zeros(self, phase: str, logs: Any, lead: str = "") -> None:
         """A model that does not count must not report zeros."""
-        if logs and phase in self._uncounted:
+        if logs and phase in self._checked - self._counted:
             for key in self.census.keys:
                 logs.pop(f"{lead}{key}", None)
