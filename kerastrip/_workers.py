@@ -13,7 +13,6 @@ import atexit
 import contextlib
 import gc
 import multiprocessing
-import multiprocessing.connection
 import os
 import pickle
 import queue
@@ -23,8 +22,8 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -40,88 +39,132 @@ _START = "fork" if sys.platform.startswith("linux") else "spawn"
 class WorkerPool:
     """Processes that run `work(*args)` and return its arrays.
 
-    Calls may come from any number of threads. They wait for one of `slots` places in
-    shared memory.
+    Calls may come from any number of threads; each waits for a free worker. (The pools
+    of the standard library join their workers when the process ends, and so hang with
+    a worker that hangs.)
 
     Args:
         work: returns arrays of exactly the shapes and dtypes of `layout`; inherited by
             forked workers, pickled for spawned ones.
         layout: (shape, dtype) of each array.
         processes: number of workers.
-        slots: calls that may be under way at the same time.
 
     Raises:
         RuntimeError: if the workers cannot be started.
     """
 
-    def __init__(self, work: Work, layout: Layout, processes: int, slots: int):
+    def __init__(self, work: Work, layout: Layout, processes: int):
+        self._closed = False
+        self._workers: list[_Worker] = []
+        self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         context = multiprocessing.get_context(_START)
-        self._views: list[list[np.ndarray]] = []
-        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
-        buffers = []
-        for slot in range(slots):
-            # Unnamed shared memory: nothing is left behind, however the process ends.
-            buffers.append(context.RawArray("B", _size(layout)))
-            self._views.append(_views(buffers[-1], layout))
-            self._free.put(slot)
-        self._executor = ProcessPoolExecutor(
-            processes,
-            mp_context=context,
-            initializer=_start,
-            initargs=(work, layout, buffers),
-        )
-        with warnings.catch_warnings():
-            # Python and JAX warn of forks beside threads: a lock may be held for ever
-            # in the child. The workers run NumPy, OpenCV and the user's functions
-            # only, and they are all forked here, before training starts its threads.
-            warnings.filterwarnings("ignore", ".*fork", RuntimeWarning)
-            warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
-            try:
-                self._executor.submit(os.getpid).result()
-            except Exception as error:
-                raise RuntimeError(
-                    f"The worker processes could not be started ({error!r}). What they "
-                    "work on must be picklable where processes are spawned, and the "
-                    "script must guard its entry with `if __name__ == '__main__'`. "
-                    "Threads need neither: use_multiprocessing=False."
-                ) from error
+        try:
+            with warnings.catch_warnings():
+                # Python and JAX warn of forks beside threads: a lock may be held for
+                # ever in the child. The workers run NumPy, OpenCV and the user's
+                # functions only, and they are forked before training has threads.
+                warnings.filterwarnings("ignore", ".*fork", RuntimeWarning)
+                warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
+                for _ in range(processes):
+                    self._workers.append(_Worker(context, work, layout))
+            for worker in self._workers:
+                worker.answer()
+                self._free.put(worker)
+        except Exception as error:
+            self.close()
+            raise RuntimeError(
+                f"The worker processes could not be started ({error!r}). What they "
+                "work on must be picklable where processes are spawned, and the "
+                "script must guard its entry with `if __name__ == '__main__'`. "
+                "Threads need neither: use_multiprocessing=False."
+            ) from error
 
     def __call__(self, *args: Any) -> list[np.ndarray]:
         """Fresh copies of the arrays of `work(*args)`.
 
         Raises:
-            RuntimeError: if a worker died, before or during this call.
+            RuntimeError: if the worker died or the pool was closed.
             Exception: what `work` raised, with the traceback of the worker.
         """
-        slot, task = self._free.get(), None
+        worker = self._free.get()
         try:
-            task = self._executor.submit(_run, slot, args)
-            if not wait([task], _PATIENCE).done:
+            worker.ask(args)
+            worker.answer()
+            return [view.copy() for view in worker.views]
+        except _Died as error:
+            if self._closed:
+                raise RuntimeError("The workers of the sampler were closed.") from error
+            raise RuntimeError(
+                "A worker process of the sampler died: it was killed (often for want "
+                "of memory) or crashed in native code. Make a new sampler, with fewer "
+                "workers if memory was short, or with use_multiprocessing=False to see "
+                "the cause."
+            ) from error
+        finally:
+            # A dead one too: whoever gets it is told, and nobody waits for ever.
+            self._free.put(worker)
+
+    def close(self) -> None:
+        """Ends the workers, whatever they do; calls after this fail."""
+        self._closed = True
+        for worker in self._workers:
+            worker.process.kill()
+
+
+class _Worker:
+    """One process, the pipe to it and its place in shared memory."""
+
+    def __init__(self, context: Any, work: Work, layout: Layout):
+        # Unnamed shared memory: nothing is left behind, however the process ends.
+        buffer = context.RawArray("B", _size(layout))
+        self.views = _views(buffer, layout)
+        self._pipe, far_end = context.Pipe()
+        self.process = context.Process(
+            target=_serve, args=(work, layout, buffer, far_end), daemon=True
+        )
+        self.process.start()
+        far_end.close()
+        self._asked = 0
+
+    def ask(self, args: Sequence[Any]) -> None:
+        """Sends a task; _Died if there is nobody to take it."""
+        self._asked += 1
+        try:
+            self._pipe.send((self._asked, args))
+        except OSError as error:
+            raise _Died from error
+
+    def answer(self) -> None:
+        """Waits for the task that was sent last; raises what it raised, or _Died."""
+        number = None
+        while number != self._asked:  # others were interrupted by Ctrl-C
+            ready = wait([self._pipe, self.process.sentinel], _PATIENCE)
+            if not ready:
                 warnings.warn(
                     f"A worker process has been busy for {_PATIENCE} s with one batch. "
                     "TensorFlow, JAX and PyTorch hang in forked processes: sources and "
                     "augmentations must do without them, or use "
                     "use_multiprocessing=False.",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-            task.result()
-            return [view.copy() for view in self._views[slot]]
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "A worker process of the sampler died: it was killed (often for want "
-                "of memory) or crashed in native code. No further batches come from "
-                "this sampler; make a new one, with fewer workers if memory was short, "
-                f"or with use_multiprocessing=False to see the cause. ({error})"
-            ) from error
-        finally:
-            if task is None or task.done():
-                self._free.put(slot)
-            else:  # Ctrl-C while the worker still writes there
-                task.add_done_callback(lambda _: self._free.put(slot))
+            elif self._pipe in ready:
+                try:
+                    number, failure = self._pipe.recv()
+                except (EOFError, OSError) as error:
+                    raise _Died from error
+            else:
+                raise _Died(f"exit code {self.process.exitcode}")
+        if failure is not None:
+            raised, told = failure
+            raise raised from _InWorker(told)
 
-    def close(self) -> None:
-        """Ends the workers; calls after this fail."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+
+class _Died(Exception):
+    """The process of a worker is gone."""
+
+
+class _InWorker(Exception):
+    """The traceback of an error in a worker process."""
 
 
 def _size(layout: Layout) -> int:
@@ -139,51 +182,43 @@ def _views(buffer: Any, layout: Layout) -> list[np.ndarray]:
     return views
 
 
-# What a worker process holds; set once by its initializer.
-_work: Work
-_slots: list[list[np.ndarray]]
-
-
-def _start(work: Work, layout: Layout, buffers: Sequence[Any]) -> None:
-    global _work, _slots
-    _work, _slots = work, [_views(buffer, layout) for buffer in buffers]
+def _serve(work: Work, layout: Layout, buffer: Any, pipe: Any) -> None:
+    """What a worker process does all its life."""
     # Ctrl-C reaches the whole process group; the parent decides what ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     if "cv2" in sys.modules:
         # OpenCV's threads do not survive a fork, and the workers are the parallelism.
         sys.modules["cv2"].setNumThreads(0)
+    views, number, failure = _views(buffer, layout), 0, None
+    while True:
+        pipe.send((number, failure))
+        number, args = pipe.recv()
+        try:
+            for view, array in zip(views, work(*args), strict=True):
+                view[...] = array
+            failure = None
+        except BaseException as error:
+            failure = _portable(error), traceback.format_exc()
+
+
+def _portable(error: BaseException) -> Exception:
+    """The error, if it survives pickling and ends no thread in silence."""
+    with contextlib.suppress(Exception):
+        if isinstance(copy := pickle.loads(pickle.dumps(error)), Exception):
+            return copy
+    return RuntimeError(f"A worker process of the sampler failed: {error!r}")
 
 
 def _leave_with_parent() -> None:
     """Ends this worker when its parent is gone, even if that was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    # The sentinel alone is not enough: forked siblings hold its other end open too.
+    parent: Any = multiprocessing.parent_process()
     pid = os.getppid()
+    # The sentinel alone is not enough: forked siblings hold its other end open too.
     while os.getppid() == pid:
-        if multiprocessing.connection.wait([parent.sentinel], timeout=1):
+        if wait([parent.sentinel], timeout=1):
             break
     os._exit(1)
-
-
-def _run(slot: int, args: Sequence[Any]) -> None:
-    try:
-        for view, array in zip(_slots[slot], _work(*args), strict=True):
-            view[...] = array
-    except BaseException as error:
-        # An exception that cannot travel would break the whole pool, and SystemExit
-        # would end a thread of the parent in silence.
-        try:
-            travels = isinstance(pickle.loads(pickle.dumps(error)), Exception)
-        except Exception:
-            travels = False
-        if travels:
-            raise
-        raise RuntimeError(
-            f"A worker process of the sampler failed:\n{traceback.format_exc()}"
-        ) from None
 
 
 class LookAhead:
@@ -192,13 +227,9 @@ class LookAhead:
     For a caller that asks from one thread: on JAX and PyTorch Keras takes batches in
     the training thread, between the steps, and its own threads put the first `fit` a
     batch ahead. What is asked for out of order is made on the spot.
-
-    Args:
-        threads: number of threads, and of results kept ready.
     """
 
-    def __init__(self, threads: int):
-        self._executor = ThreadPoolExecutor(threads, "kerastrip")
+    def __init__(self) -> None:
         self._ready: dict[Any, Future] = {}
         self._due: Any = None
 
@@ -213,12 +244,26 @@ class LookAhead:
         if not start and run[0] != self._due:
             return make(*run[0])
         self._due = run[1]
-        for stale in self._ready.keys() - set(run):
-            self._ready.pop(stale).cancel()
+        for key in self._ready.keys() - set(run):
+            del self._ready[key]
         for key in run:
             if key not in self._ready:
-                self._ready[key] = self._executor.submit(make, *key)
+                self._ready[key] = _begun(make, key)
         return self._ready.pop(run[0]).result()
+
+
+def _begun(make: Callable[..., Any], key: Sequence) -> Future:
+    future: Future = Future()
+
+    def fulfil() -> None:
+        try:
+            future.set_result(make(*key))
+        except BaseException as error:
+            future.set_exception(error)
+
+    # Not an executor: it would be joined at exit, however long a batch takes.
+    threading.Thread(target=fulfil, daemon=True).start()
+    return future
 
 
 class InFlight:

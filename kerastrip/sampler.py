@@ -192,13 +192,11 @@ class PKSampler(keras.utils.PyDataset):
         self._inputs = _batch.Inputs(self.source, augment, self.plan)
         self._pool: WorkerPool | None = None
         if use_multiprocessing:
-            self._pool = WorkerPool(
-                self._inputs.arrays, self._inputs.layout, workers, self._threads
-            )
+            self._pool = WorkerPool(self._inputs.arrays, self._inputs.layout, workers)
             weakref.finalize(self, self._pool.close)
         self._ahead: LookAhead | None = None
         if self._threads and not by_keras:
-            self._ahead = LookAhead(self._threads)
+            self._ahead = LookAhead()
 
     # -- batches -------------------------------------------------------------
 

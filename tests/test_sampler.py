@@ -742,7 +742,7 @@ except ValueError as error:
 def test_the_pool_ends_with_its_sampler(images, labels):
     sampler = PKSampler(images, labels, **SHAPE, workers=1, use_multiprocessing=True)
     sampler[0]
-    (worker,) = sampler._pool._executor._processes.values()
+    worker = sampler._pool._workers[0].process
     del sampler
     gc.collect()
     worker.join(10)

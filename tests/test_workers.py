@@ -34,20 +34,22 @@ def work(number, what=""):
         number = os.getpid() % 251
     if what == "raise":
         raise ValueError(f"no batch for {number}")
+    if what == "missing":
+        raise FileNotFoundError("gone")
     if what == "awkward":
         raise Unpicklable("this", number)
     if what == "leave":
         sys.exit(3)
     if what == "shape":
         return [np.zeros((3, 5), "float32"), np.zeros(5, "uint8")]
-    if what == "slow":
-        time.sleep(0.2)
+    if what in ("slow", "hang"):
+        time.sleep({"slow": 0.2, "hang": 1000}[what])
     return [np.full((3, 4), number, "float32"), np.arange(5, dtype="uint8") + number]
 
 
 @pytest.fixture
 def pool():
-    pool = WorkerPool(work, LAYOUT, processes=2, slots=3)
+    pool = WorkerPool(work, LAYOUT, processes=2)
     yield pool
     pool.close()
 
@@ -71,7 +73,7 @@ def test_the_work_is_done_elsewhere(pool):
 def test_spawned_workers_give_the_same(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", LIGHT["KERAS_BACKEND"])
     monkeypatch.setattr(_workers, "_START", "spawn")
-    pool = WorkerPool(work, LAYOUT, processes=1, slots=1)
+    pool = WorkerPool(work, LAYOUT, processes=1)
     np.testing.assert_array_equal(pool(7)[1], work(7)[1])
     pool.close()
 
@@ -79,17 +81,18 @@ def test_spawned_workers_give_the_same(monkeypatch):
 def test_work_that_cannot_be_sent_says_so(monkeypatch):
     monkeypatch.setattr(_workers, "_START", "spawn")
     with pytest.raises(RuntimeError, match=r"could not be started.*picklable"):
-        WorkerPool(lambda: [], LAYOUT, processes=1, slots=1)
+        WorkerPool(lambda: [], LAYOUT, processes=1)
 
 
 def test_an_error_surfaces_and_the_pool_lives_on(pool):
-    with pytest.raises(ValueError, match="no batch for 4"):
+    with pytest.raises(ValueError, match="no batch for 4") as raised:
         pool(4, "raise")
+    assert "in work" in str(raised.value.__cause__)  # the worker's traceback
     with pytest.raises(
         RuntimeError, match=r"(?s)worker process.*Unpicklable.*this and 4"
     ):
         pool(4, "awkward")
-    with pytest.raises(RuntimeError, match=r"(?s)worker process.*SystemExit: 3"):
+    with pytest.raises(RuntimeError, match=r"worker process.*SystemExit\(3\)"):
         pool(4, "leave")
     with pytest.raises(ValueError, match="could not broadcast"):
         pool(4, "shape")
@@ -102,7 +105,7 @@ def test_a_worker_that_takes_for_ever_is_told_of(pool, monkeypatch):
         pool(1, "slow")
 
 
-def run(script, timeout=60, **kwargs):
+def run(script, timeout=120, **kwargs):
     """Runs a script in a fresh interpreter; it must end by itself."""
     root = pathlib.Path(__file__).parents[1]
     path = os.pathsep.join([str(root), str(root / "tests")])
@@ -124,7 +127,7 @@ def test_a_killed_worker_is_an_error_and_no_hang():
         from test_workers import LAYOUT, work
         from kerastrip._workers import WorkerPool
 
-        pool = WorkerPool(work, LAYOUT, processes=2, slots=3)
+        pool = WorkerPool(work, LAYOUT, processes=2)
         victim = multiprocessing.active_children()[0].pid
         threading.Timer(0.05, os.kill, (victim, signal.SIGKILL)).start()
         for attempt in range(2):
@@ -160,7 +163,7 @@ def test_workers_leave_with_a_killed_parent():
         from test_workers import LAYOUT, work
         from kerastrip._workers import WorkerPool
 
-        pools = [WorkerPool(work, LAYOUT, processes=2, slots=1) for _ in range(2)]
+        pools = [WorkerPool(work, LAYOUT, processes=2) for _ in range(2)]
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
         """
@@ -173,14 +176,42 @@ def test_workers_leave_with_a_killed_parent():
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
 def test_close_ends_the_workers():
-    pool = WorkerPool(work, LAYOUT, processes=2, slots=1)
-    pids = [int(process) for process in pool._executor._processes]
+    pool = WorkerPool(work, LAYOUT, processes=2)
+    pids = [worker.process.pid for worker in pool._workers]
     assert len(pids) == 2
     assert not gone(pids[0], 0.1)
     pool.close()
     assert all(gone(pid) for pid in pids)
     with pytest.raises(RuntimeError):
         pool(1)
+
+
+@pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), signal.SIGINT)"])
+def test_the_process_ends_beside_a_worker_that_hangs(end):
+    done = run(
+        f"""
+        import os, signal, threading, time
+        from test_workers import LAYOUT, work
+        from kerastrip._workers import WorkerPool
+
+        pool = WorkerPool(work, LAYOUT, processes=1)
+        for _ in range(2):
+            threading.Thread(target=pool, args=(1, "hang"), daemon=True).start()
+        time.sleep(1)
+        {end}
+        """
+    )
+    assert done.returncode == (-signal.SIGINT if end else 0), done.stderr
+
+
+def test_close_frees_those_who_wait(pool):
+    with ThreadPoolExecutor(3) as threads:
+        calls = [threads.submit(pool, 1, "hang") for _ in range(3)]
+        time.sleep(0.3)
+        pool.close()
+        for call in calls:
+            with pytest.raises(RuntimeError, match="closed"):
+                call.result(20)
 
 
 def test_look_ahead_answers_like_the_function():
@@ -192,7 +223,7 @@ def test_look_ahead_answers_like_the_function():
             raise ValueError("step 5")
         return step, epoch
 
-    ahead = LookAhead(2)
+    ahead = LookAhead()
 
     def ask(step, epoch, start):
         run = [(step, epoch), (step + 1, epoch), (step + 2, epoch)]
@@ -218,7 +249,7 @@ def test_look_ahead_is_ahead():
             started.set()
         return step
 
-    ahead = LookAhead(1)
+    ahead = LookAhead()
     assert ahead(make, [(0,), (1,)], True) == 0
     assert started.wait(10)
 
