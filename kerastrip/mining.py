@@ -335,9 +335,9 @@ def _dense(
     matrix = callable(distance)
     if matrix:
         rows = _called(distance, embeddings)
-        # Only differences of distances count in triplets: none need be negative.
-        shift = 0.0 if mining == "contrastive" else ops.min(rows, initial=0.0)
-        rows = rows - ops.stop_gradient(shift)
+        if mining != "contrastive":
+            # Only differences of distances count in triplets: none need be negative.
+            rows = rows - ops.stop_gradient(ops.min(rows, initial=0.0))
         rooted = False
     else:
         _checks.one_of("distance", distance, DISTANCES)
