@@ -223,25 +223,23 @@ class _Table:
         self.ends = np.concatenate(([0], np.cumsum(draws)))
         # The class across the end of a row has `tail` draws there and `head` in
         # the next row. Each of the two keeps to an interval on the circle of
-        # columns, anywhere outside that of its neighbours.
+        # columns, outside that of its neighbours and at random gaps from them: were
+        # they side by side, classes across neighbouring ends would hardly meet.
         border = np.arange(1, p) * length
         at = np.searchsorted(self.ends, border, "right") - 1
-        crosses = self.ends[at] < border
-        tail = np.where(crosses, border - self.ends[at], 0)
-        head = np.where(crosses, self.ends[at + 1] - border, 0)
-        self._tail, self._head = np.append(tail, 0), np.append(0, head)
-        self._tail_at = np.zeros(p, np.int64)
-        self._head_at = np.zeros(p, np.int64)
-        for row in range(p):
-            held, wanted = int(self._head[row]), int(self._tail[row])
-            free = length - held - wanted
-            gap = mix(key, 1, row) % (free + 1)
-            self._tail_at[row] = (self._head_at[row] + held + gap) % length
-            if row + 1 < p:
-                following = int(self._head[row + 1])
-                gap = mix(key, 2, row) % (length - wanted - following + 1)
-                start = self._tail_at[row] + wanted + gap
-                self._head_at[row + 1] = start % length
+        self._tail = tail = np.append(border - self.ends[at], 0)
+        self._head = head = np.append(
+            0, np.where(tail[:-1], self.ends[at + 1] - border, 0)
+        )
+        row = np.arange(p)
+        room = length - head - tail, length - tail - np.append(head[1:], 0)
+        gap, next_gap = (
+            (mix(key, number, row) % (free + 1).view(np.uint64)).view(np.int64)
+            for number, free in enumerate(room, 1)
+        )
+        self._tail_at = head + gap  # as seen from the head
+        ahead = self._tail_at + tail + next_gap
+        self._head_at = np.cumsum(ahead) - ahead
 
     def draws(
         self, batches: np.ndarray, rows: np.ndarray
@@ -251,7 +249,7 @@ class _Table:
         column = permute(batches, length, mix(self._key, 3))[:, None]
         # Round the circle from the head: head, gap, tail, gap.
         at = (column - self._head_at[rows]) % length
-        tail_at = (self._tail_at[rows] - self._head_at[rows]) % length
+        tail_at = self._tail_at[rows]
         behind = at >= tail_at + tail
         in_tail = ~behind & (at >= tail_at) & (tail > 0)
         inner = (at >= head) & ~in_tail
