@@ -73,7 +73,7 @@ class WorkerPool:
         except Exception as error:
             self.close()
             raise RuntimeError(
-                f"The worker processes could not be started ({error!r}). What they "
+                f"The worker processes could not be started: {error!r}. What they "
                 "work on must be picklable where processes are spawned, and the "
                 "script must guard its entry with `if __name__ == '__main__'`. "
                 "Threads need neither: use_multiprocessing=False."
@@ -95,8 +95,8 @@ class WorkerPool:
             if self._closed:
                 raise RuntimeError("The workers of the sampler were closed.") from error
             raise RuntimeError(
-                "A worker process of the sampler died: it was killed (often for want "
-                "of memory) or crashed in native code. Make a new sampler, with fewer "
+                f"A worker process of the sampler died ({error}): it was killed (often "
+                "for want of memory) or crashed in native code. Make a new sampler, with fewer "
                 "workers if memory was short, or with use_multiprocessing=False to see "
                 "the cause."
             ) from error
@@ -126,13 +126,17 @@ class _Worker:
         far_end.close()
         self._asked = 0
 
+    def _died(self) -> _Died:
+        self.process.join(1)
+        return _Died(f"exit code {self.process.exitcode}")
+
     def ask(self, args: Sequence[Any]) -> None:
         """Sends a task; _Died if there is nobody to take it."""
         self._asked += 1
         try:
             self._pipe.send((self._asked, args))
         except OSError as error:
-            raise _Died from error
+            raise self._died() from error
 
     def answer(self) -> None:
         """Waits for the task that was sent last; raises what it raised, or _Died."""
@@ -151,9 +155,9 @@ class _Worker:
                 try:
                     number, failure = self._pipe.recv()
                 except (EOFError, OSError) as error:
-                    raise _Died from error
+                    raise self._died() from error
             else:
-                raise _Died(f"exit code {self.process.exitcode}")
+                raise self._died()
         if failure is not None:
             raised, told = failure
             raise raised from _InWorker(told)

@@ -674,7 +674,7 @@ fatal = 7
 try:
     fit(workers=2, use_multiprocessing=True)
 except Exception as error:
-    print("A worker process of the sampler died" in str(error), flush=True)
+    print("A worker process of the sampler died (exit code -9)" in str(error), flush=True)
 fatal = -1
 """
         + INTERRUPT.format(mode={"workers": 1})
