@@ -14,6 +14,9 @@ import numpy as np
 from kerastrip import _permutation
 from kerastrip._permutation import mix, permute
 
+# Parts of a coverage table: in one part, classes of one row do not meet.
+_PARTS = 3
+
 
 class Balanced:
     """Every class equally often: the closed form of balanced epochs.
@@ -125,9 +128,13 @@ class Coverage:
     The draws of all classes, class after class in an order keyed by the epoch,
     fill a table of P rows and L columns row by row; a column is a batch. No class
     has more than L draws, so a column holds it once (McNaughton, "Scheduling with
-    deadlines and loss functions", 1959). The draws inside each row are then
-    shuffled, row by row, so that classes mix. Only the class that runs across
-    the end of a row keeps to columns in which the next row does not hold it.
+    deadlines and loss functions", 1959).
+
+    So that classes mix, every third column goes to one of three parts. Each is
+    such a table itself, and is filled anew with its classes in an order of its
+    own. Then the draws inside each row are shuffled, row by row. Only the class
+    that runs across the end of a row keeps to columns in which the next row does
+    not hold it.
 
     Args:
         group_sizes: `(groups,)` classes of each group, all >= P.
@@ -200,12 +207,8 @@ class Coverage:
 
     def draws_per_class(self, epoch: int) -> np.ndarray:
         """`(classes,)` how often each class is drawn in `epoch`."""
-        counts = []
-        for group, needed in enumerate(self._needed):
-            table, part = self._table(epoch, group), np.empty_like(needed)
-            part[table.classes] = np.diff(table.ends)
-            counts.append(part)
-        return np.concatenate(counts)
+        groups = range(len(self._needed))
+        return np.concatenate([self._table(epoch, g).counts for g in groups])
 
 
 class _Table:
@@ -215,24 +218,72 @@ class _Table:
         self, needed: np.ndarray, level: int, p: int, length: int, key: int
     ) -> None:
         self._length, self._key = length, key
-        self.classes = permute(np.arange(len(needed)), len(needed), mix(key, 0))
-        draws = np.maximum(needed[self.classes], level)
+        classes = len(needed)
+        order = permute(np.arange(classes), classes, mix(key, 0))
+        draws = np.maximum(needed[order], level)
         at_level = draws == level
         at_level &= np.cumsum(at_level) <= length * p - draws.sum()
         draws += at_level
-        self.ends = np.concatenate(([0], np.cumsum(draws)))
+        ends = np.concatenate(([0], np.cumsum(draws)))
+        # Part s has the columns s, s + parts, s + 2 parts, ... of the table, and so
+        # an even share of every class.
+        rounds, rest = np.divmod(ends, length)
+        parts = min(_PARTS, length)
+        self._parts: list[_Part] = []
+        self.counts = np.zeros(classes, np.int64)
+        for part in range(parts):
+            columns = (length - part + parts - 1) // parts
+            share = np.empty_like(self.counts)
+            share[order] = np.diff(
+                rounds * columns + (rest - part + parts - 1) // parts
+            )
+            self._parts.append(_Part(share, self.counts, p, columns, mix(key, 1, part)))
+            self.counts = self.counts + share
+
+    def draws(
+        self, batches: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The classes and draw numbers of the cells in some columns and rows."""
+        column = permute(batches, self._length, mix(self._key, 2))
+        column, part = np.divmod(column, len(self._parts))
+        class_ = np.empty((len(batches), len(rows)), np.int64)
+        draw = np.empty_like(class_)
+        for number in np.unique(part):
+            at = part == number
+            class_[at], draw[at] = self._parts[number].draws(column[at], rows)
+        return class_, draw
+
+
+class _Part:
+    """Some columns of a table, filled row by row (see `Coverage`).
+
+    Args:
+        counts: `(classes,)` draws of each class in this part, at most `columns`.
+        before: `(classes,)` draws of each class in the parts before.
+        p: rows; the counts fill all of the cells.
+        columns: number of columns.
+        key: 64-bit integer.
+    """
+
+    def __init__(
+        self, counts: np.ndarray, before: np.ndarray, p: int, columns: int, key: int
+    ) -> None:
+        self._columns, self._key = columns, key
+        self._classes = permute(np.arange(len(counts)), len(counts), mix(key, 0))
+        self._ends = np.concatenate(([0], np.cumsum(counts[self._classes])))
+        self._before = before
         # The class across the end of a row has `tail` draws there and `head` in
         # the next row. Each of the two keeps to an interval on the circle of
         # columns, outside that of its neighbours and at random gaps from them: were
         # they side by side, classes across neighbouring ends would hardly meet.
-        border = np.arange(1, p) * length
-        at = np.searchsorted(self.ends, border, "right") - 1
-        self._tail = tail = np.append(border - self.ends[at], 0)
+        border = np.arange(1, p) * columns
+        at = np.searchsorted(self._ends, border, "right") - 1
+        self._tail = tail = np.append(border - self._ends[at], 0)
         self._head = head = np.append(
-            0, np.where(tail[:-1], self.ends[at + 1] - border, 0)
+            0, np.where(tail[:-1], self._ends[at + 1] - border, 0)
         )
         row = np.arange(p)
-        room = length - head - tail, length - tail - np.append(head[1:], 0)
+        room = columns - head - tail, columns - tail - np.append(head[1:], 0)
         gap, next_gap = (
             (mix(key, number, row) % (free + 1).view(np.uint64)).view(np.int64)
             for number, free in enumerate(room, 1)
@@ -242,26 +293,26 @@ class _Table:
         self._head_at = np.cumsum(ahead) - ahead
 
     def draws(
-        self, batches: np.ndarray, rows: np.ndarray
+        self, column: np.ndarray, rows: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The classes and draw numbers of the cells in some columns and rows."""
-        length, head, tail = self._length, self._head[rows], self._tail[rows]
-        column = permute(batches, length, mix(self._key, 3))[:, None]
+        columns, head, tail = self._columns, self._head[rows], self._tail[rows]
         # Round the circle from the head: head, gap, tail, gap.
-        at = (column - self._head_at[rows]) % length
+        at = (column[:, None] - self._head_at[rows]) % columns
         tail_at = self._tail_at[rows]
         behind = at >= tail_at + tail
         in_tail = ~behind & (at >= tail_at) & (tail > 0)
         inner = (at >= head) & ~in_tail
         shuffled = permute(
             np.where(inner, at - head - np.where(behind, tail, 0), 0),
-            np.maximum(length - head - tail, 1),
-            mix(self._key, 4, rows),
+            np.maximum(columns - head - tail, 1),
+            mix(self._key, 3, rows),
         )
-        cell = np.where(in_tail, length - tail + at - tail_at, at)
-        cell = rows * length + np.where(inner, head + shuffled, cell)
-        class_at = np.searchsorted(self.ends, cell, "right") - 1
-        return self.classes[class_at], cell - self.ends[class_at]
+        cell = np.where(in_tail, columns - tail + at - tail_at, at)
+        cell = rows * columns + np.where(inner, head + shuffled, cell)
+        place = np.searchsorted(self._ends, cell, "right") - 1
+        class_ = self._classes[place]
+        return class_, self._before[class_] + cell - self._ends[place]
 
 
 def _fill_level(needed: np.ndarray, slots: int) -> int:

@@ -207,6 +207,7 @@ ZIPF = (2000 / np.arange(1, 145)).astype(int) + 2
         (LONG_TAIL, 32),
         (ZIPF, 8),
         ([964] * 9 + [9] * 99, 8),
+        ([200] * 6 + [12] * 30, 4),
     ],
 )
 def test_covered_classes_mix(sizes, p):
@@ -315,7 +316,7 @@ GOLDEN = {
             "groups": [0, 0, 1, 1],
             "seed": 2**70,
         },
-        [[11, 10, 1, 0], [10, 11, 4, 0], [6, 5, 9, 8], [5, 6, 8, 7]],
+        [[1, 0, 10, 11], [4, 0, 10, 11], [5, 6, 8, 7], [6, 5, 9, 8]],
     ),
     "few samples, last shard": (
         {
@@ -480,7 +481,7 @@ def test_a_long_coverage_epoch_warns():
     assert "`max_per_class`" in text
     assert caught(labels, 4, 4, epoch_mode="coverage", max_per_class=8) == []
     # Exactly twice is not more than twice.
-    assert caught([0] * 8 + [1] * 4 + [2] * 4, 4 - 1, 4, epoch_mode="coverage") == []
+    assert caught([0] * 6 + [1, 1, 2, 2, 3, 3], 4, 2, epoch_mode="coverage") == []
 
 
 @settings(max_examples=80, deadline=None)
