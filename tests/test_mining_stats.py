@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 
+from kerastrip._outputs import embedding_output
 from kerastrip.callbacks.mining_stats import MiningStats
 from kerastrip.losses import TripletLoss
 from kerastrip.metrics import KEYS, TripletCensus
@@ -223,10 +224,9 @@ def test_margin_and_distance_of_ones_own():
     assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("output", [0, "probs"])
-def test_another_output_can_be_watched(output):
+def test_another_output_can_be_watched():
     model, _ = build()
-    stats = MiningStats(0.1, "euclidean", output=output)
+    stats = MiningStats(0.1, "euclidean", output="probs")
     history = fit(model, (ONE_HOT, Y), stats)
     assert 0 < history["norm"][0] < 1  # softmax rows, not unit rows
 
@@ -564,15 +564,32 @@ def plain(loss):
 
 
 def test_which_output_is_left_open():
-    y = (Y, Y)
     for loss in (["mse", "mse"], [TripletLoss(), TripletLoss()], TripletLoss()):
         with pytest.raises(ValueError, match=r"`output`.*'a', 'b'"):
-            plain(loss).fit(X, y, verbose=0, callbacks=[MiningStats()])
-    with pytest.raises(ValueError, match=r"`output`.*'a', 'b'.*'c'"):
-        plain(TripletLoss()).fit(X, y, verbose=0, callbacks=[MiningStats(output="c")])
+            embedding_output(plain(loss))
+    with pytest.raises(ValueError, match=r"`output`.*'a', 'b'"):
+        plain("mse").fit(X, (X, X), verbose=0, callbacks=[MiningStats()])
     model = plain([TripletLoss(margin=0.7), TripletLoss()])
-    history = model.fit(X, y, verbose=0, callbacks=[MiningStats(output="a")]).history
-    assert "easy" in history
+    for wrong in ("c", 2, True):
+        with pytest.raises(ValueError, match=r"`output`.*'a', 'b'"):
+            embedding_output(model, wrong)
+    for output in (0, "a"):
+        found = embedding_output(model, output)
+        assert (found.index, found.name, found.loss.margin) == (0, "a", 0.7)
+        assert found.loss_key == "a_loss"
+
+
+def test_what_an_output_takes():
+    found = embedding_output(plain(["mse", TripletLoss()]))
+    assert found.take("bare") == "bare"
+    assert found.take(["x", "y"]) == found.take(("x", "y")) == "y"
+    assert found.take({"a": "x", "b": "y"}) == "y"
+    assert found.take({"P": "x", "Q": "y"}) == "y"  # Keras pairs by sorted keys
+    with pytest.raises(ValueError, match="`output`"):
+        found.take({"P": 1, "Q": 2, "R": 3})
+    partly = embedding_output(plain([None, TripletLoss()]))
+    assert partly.take(["y"]) == "y"
+    assert partly.loss_key == "loss"
 
 
 def test_a_loss_without_margin_asks_for_one():
@@ -647,6 +664,7 @@ def test_two_replicas():
     assert f"val_{KEYS[0]}" in history
 
 
+@pytest.mark.slow
 @tensorflow_only
 def test_ctrl_c():
     """A real SIGINT in the middle of fit, then a second fit in the same process."""

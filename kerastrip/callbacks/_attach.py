@@ -36,6 +36,7 @@ class _Tap:
     """
 
     def __init__(self, model: Any) -> None:
+        self.model = model
         self.shadowed = model.__dict__.get("compute_metrics")
         self.original = model.compute_metrics
         self.attached: list[MiningStats] = []
@@ -43,10 +44,8 @@ class _Tap:
     def __call__(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         of_batch = [stats.feed(y, y_pred) for stats in self.attached]
         results = dict(self.original(x, y, y_pred, sample_weight))
-        for stats in self.attached:
-            for other in results.values():
-                if isinstance(other, dict):  # of a metric passed to compile
-                    _check_distinct(stats.census, other)
+        for stats in self.attached:  # now the metrics of `compile` exist, too
+            _check_prefix(self.model, stats.census)
         for figures in of_batch:
             results.update(figures)
         return results
@@ -63,9 +62,7 @@ def attach(model: Any, stats: MiningStats) -> None:
         for other in list(tap.attached):
             if other.params is not stats.params:
                 other.detach()
-    for metric in model._metrics:
-        if isinstance(metric, TripletCensus):
-            _check_distinct(stats.census, metric.keys)
+    _check_prefix(model, stats.census)
     tap = model.__dict__.get("compute_metrics")
     if not isinstance(tap, _Tap):
         tap = _Tap(model)
@@ -88,14 +85,20 @@ def detach(model: Any, stats: MiningStats) -> None:
     retrace(model)
 
 
-def _check_distinct(census: TripletCensus, keys: Any) -> None:
-    shared = sorted(set(census.keys) & set(keys))
-    if shared:
-        raise ValueError(
-            _checks.message(
-                "prefix",
-                "one that no other census of this model has",
-                census.prefix,
-                f"Two of them report {shared[0]!r}: give one prefix='second_'.",
-            )
-        )
+def _check_prefix(model: Any, census: TripletCensus) -> None:
+    for metric in model.metrics:
+        for other in (metric, *getattr(metric, "metrics", ())):
+            if (
+                isinstance(other, TripletCensus)
+                and other is not census
+                and other.prefix == census.prefix
+            ):
+                raise ValueError(
+                    _checks.message(
+                        "prefix",
+                        "one that no other census of this model has",
+                        census.prefix,
+                        f"Two would report {census.keys[0]!r}: give one of them "
+                        "prefix='second_'.",
+                    )
+                )
