@@ -172,29 +172,26 @@ class PKPlan:
             "small_classes", small_classes, SMALL_CLASSES
         )
         self.min_class_size = check("min_class_size", min_class_size, 1)
-        self.max_per_class = None
-        if max_per_class is not None:
-            self.max_per_class = check("max_per_class", max_per_class, 1)
-            if epoch_mode != "coverage":
-                raise ValueError(
-                    _checks.message(
-                        "max_per_class",
-                        "None with epoch_mode='balanced'",
-                        max_per_class,
-                        "There `batches_per_epoch` sets how much of a class is seen.",
-                    )
-                )
-        if batches_per_epoch is not None:
-            check("batches_per_epoch", batches_per_epoch, 1)
-            if epoch_mode == "coverage":
-                raise ValueError(
-                    _checks.message(
-                        "batches_per_epoch",
-                        "None with epoch_mode='coverage'",
-                        batches_per_epoch,
-                        "The samples set the length; `max_per_class` shortens it.",
-                    )
-                )
+        for name, value, mode, advice in (
+            (
+                "max_per_class",
+                max_per_class,
+                "coverage",
+                "There `batches_per_epoch` sets how much of a class is seen.",
+            ),
+            (
+                "batches_per_epoch",
+                batches_per_epoch,
+                "balanced",
+                "The samples set the length; `max_per_class` shortens it.",
+            ),
+        ):
+            if value is not None and epoch_mode != mode:
+                expected = f"None with epoch_mode={epoch_mode!r}"
+                raise ValueError(_checks.message(name, expected, value, advice))
+            if value is not None:
+                check(name, value, 1)
+        self.max_per_class = max_per_class
         self.shard = _checked_shard(shard, self.classes_per_batch)
         self.seed = check("seed", seed)
         if self.samples_per_class == 1:
