@@ -160,6 +160,7 @@ class TripletCensus(keras.metrics.Metric):
         distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`.
         prefix: str put before every key, to tell two of them apart.
         name: name of the metric.
+        dtype: a dtype or policy, kept for Keras; the sums are float32 whatever it is.
 
     Raises:
         ValueError, TypeError: from the constructor, for bad arguments.
