@@ -122,7 +122,12 @@ class MiningStats(keras.callbacks.Callback):
         self._where = embedding_output(model, self.output)
         margin, distance = self._setting("margin"), self._setting("distance")
         with creation_scope(model):
-            self.census = TripletCensus(margin, distance, prefix=self.prefix)
+            self.census = TripletCensus(
+                margin,
+                distance,
+                prefix=self.prefix,
+                name=f"{self.prefix}triplet_census",
+            )
         self.census.take = self._take
         attach(model, self)
         self._target = model
