@@ -52,6 +52,37 @@ def log_one_minus_softmax(log_p: Any) -> Any:
     )
 
 
+def whole_numbers(name: str, labels: Any) -> Any:
+    """`labels` as a tensor of an integer (or bool) dtype; TypeError for floats."""
+    labels = ops.convert_to_tensor(labels)
+    dtype = keras.backend.standardize_dtype(labels.dtype)
+    if "int" in dtype or dtype == "bool":
+        return labels
+    if _is_shape_only():
+        return ops.cast(labels, "int32")
+    raise TypeError(
+        _checks.message(
+            name,
+            "an integer dtype",
+            _checks.Told(f"dtype {dtype}"),
+            "Cast class ids to int32; a float cannot hold every integer.",
+        )
+    )
+
+
+def _is_shape_only() -> bool:
+    """Whether Keras is building a model for several replicas.
+
+    Before the first step of a `tf.distribute` strategy it traces the losses outside
+    the replicas, on the mean of their batches: floats, of which only shapes are used.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return tf.distribute.in_cross_replica_context()
+
+
 def integer_labels(labels: Any) -> Any:
     """Labels of shape (batch,), (batch, 1) or one-hot (batch, classes) as integers.
 
@@ -77,16 +108,7 @@ def integer_labels(labels: Any) -> Any:
         )
     if rank == 2 and labels.shape[1] != 1:
         return ops.cast(ops.argmax(labels, axis=-1), "int32")
+    labels = ops.reshape(whole_numbers("labels", labels), (-1,))
     dtype = keras.backend.standardize_dtype(labels.dtype)
-    if "int" not in dtype and dtype != "bool":
-        raise TypeError(
-            _checks.message(
-                "labels",
-                "an integer dtype",
-                _checks.Told(f"dtype {dtype}"),
-                "Cast class ids to int32; a float cannot hold every integer.",
-            )
-        )
-    labels = ops.reshape(labels, (-1,))
     narrow = dtype in ("bool", "int8", "uint8", "int16", "uint16")
     return ops.cast(labels, "int32") if narrow else labels

@@ -578,11 +578,8 @@ def _predictions(y_pred: Any, alpha: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def _labels(y_true: Any, shape: tuple[int | None, ...]) -> Any:
     """Integer labels of the shape (batch, ...) for predictions of static `shape`."""
-    labels = ops.convert_to_tensor(y_true)
+    labels = _numerics.whole_numbers("y_true", y_true)
     dtype = keras.backend.standardize_dtype(labels.dtype)
-    if "int" not in dtype and dtype != "bool":
-        told, advice = _checks.Told(f"dtype {dtype}"), "Cast class ids to int32."
-        raise TypeError(_checks.message("y_true", "an integer dtype", told, advice))
     label_shape = _shape("y_true", labels)
     if len(label_shape) == len(shape) and label_shape[-1] == 1:
         labels = ops.squeeze(labels, axis=-1)
