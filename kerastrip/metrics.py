@@ -101,11 +101,11 @@ def _measure(labels: Any, embeddings: Any, margin: float, distance: str) -> tupl
     return ops.concatenate([upper, sums]), ops.concatenate([lower, zeros])
 
 
-def _add(total: Any, value: Any) -> tuple:
-    """`total + value` and the error of its rounding (Knuth's two-sum)."""
+def _rounding_error(total: Any, value: Any) -> Any:
+    """What float32 loses in `total + value` (Knuth's two-sum)."""
     new = total + value
     virtual = new - total
-    return new, (total - (new - virtual)) + (value - virtual)
+    return (total - (new - virtual)) + (value - virtual)
 
 
 def _figures(totals: Any, prefix: str) -> dict[str, Any]:
@@ -219,8 +219,8 @@ class TripletCensus(keras.metrics.Metric):
         value, rest = _measure(
             self.take(y_true), self.take(y_pred), self.margin, self.distance
         )
-        total, error = _add(self._total, value)
-        self._total.assign(total)
+        error = _rounding_error(self._total, value)
+        self._total.assign_add(value)
         self._rest.assign_add(error + rest)
         return value + rest
 
