@@ -677,6 +677,8 @@ def test_ctrl_c():
     told = run_alone(
         """
         import gc, json, os, signal, sys
+        # A shell may have started the tests with Ctrl-C switched off.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.path.insert(0, "tests")
         import keras
         import test_mining_stats as t

@@ -618,6 +618,8 @@ def test_weights_reach_the_loss(images, labels):
 
 LIFE = """
 import os, signal, sys, threading, time
+# A shell may have started the tests with Ctrl-C switched off.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import keras, numpy as np
 from kerastrip.callbacks import EpochSync
 from kerastrip.sampler import PKSampler

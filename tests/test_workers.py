@@ -193,6 +193,8 @@ def test_the_process_ends_beside_a_worker_that_hangs(end):
     done = run(
         f"""
         import os, signal, threading, time
+        # A shell may have started the tests with Ctrl-C switched off.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         from test_workers import LAYOUT, work
         from kerastrip._workers import WorkerPool
 
