@@ -85,6 +85,7 @@ def test_each_alarm_at_its_time_and_once(figures, kind, after, says):
         {"loss": 0.2, "hard": 0.5},
         {"active": 2e-4, "easy": 0.9998},
         {"norm": 30.0, "spread": 390.0, "pos_dist": 7.0, "neg_dist": 29.0},
+        {"norm": 500.0, "spread": 5.0, "pos_dist": 0.4, "neg_dist": 3.0},  # far off
     ],
 )
 def test_silent_where_nothing_is_wrong(figures):

@@ -52,7 +52,7 @@ class CollapseGuard(keras.callbacks.Callback):
     | kind | figures of the training batches |
     |---|---|
     | `exploded` | `norm` over `max_norm` or not finite |
-    | `collapsed` | for `patience` epochs: `spread` under 0.001 `norm`^2 (a point); or `effective_dim` under 1.1 while `easy` < 0.5 (a line, told for embeddings of 3 and more dimensions); or the loss within 5 % of the margin (of ln 2 if it is soft) while `hard` > 0.95 or both distances are under a tenth of the margin |
+    | `collapsed` | for `patience` epochs: while `easy` < 0.5, `spread` under 0.001 `norm`^2 (a point), or `effective_dim` under 1.1 (a line, told for embeddings of 3 and more dimensions); or the loss within 5 % of the margin (of ln 2 if it is soft) while `hard` > 0.95 or both distances are under a tenth of the margin |
     | `at_chance` | for `chance_patience` epochs: `hard` within 0.02 of 0.5 and `pos_dist` within 2 % of `neg_dist`: the embedding knows nothing of the labels, as with permuted labels |
     | `idle` | for `idle_patience` epochs: `active` under 0.0001: every triplet is easy, or there is none |
 
@@ -141,7 +141,8 @@ class CollapseGuard(keras.callbacks.Callback):
         if not math.isfinite(now["norm"]) or now["norm"] > self.max_norm:
             return (
                 "exploded",
-                f"the embeddings have a mean length of {now['norm']:.3g}",
+                f"the embeddings have a mean length of {now['norm']:.3g} (limit "
+                f"{self.max_norm:g})",
                 'end the embedding with UnitNormalization(dtype="float32"), '
                 f"{self._lower_rate()}, clip the gradients (clipnorm=1.0)",
             )
@@ -156,7 +157,7 @@ class CollapseGuard(keras.callbacks.Callback):
             )
         if (
             abs(now["hard"] - 0.5) < _CHANCE
-            and abs(now["pos_dist"] / now["neg_dist"] - 1) < _CHANCE
+            and abs(now["pos_dist"] - now["neg_dist"]) < _CHANCE * now["neg_dist"]
         ):
             return (
                 "at_chance",
@@ -185,14 +186,14 @@ class CollapseGuard(keras.callbacks.Callback):
 
     def _collapse(self, now: dict[str, float]) -> str:
         """In words, how the embedding is collapsed; '' if it is not."""
-        relative = now["spread"] / now["norm"] ** 2 if now["norm"] > 0 else 0.0
-        if relative < _SPREAD:
+        solved = now["easy"] >= 0.5  # whatever its shape, it tells the labels apart
+        if now["spread"] <= _SPREAD * now["norm"] ** 2 and not solved:
             return (
                 f"all embeddings lie at one point (spread {now['spread']:.2g} at a "
                 f"mean length of {now['norm']:.3g}, distances {now['pos_dist']:.2g} "
                 f"and {now['neg_dist']:.2g}, loss {now['loss']:.3g})"
             )
-        if now["effective_dim"] < _LINE and now["easy"] < 0.5 and self._dim() > 2:
+        if now["effective_dim"] < _LINE and not solved and self._dim() > 2:
             return (
                 "all embeddings lie on one line (effective dimension "
                 f"{now['effective_dim']:.3g} of {self._dim()}, {now['easy']:.0%} of "
@@ -221,9 +222,11 @@ class CollapseGuard(keras.callbacks.Callback):
             return 0
         return outputs[self._where.index].shape[-1] or 0
 
+    def _rate(self) -> float:
+        return float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+
     def _lower_rate(self) -> str:
-        rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
-        return f"lower the learning rate to a tenth ({0.1 * rate:.2g})"
+        return f"lower the learning rate to a tenth ({0.1 * self._rate():.2g})"
 
     def _alarm(self, epoch: int, kind: str, seen: str, remedies: str) -> None:
         lasted = self.patience[kind]
@@ -239,12 +242,8 @@ class CollapseGuard(keras.callbacks.Callback):
         warnings.warn(message)
 
     def _reduce_rate(self) -> str:
-        optimizer = self.model.optimizer
         try:
-            optimizer.learning_rate = self.factor * float(
-                keras.ops.convert_to_numpy(optimizer.learning_rate)
-            )
+            self.model.optimizer.learning_rate = self.factor * self._rate()
         except TypeError:  # a LearningRateSchedule owns the rate
             return " The learning rate follows a schedule and was left alone."
-        rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
-        return f" The learning rate is now {rate:.2g}."
+        return f" The learning rate is now {self._rate():.2g}."
