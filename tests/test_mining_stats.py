@@ -162,7 +162,10 @@ def test_steps_per_execution():
 
 @pytest.mark.parametrize(
     "policy",
-    [pytest.param("mixed_bfloat16", marks=pytest.mark.backend), "mixed_float16"],
+    [
+        pytest.param("mixed_bfloat16", marks=pytest.mark.backend),
+        pytest.param("mixed_float16", marks=pytest.mark.slow),
+    ],
 )
 def test_mixed_precision(policy):
     before = keras.mixed_precision.dtype_policy()
@@ -293,6 +296,7 @@ def test_second_fit_with_and_without():
     assert_no_trace(model)
 
 
+@pytest.mark.slow
 def test_one_instance_serves_two_models():
     stats = MiningStats()
     for outputs in ("single", "dict"):
@@ -340,7 +344,7 @@ class Boom(keras.callbacks.Callback):
     "error",
     [
         pytest.param(KeyboardInterrupt(), marks=pytest.mark.backend),
-        RuntimeError("boom"),
+        pytest.param(RuntimeError("boom"), marks=pytest.mark.slow),
     ],
 )
 def test_after_an_interruption(error):
@@ -363,6 +367,7 @@ def test_after_an_interruption(error):
     assert not set(KEYS) & set(model.evaluate(X, targets, verbose=0, return_dict=True))
 
 
+@pytest.mark.slow
 def test_interrupted_and_fitted_again_with_the_same_instance():
     model, targets = build()
     stats = MiningStats()
@@ -372,6 +377,7 @@ def test_interrupted_and_fitted_again_with_the_same_instance():
     assert_no_trace(model)
 
 
+@pytest.mark.slow
 def test_an_evaluation_inside_fit_does_not_end_it():
     class Evaluate(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
