@@ -16,9 +16,7 @@ HISTORY = {
 def test_mining_stacks_the_fractions_and_draws_the_loss(tmp_path):
     figure = plotting.plot_mining(HISTORY, path=tmp_path / "mining.png")
     fractions, losses = figure.axes
-    tops = [
-        area.get_paths()[0].vertices[:, 1].max() for area in fractions.collections
-    ]
+    tops = [area.get_paths()[0].vertices[:, 1].max() for area in fractions.collections]
     # From the bottom up: hard, hard + semi-hard, all three.
     np.testing.assert_allclose(tops, [0.3, 0.8, 1.0])
     np.testing.assert_allclose(losses.lines[0].get_ydata(), HISTORY["loss"])
