@@ -105,7 +105,7 @@ def retrieval_metrics(
     codes = row_codes = table.codes
     if not alone:
         others = label_table("gallery_labels", gallery_labels, len(rows))
-        codes, row_codes = _common_codes(table, others)
+        codes, row_codes = common_codes(table, others)
     partners = np.bincount(row_codes, minlength=codes.max() + 1)[codes] - alone
     chosen = np.flatnonzero(partners > 0)
     if not len(chosen):
@@ -250,7 +250,7 @@ def label_table(name: str, value: Any, length: int) -> LabelTable:
     return table
 
 
-def _common_codes(own: LabelTable, others: LabelTable) -> tuple[np.ndarray, np.ndarray]:
+def common_codes(own: LabelTable, others: LabelTable) -> tuple[np.ndarray, np.ndarray]:
     """The codes of two sets of labels by one table."""
     kinds = [table.classes.dtype.kind in "iu" for table in (own, others)]
     if kinds[0] != kinds[1]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -85,7 +86,7 @@ def embed(
         batch_size=batch_size,
         augmentation=augmentation,
         views=views,
-        verbose=verbose,
+        bar_after=0.0 if verbose else None,
     )[0]
 
 
@@ -97,9 +98,13 @@ def embed_with_targets(
     batch_size: int = 128,
     augmentation: Any = None,
     views: int = 1,
-    verbose: bool = False,
+    bar_after: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`embed`, and the targets of the embedding where `x` are batches with targets.
+
+    Args:
+        bar_after: seconds of work after which a progress bar appears; None: never.
+        model, x, output, batch_size, augmentation, views: as for `embed`.
 
     Returns:
         (n, dim) float32 embeddings, and the (n, ...) targets of the same output
@@ -145,9 +150,10 @@ def embed_with_targets(
 
     chosen = embedding_output(model, output)
     single = output is None and chosen.count == 1
-    bar = keras.utils.Progbar(total, unit_name="sample") if verbose else None
+    bar = keras.utils.Progbar(total, unit_name="sample")
+    begun = time.monotonic()
     rows, targets = [], []
-    size = 0
+    done = size = 0
     for inputs, target in batches:
         seen = [_run(model, chosen, one, size, single) for one in inputs]
         size = max(size, len(seen[0]))
@@ -156,8 +162,9 @@ def embed_with_targets(
         rows.append(seen[0])
         if target is not None:
             targets.append(np.asarray(chosen.take(target)))
-        if bar is not None:
-            bar.add(len(seen[0]))
+        done += len(seen[0])
+        if bar_after is not None and time.monotonic() - begun >= bar_after:
+            bar.update(done)
     if not rows:
         raise ValueError(_checks.message("x", "at least one batch", x))
     return np.concatenate(rows), np.concatenate(targets) if targets else None

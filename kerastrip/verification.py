@@ -112,6 +112,22 @@ class VerificationCurve:
             score = self.same - self.different
         return self._point(int(score.argmax()))
 
+    def figures(self, metrics: Sequence[str] = METRICS) -> dict[str, float]:
+        """The dict that `verification_metrics` returns."""
+        results: dict[str, float] = {}
+        for word in check_metrics(metrics):
+            if word in ("auc", "eer"):
+                results[word] = getattr(self, word)
+            elif word in ("accuracy", "f1"):
+                results[word] = getattr(self.best(word), word)
+            else:
+                results[word] = self.at_far(float(word.partition("@")[2])).recall
+        return {
+            **results,
+            "same_pairs": int(self.same[-1]),
+            "different_pairs": int(self.different[-1]),
+        }
+
     def _point(self, i: int) -> OperatingPoint:
         taken, wrong = int(self.same[i]), int(self.different[i])
         same, different = int(self.same[-1]), int(self.different[-1])
@@ -229,22 +245,9 @@ def verification_metrics(
     {'auc': 1.0, 'tar@0.01': 1.0, 'same_pairs': 2, 'different_pairs': 4}
     """
     metrics = check_metrics(metrics)
-    curve = verification_curve(
+    return verification_curve(
         embeddings, labels, pairs=pairs, is_same=is_same, distance=distance
-    )
-    results: dict[str, float] = {}
-    for word in metrics:
-        if word in ("auc", "eer"):
-            results[word] = getattr(curve, word)
-        elif word in ("accuracy", "f1"):
-            results[word] = getattr(curve.best(word), word)
-        else:
-            results[word] = curve.at_far(float(word.partition("@")[2])).recall
-    return {
-        **results,
-        "same_pairs": int(curve.same[-1]),
-        "different_pairs": int(curve.different[-1]),
-    }
+    ).figures(metrics)
 
 
 class FoldedAccuracy(NamedTuple):

@@ -206,6 +206,7 @@ def of_scikit_learn(is_same, distances):
         "tar@0.1": tar[far <= 0.1].max(),
         "tar@0.01": tar[far <= 0.01].max(),
         "tar@0.001": tar[far <= 0.001].max(),
+        "tar@0.0001": tar[far <= 0.0001].max(),
         "accuracy": max([np.mean(~is_same), *accuracies]),
         "f1": np.max(2 * precision * recall / np.maximum(precision + recall, 1e-9)),
     }

@@ -8,8 +8,13 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from kerastrip.callbacks import RetrievalEvaluation, VerificationEvaluation
+from kerastrip.callbacks import (
+    RetrievalEvaluation,
+    VerificationEvaluation,
+    _evaluation,
+)
 from kerastrip.evaluation import retrieval_metrics
 from kerastrip.inference import embed
 from kerastrip.losses import TripletLoss
@@ -68,6 +73,32 @@ def test_verification_joins_the_logs_with_the_figures_of_that_epoch(data):
         expected = [figures[word] for figures in recorder.measured]
         assert history[f"held_out_{word}"] == pytest.approx(expected)
     assert callback.results[0]["same_pairs"] == 4 * 15
+    # the thresholds of the last epoch, with precision and recall there
+    assert callback.curve.at_far(0.01).recall == history["held_out_tar@0.01"][-1]
+
+
+def test_a_gallery_to_search_in(data):
+    x, y = data
+    names = np.array(["ant", "bee", "cat", "dog"])[y]
+    near = {"gallery": x[10:], "gallery_labels": names[10:]}
+    recorder = Recorder(
+        lambda model: retrieval_metrics(
+            embed(model, x[:10]),
+            names[:10],
+            gallery=embed(model, x[10:]),
+            gallery_labels=names[10:],
+        )
+    )
+    callback = RetrievalEvaluation(x[:10], names[:10], **near)
+    history = fit(small_model(), data, [callback, recorder])
+    expected = [figures["map@r"] for figures in recorder.measured]
+    assert history["val_map@r"] == pytest.approx(expected)
+    assert callback.results[0]["queries"] == 10
+    for labels, error in ((["elk"] * 10, ValueError), (y[:10], TypeError)):
+        with pytest.raises(error, match="gallery_labels"):
+            RetrievalEvaluation(x[:10], labels, **near)
+    with pytest.raises(ValueError, match="gallery_labels"):
+        RetrievalEvaluation(x, y, gallery_labels=y)
 
 
 def test_verification_of_a_list_of_pairs(data, rng):
@@ -126,13 +157,16 @@ def two_headed():
 def test_a_dataset_gives_the_labels_of_the_embedding_output(data):
     x, y = data
     one_hot = np.float32(np.eye(4)[y])
+    rows = tf.data.Dataset.from_tensor_slices((x, (one_hot, y)))
     first = RetrievalEvaluation(TwoTargets(x, y))
     second = RetrievalEvaluation(x, one_hot, prefix="again_")
+    third = RetrievalEvaluation(rows.shuffle(24).batch(10), prefix="mixed_")
     model = two_headed()
     history = model.fit(
-        x, (one_hot, y), epochs=2, verbose=0, callbacks=[first, second]
+        x, (one_hot, y), epochs=2, verbose=0, callbacks=[first, second, third]
     ).history
     assert history["val_map@r"] == history["again_map@r"]
+    assert history["mixed_map@r"] == pytest.approx(history["val_map@r"])
 
 
 def test_monitors_listed_after_it_work(data, tmp_path):
@@ -220,12 +254,20 @@ def test_an_unknown_output_fails_before_the_first_epoch(data):
     assert begun.measured == []
 
 
-def test_progress_bar_only_when_asked(data, capsys):
+def test_progress_bar_when_asked_or_long(data, capsys, monkeypatch):
     x, y = data
-    fit(small_model(), data, [RetrievalEvaluation(x, y)], epochs=1)
-    assert capsys.readouterr().out == ""
-    fit(small_model(), data, [RetrievalEvaluation(x, y, verbose=True)], epochs=1)
-    assert "24/24" in capsys.readouterr().out
+
+    def shows_bar(shown, **options):
+        callback = RetrievalEvaluation(x, y, **options)
+        small_model().fit(x, y, batch_size=12, verbose=shown, callbacks=[callback])
+        return "24/24" in capsys.readouterr().out
+
+    assert shows_bar(0, verbose=True)
+    assert not shows_bar(1)
+    monkeypatch.setattr(_evaluation, "LONG", 0.0)
+    assert shows_bar(1)
+    assert not shows_bar(0)
+    assert not shows_bar(1, verbose=False)
 
 
 @pytest.mark.parametrize("kind", [RetrievalEvaluation, VerificationEvaluation])
