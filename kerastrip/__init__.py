@@ -10,11 +10,13 @@ from kerastrip._version import __version__
 from kerastrip.augmentation import Augmentation
 from kerastrip.callbacks import (
     CollapseGuard,
+    EmbeddingProjector,
     EpochSync,
     MarginSchedule,
     MiningSchedule,
     MiningStats,
     RetrievalEvaluation,
+    TrainingReport,
     VerificationEvaluation,
 )
 from kerastrip.inference import embed, search
@@ -43,6 +45,7 @@ __all__ = [
     "CategoricalFocalLoss",
     "CollapseGuard",
     "ContrastiveLoss",
+    "EmbeddingProjector",
     "EpochSync",
     "MarginSchedule",
     "MiningSchedule",
@@ -52,6 +55,7 @@ __all__ = [
     "RetrievalEvaluation",
     "SamplingReport",
     "SparseCategoricalFocalLoss",
+    "TrainingReport",
     "TripletCensus",
     "TripletHardLoss",
     "TripletLoss",

@@ -8,6 +8,7 @@ else than its default fails `test_every_argument_is_exercised`.
 import inspect
 import itertools
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,9 @@ CALLBACKS = {
         lambda sampler, x, y: [kerastrip.CollapseGuard(), kerastrip.MiningStats()],
         triplet=True,
     ),
+    "EmbeddingProjector": Called(
+        lambda sampler, x, y: [kerastrip.EmbeddingProjector(tempfile.mkdtemp(), x, y)]
+    ),
     "EpochSync": Called(lambda sampler, x, y: [kerastrip.EpochSync(sampler)]),
     "MarginSchedule": Called(
         lambda sampler, x, y: [kerastrip.MarginSchedule({0: 0.3, 1: 0.2})],
@@ -131,6 +135,11 @@ CALLBACKS = {
     "RetrievalEvaluation": Called(
         lambda sampler, x, y: [kerastrip.RetrievalEvaluation(x, y)],
         ("val_recall@1", "val_map@r"),
+    ),
+    "TrainingReport": Called(
+        lambda sampler, x, y: [
+            kerastrip.TrainingReport(f"{tempfile.mkdtemp()}/report.html", x, y)
+        ]
     ),
     "VerificationEvaluation": Called(
         lambda sampler, x, y: [kerastrip.VerificationEvaluation(x, y)],
