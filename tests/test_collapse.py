@@ -162,6 +162,11 @@ def test_alarms_and_their_remedy_under_fit():
     y = np.arange(12, dtype="int32") % 3
     for x, alarms, rate in (
         (np.ones((12, 3)), [(0, "collapsed"), (1, "collapsed")], 1e-8),
+        (
+            np.arange(12)[:, None] * np.ones(3),
+            [(0, "collapsed"), (1, "collapsed")],
+            1e-8,
+        ),
         (np.eye(3)[y] * 5000, [(0, "exploded"), (1, "exploded")], 1e-8),
         (np.eye(3)[y], [(1, "idle")], 1e-6),  # every triplet is easy
         (np.random.default_rng(0).normal(size=(12, 3)), [], 1e-6),
