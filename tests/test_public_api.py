@@ -52,7 +52,9 @@ BELOW = {
     "inference": {"distances", "sources", "_outputs"},
     "evaluation": {"inference", "_labels"},
     "verification": {"evaluation"},
-    "plotting": {"verification"},
+    "_pictures": set(),
+    "_neighbours": {"inference"},
+    "plotting": {"verification", "_pictures", "_neighbours"},
     "callbacks": {"metrics", "plotting"},
 }
 BELOW["__init__"] = set(BELOW)
