@@ -7,11 +7,16 @@ from kerastrip.sources.arrays import (
     StructureSource,
     as_source,
 )
+from kerastrip.sources.cache import CachedImages, cache_images
+from kerastrip.sources.tfrecord import TFRecordSource
 
 __all__ = [
     "ArraySource",
+    "CachedImages",
     "LazyArraySource",
     "RowSource",
     "StructureSource",
+    "TFRecordSource",
     "as_source",
+    "cache_images",
 ]
