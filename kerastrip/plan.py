@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ SMALL_CLASSES = ("repeat", "drop", "error")
 # About this many indices are planned at once when steps are asked for in order.
 _BLOCK = 1 << 15
 # The streams of keys that one seed is split into.
-_SAMPLES, _CLASSES, _LIMIT, _SPLIT = range(4)
+_SAMPLES, _CLASSES, _LIMIT, _SPLIT, _SUBSTITUTES = range(5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,8 @@ class SamplingReport:
         repeats_per_epoch: rows beyond the first of their sample.
         least_drawn: label and draws of the class drawn least.
         most_drawn: label and draws of the class drawn most.
+        samples_broken: samples found so far that cannot be read; others of their
+            class are drawn instead. From a sampler only.
     """
 
     classes_kept: int
@@ -57,6 +59,7 @@ class SamplingReport:
     repeats_per_epoch: int
     least_drawn: tuple[Any, int]
     most_drawn: tuple[Any, int]
+    samples_broken: int = 0
 
     def __str__(self) -> str:
         lines = []
@@ -392,6 +395,30 @@ class PKPlan:
             )
         rows = self._order[self._starts[unit] + item]
         return rows.reshape(len(steps), -1).astype(np.int64)
+
+    def substitutes(self, epoch: int, step: int, position: int) -> Iterator[int]:
+        """Every sample that could stand at one position of a batch, shuffled.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            step: number of the batch.
+            position: place in the batch, 0 <= position < rows.
+
+        Yields:
+            The samples of its class (with `groups` for samples: of its class and
+            group), each once, in an order keyed by (seed, epoch, step, position).
+        """
+        index, count = self.shard
+        column = index * (self.classes_per_batch // count)
+        column += position // self.samples_per_class
+        drawn, _ = self._schedule.draws(epoch, np.array([step]), np.array([column]))
+        unit = int(drawn.item())
+        start, size = int(self._starts[unit]), int(self._sizes[unit])
+        key = mix(self.seed, _SUBSTITUTES, epoch, step, self.first_row + position)
+        for first in range(0, size, 64):
+            places = np.arange(first, min(first + 64, size))
+            places = _permutation.permute(places, size, key)
+            yield from self._order[start + places].tolist()
 
     def encode(self, labels: Any) -> np.ndarray:
         """The int32 codes of `labels`; ValueError names an unknown label."""
