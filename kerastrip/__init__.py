@@ -38,6 +38,7 @@ from kerastrip.losses import (
 from kerastrip.metrics import TripletCensus
 from kerastrip.plan import PKPlan, SamplingReport, split_classes, split_samples
 from kerastrip.sampler import PKSampler
+from kerastrip.sources import cache_images
 
 __all__ = [
     "Augmentation",
@@ -63,6 +64,7 @@ __all__ = [
     "VerificationEvaluation",
     "__version__",
     "binary_focal_loss",
+    "cache_images",
     "categorical_focal_loss",
     "class_balanced_alpha",
     "distances",

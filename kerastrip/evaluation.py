@@ -37,6 +37,7 @@ def retrieval_metrics(
     metrics: Sequence[str] = METRICS,
     distance: str = "euclidean",
     seed: int = 0,
+    verbose: bool = False,
 ) -> dict[str, float]:
     """How well the nearest neighbours of every embedding have its label.
 
@@ -68,6 +69,8 @@ def retrieval_metrics(
             `precision@k` counts the missing ones as misses.
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
         seed: of the k-means behind `nmi` and `ami`. Default 0.
+        verbose: whether to show a progress bar once it takes over two seconds.
+            Default False.
 
     Returns:
         Dict with one float in [0, 1] (`ami` also below 0) per word, in the order
@@ -120,7 +123,7 @@ def retrieval_metrics(
     chosen = chosen[np.argsort(partners[chosen], kind="stable")]
     sums = dict.fromkeys(metrics, 0.0)
     space = Space.of(queries[chosen], rows, distance)
-    for part, block in space.blocks():
+    for part, block in space.blocks(verbose=verbose):
         who = chosen[part]
         if alone:
             block[np.arange(len(who)), who] = np.inf

@@ -22,9 +22,6 @@ from kerastrip.inference import (
     unusable_rows,
 )
 
-# Seconds after which a progress bar is worth its line.
-LONG = 5.0
-
 
 class HeldOut:
     """Data to embed, and their labels.
@@ -87,8 +84,8 @@ class EpochEvaluation:
         callback: the Keras callback this works for.
         data: what to embed.
         keys: the figures to log, in order.
-        measure: a function of the embeddings and labels of each of `data` in turn,
-            that returns a dict with those figures.
+        measure: a function of the embeddings and labels of each of `data` in turn
+            and `verbose`, that returns a dict with those figures.
         every, prefix, output, batch_size, verbose: arguments of the callback.
     """
 
@@ -143,16 +140,16 @@ class EpochEvaluation:
             logs.update({self._keys[key]: self._latest[key] for key in self._keys})
 
     def _evaluate(self, epoch: int) -> dict[str, float]:
-        bar_after = 0.0 if self._verbose else None
-        if self._verbose is None and (self._callback.params or {}).get("verbose") == 1:
-            bar_after = LONG
+        verbose = self._verbose
+        if verbose is None:
+            verbose = (self._callback.params or {}).get("verbose") == 1
         arguments = []
         for data in self._data:
             embeddings, labels = data.embed(
                 self._callback.model,
                 output=self._output,
                 batch_size=self._batch_size,
-                bar_after=bar_after,
+                verbose=verbose,
             )
             bad = unusable_rows(embeddings)
             if len(bad):
@@ -165,7 +162,7 @@ class EpochEvaluation:
                 )
                 return dict.fromkeys(self._keys, float("nan"))
             arguments += [embeddings, labels]
-        return self._measure(*arguments)
+        return self._measure(*arguments, verbose=verbose)
 
 
 def _listed_before(callback: keras.callbacks.Callback) -> list[Any]:

@@ -50,8 +50,8 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         output: name or position of the embedding among the outputs of the model.
             None takes the output whose loss has a `distance`, or the only one.
         batch_size: rows per call of the model. Default 128.
-        verbose: whether to show a progress bar while embedding. Default None: if it
-            takes over five seconds, and `fit` shows one.
+        verbose: whether to show a progress bar once it takes over two seconds.
+            Default None: where `fit` shows one, too.
 
     Attributes:
         results: what was measured: epoch -> dict as `retrieval_metrics` returns it,
@@ -98,20 +98,26 @@ class RetrievalEvaluation(keras.callbacks.Callback):
             raise ValueError(
                 _checks.message("gallery_labels", "`gallery` with it", gallery_labels)
             )
+
+        def measure(
+            embeddings: Any, labels: Any, *others: Any, verbose: bool
+        ) -> dict[str, float]:
+            rows, row_labels = others or (None, None)
+            return retrieval_metrics(
+                embeddings,
+                labels,
+                gallery=rows,
+                gallery_labels=row_labels,
+                metrics=keys,
+                distance=distance,
+                verbose=verbose,
+            )
+
         self._evaluation = EpochEvaluation(
             self,
             data,
             keys=keys,
-            measure=lambda embeddings, labels, rows=None, row_labels=None: (
-                retrieval_metrics(
-                    embeddings,
-                    labels,
-                    gallery=rows,
-                    gallery_labels=row_labels,
-                    metrics=keys,
-                    distance=distance,
-                )
-            ),
+            measure=measure,
             every=every,
             prefix=prefix,
             output=output,

@@ -101,13 +101,14 @@ class VerificationEvaluation(keras.callbacks.Callback):
                 is_same = flags_array(is_same, len(pairs))
         self.curve: VerificationCurve | None = None
 
-        def measure(embeddings: Any, labels: Any) -> dict[str, float]:
+        def measure(embeddings: Any, labels: Any, *, verbose: bool) -> dict[str, float]:
             self.curve = verification_curve(
                 embeddings,
                 labels if labelled else None,
                 pairs=pairs,
                 is_same=is_same,
                 distance=distance,
+                verbose=verbose,
             )
             return self.curve.figures(keys)
 
