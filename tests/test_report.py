@@ -227,14 +227,16 @@ def test_logs_alone_without_mining(model, tmp_path):
         assert absent not in words
 
 
-def test_a_training_that_goes_on(model, tmp_path):
+def test_a_training_that_goes_on(model, data, tmp_path):
     path = tmp_path / "report.html"
-    report = TrainingReport(path)
+    report = TrainingReport(path, *data, every=9)
     run(report, model, LOSSES[:2])
     run(report, model, LOSSES[2:], first=2)
     assert "Ended after 3 of 3 epochs" in Page(path).words()
     assert "loss 1 0.25" in Page(path).words()
+    assert re.search(r"curve epoch 1 best epoch 3 recall@1", Page(path).words())
     run(report, model, LOSSES[2:])  # a new one
+    assert re.search(r"curve epoch 1 best epoch 1 recall@1", Page(path).words())
     assert "Ended after 1 of 1 epochs" in Page(path).words()
     assert "loss 0.25 0.25" in Page(path).words()
 

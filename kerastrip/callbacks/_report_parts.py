@@ -52,6 +52,7 @@ def look(
     distance: str,
     margin: float | None,
     thumbnails: Thumbnails | None,
+    verbose: bool,
     pairs: int,
     queries: int,
     k: int,
@@ -60,9 +61,9 @@ def look(
     table = label_table("y", labels, len(embeddings))
     names = [str(name) for name in table.classes]
     figures = retrieval_metrics(
-        embeddings, labels, metrics=_RETRIEVAL, distance=distance
+        embeddings, labels, metrics=_RETRIEVAL, distance=distance, verbose=verbose
     )
-    curve = verification_curve(embeddings, labels, distance=distance)
+    curve = verification_curve(embeddings, labels, distance=distance, verbose=verbose)
     figures |= {"auc": curve.auc, "eer": curve.eer}
     charts = [
         _chart(

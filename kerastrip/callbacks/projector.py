@@ -120,7 +120,10 @@ class EmbeddingProjector(keras.callbacks.Callback):
 
     def _write(self) -> None:
         embeddings, labels = self._data.embed(
-            self.model, output=self._output, batch_size=self._batch_size
+            self.model,
+            output=self._output,
+            batch_size=self._batch_size,
+            verbose=(self.params or {}).get("verbose") == 1,
         )
         self._check_length(len(embeddings))
         self._directory.mkdir(parents=True, exist_ok=True)

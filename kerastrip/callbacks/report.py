@@ -145,6 +145,7 @@ class TrainingReport(keras.callbacks.Callback):
                 verbose=None,
             )
         self._logs: dict[int, dict[str, float]] = {}
+        self._results = {} if self._evaluation is None else self._evaluation.results
         self._latest: Look | None = None
         self._begun = 0.0
         self._first: int | None = None
@@ -152,15 +153,19 @@ class TrainingReport(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._begun, self._ended, self._first = time.monotonic(), False, None
-        self._latest = None
         if self._evaluation is not None:
-            self._evaluation.results.clear()
             self._evaluation.begin()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        if self._first is None:
-            self._first = epoch
-            self._logs = {e: kept for e, kept in self._logs.items() if e < epoch}
+        if self._first is not None:
+            return
+        self._first = epoch
+        if epoch == 0:
+            self._latest = None
+        # What an earlier run has left of the epochs to come is not of this one.
+        for kept in (self._logs, self._results):
+            for old in [e for e in kept if e >= epoch]:
+                del kept[old]
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._logs[epoch] = {
@@ -176,17 +181,18 @@ class TrainingReport(keras.callbacks.Callback):
         self._ended = True
         self._write()
 
-    def _setting(self, name: str) -> Any:
-        """An attribute of the compiled loss of the embedding, None without."""
-        return getattr(embedding_output(self.model, self._output).loss, name, None)
-
-    def _measure(self, embeddings: np.ndarray, labels: Any) -> dict[str, float]:
+    def _measure(
+        self, embeddings: np.ndarray, labels: Any, *, verbose: bool
+    ) -> dict[str, float]:
+        loss = embedding_output(self.model, self._output).loss
+        margin, word = (getattr(loss, name, None) for name in ("margin", "distance"))
         self._latest = look(
             embeddings,
             labels,
-            distance=self._distance or self._setting("distance") or "euclidean",
-            margin=self._setting("margin"),
+            distance=self._distance or (word if word in DISTANCES else "euclidean"),
+            margin=margin if isinstance(margin, float) and margin > 0 else None,
             thumbnails=self._thumbnails,
+            verbose=verbose,
             **self._counts,
         )
         return self._latest.figures
@@ -197,19 +203,18 @@ class TrainingReport(keras.callbacks.Callback):
         history = {
             name: [self._logs[e].get(name, math.nan) for e in epochs] for name in names
         }
-        results = self._evaluation.results if self._evaluation else {}
         bodies = [
             _page.header(
                 self._title,
                 self._state(len(epochs)),
-                lead(history, results, self._latest),
-                tiles(history, results, self._guard),
+                lead(history, self._results, self._latest),
+                tiles(history, self._results, self._guard),
             ),
             alarms_section(self._guard),
             mining_section([e + 1 for e in epochs], history),
         ]
         if self._evaluation is not None:
-            bodies.append(held_out_section(self._latest, results))
+            bodies.append(held_out_section(self._latest, self._results))
         if self._latest is not None:
             bodies.append(self._latest.neighbours)
         bodies.append(logs_section(history))
