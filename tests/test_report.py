@@ -15,7 +15,8 @@ import keras
 import numpy as np
 import pytest
 
-from kerastrip.callbacks import CollapseGuard, TrainingReport
+from kerastrip.callbacks import CollapseGuard, TrainingReport, _report_parts
+from kerastrip.callbacks._images import thumbnails_of
 from kerastrip.callbacks.collapse import Alarm
 from kerastrip.evaluation import retrieval_metrics
 from kerastrip.inference import embed, search
@@ -189,6 +190,28 @@ def test_thumbnails_show_the_samples(model, data, tmp_path):
     page = Page(path)
     assert len(page.all("img")) == 2  # the charts alone
     assert "1, sample 1" in page.words()
+
+
+def test_thumbnails_share_one_scale():
+    images = np.arange(-10.0, 10.0)[:, None, None] * np.ones((4, 4))
+    shown = thumbnails_of(images, None)
+    for row in (0, 5, 19):  # each taken alone
+        assert (shown.take([row], 96)[0] == round(255 * row / 19)).all()
+
+
+def test_the_best_value_and_its_epoch():
+    results = {
+        epoch: dict.fromkeys((*_report_parts._RETRIEVAL, "auc", "eer"), value)
+        | {"queries": 9, "lone_queries": 2}
+        for epoch, value in ((0, 0.5), (3, 0.25), (5, 0.75), (6, 0.625))
+    }
+    section = _report_parts.held_out_section(
+        _report_parts.Look(results[6], "", "", ""), results
+    )
+    rows = re.findall(r'row">(.*?)</th>.*</td><td>(.*?) <small>\((.*?)\)', section)
+    assert ("eer", "0.25", "4") in rows  # the least
+    assert ("mrr", "0.75", "6") in rows  # the greatest
+    assert "9 queries, and 2 without a partner, left out" in section
 
 
 def test_text_of_the_user_is_escaped(model, data, tmp_path):
