@@ -126,9 +126,9 @@ class Inputs:
         if self._augment is None:
             return x
         if isinstance(self._augment, Augmentation):
-            return self._augment.batch(x, *key, first=self._first)
+            return self._augment.batch(x, *key, first=self._first, copy=False)
         parts = {
-            name: self._augment[name].batch(part, *key, first=self._first)
+            name: self._augment[name].batch(part, *key, first=self._first, copy=False)
             if name in self._augment
             else part
             for name, part in _items(x)
