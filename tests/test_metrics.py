@@ -10,6 +10,7 @@ from kerastrip import metrics
 from kerastrip.metrics import KEYS, TripletCensus
 from kerastrip.mining import Census
 
+# Few shapes in all that runs on every backend: JAX compiles for each anew.
 backend = pytest.mark.backend
 
 
@@ -60,7 +61,7 @@ def test_every_figure_equals_the_loops(distance, rng):
 def test_ties_fall_on_the_side_the_words_say():
     # On a line with integer places the distances are exact: ties are real ties.
     labels = np.array([0, 0, 1, 1, 2, 2, 2])
-    places = np.array([0, 2, 2, 4, 3, 6, 0])[:, None]
+    places = np.array([0, 2, 2, 4, 3, 6, 0])[:, None] * np.eye(5)[0]
     found = count(labels, places, margin=2.0)
     wanted = census_figures([(labels, places)], 2.0)
     for key in ("easy", "semi_hard", "hard", "pairs_with_semi_hard"):
@@ -78,10 +79,12 @@ def test_the_order_of_the_rows_does_not_matter(rng):
 
 @backend
 @pytest.mark.parametrize(
-    ("labels", "without_positive"), [([1, 2, 3], 1.0), ([4, 4, 4], 0.0), ([5], 1.0)]
+    ("labels", "without_positive"),
+    [(np.arange(7), 1.0), (np.full(7, 4), 0.0), ([5], 1.0)],
+    ids=["no pair", "one class", "one row"],
 )
 def test_no_triplets_give_zeros_not_nan(labels, without_positive):
-    found = count(labels, np.eye(3)[: len(labels)])
+    found = count(labels, np.eye(7, 5)[: len(labels)])
     for key in ("easy", "semi_hard", "hard", "active", "pairs_with_semi_hard"):
         assert found[key] == 0
     assert found["anchors_without_positive"] == without_positive
@@ -96,8 +99,8 @@ def test_before_any_batch_all_is_zero():
 def test_batches_add_up_as_ratios_of_sums(rng):
     census = TripletCensus(margin=0.5)
     batches = [
-        (rng.integers(0, 3, size), rng.normal(size=(size, 4)).astype("float32"))
-        for size in (12, 30, 7)
+        (rng.integers(0, 3, size), rng.normal(size=(size, 5)).astype("float32"))
+        for size in (11, 7, 11)
     ]
     for batch in batches:
         census.update_state(*batch)
@@ -121,8 +124,8 @@ def test_labels_in_every_shape(label_shape, rng):
 
 @backend
 def test_half_precision_embeddings_are_counted_in_float32(rng):
-    embeddings = rng.normal(size=(24, 8)).astype("float16")
-    labels = np.arange(24) % 4
+    embeddings = rng.normal(size=(11, 5)).astype("float16")
+    labels = np.arange(11) % 4
     census = TripletCensus()
     census.update_state(labels, embeddings)
     assert figures(census) == count(labels, embeddings.astype("float32"))
@@ -220,7 +223,7 @@ def test_compensation_survives_the_compiler(rng):
 
 
 @backend
-@pytest.mark.parametrize(("rows", "dim"), [(40, 6), (6, 40)])
+@pytest.mark.parametrize(("rows", "dim"), [(11, 5), (7, 20)])
 def test_effective_dim_is_the_participation_ratio(rows, dim, rng):
     embeddings = rng.normal(size=(rows, dim)) * rng.uniform(0.1, 3, dim)
     eigenvalues = np.linalg.svd(embeddings - embeddings.mean(0), compute_uv=False) ** 2
@@ -239,9 +242,9 @@ def test_effective_dim_does_not_depend_on_the_scale(scale):
 
 
 @backend
-@pytest.mark.parametrize("point", [[0.0, 0.0, 0.0], [0.1, 0.7, -0.3], [1e5, 0.1, 3.0]])
+@pytest.mark.parametrize("point", [[0.0], [0.1, 0.7, -0.3], [1e5, 0.1, 3.0]])
 def test_a_point_has_no_spread_and_no_dimension(point):
-    found = count([0, 0, 1, 1, 2], np.tile(point, (5, 1)))
+    found = count([0, 0, 1, 1, 2, 2, 3], np.tile(np.resize(point, 5), (7, 1)))
     assert found["effective_dim"] == 0
     assert found["spread"] == pytest.approx(0, abs=1e-6 * np.square(point).sum())
     assert found["hard"] == 1
@@ -269,8 +272,6 @@ def test_compiled_saved_and_reloaded(rng, tmp_path):
     x = rng.normal(size=(40, 6)).astype("float32")
     y = np.arange(40, dtype="int32") % 4
     model = two_outputs(TripletCensus(0.4, "cosine", prefix=prefix))
-    history = model.fit(x, (y, y), batch_size=20, epochs=2, verbose=0).history
-    assert {f"{prefix}{key}" for key in KEYS} <= set(history)
     before = model.evaluate(x, (y, y), verbose=0, return_dict=True, batch_size=40)
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
