@@ -9,7 +9,8 @@ embedding is judged by looking up every image of classes that it has never seen 
 the others of those classes. Raw pixels and the untrained network stand beside it,
 because they are the thing to beat; the last row averages several augmented views.
 
-The folder `--out` gets `model.keras`, `augmentation.json` and `history.csv`.
+The folder `--out` gets `model.keras`, `augmentation.json`, `history.csv` and
+`report.html`, a page on the training that is written anew after every epoch.
 
 Two lines to change for your own images: what may happen to one without making it
 another class (`augmentation`), and, for photographs, the network (`build_model`).
@@ -128,6 +129,7 @@ def train(images, args):
         "raw pixels": judge(pixels.reshape(len(pixels), -1), unseen.labels),
         "untrained": judge(kerastrip.embed(model, unseen), unseen.labels),
     }
+    guard = kerastrip.CollapseGuard()
     model.fit(
         sampler,
         epochs=args.epochs,
@@ -136,11 +138,11 @@ def train(images, args):
         callbacks=[
             kerastrip.EpochSync(sampler),
             kerastrip.MiningStats(),
-            kerastrip.CollapseGuard(),
+            guard,
             kerastrip.RetrievalEvaluation(unseen),
             keras.callbacks.CSVLogger(args.out / "history.csv"),
             keras.callbacks.LambdaCallback(on_epoch_end=print_epoch),
-            # kerastrip.TrainingReport(args.out / "report.html", unseen),
+            kerastrip.TrainingReport(args.out / "report.html", unseen, guard=guard),
         ],
     )
     figures["trained"] = judge(kerastrip.embed(model, unseen), unseen.labels)
