@@ -100,7 +100,7 @@ class ImageFiles:
         if self.labels is not None and len(self.labels) != len(self.paths):
             expected = f"{len(self.paths)} labels, one per path"
             raise ValueError(message("labels", expected, self.labels))
-        self._size = _checked_size(size)
+        self._size = checked_size(size)
         self._color = _checks.one_of("color", color, tuple(CHANNELS))
         self._reduce = _checks.one_of("reduce", reduce, REDUCE) == "auto"
         self._skip = _checks.one_of("on_error", on_error, ON_ERROR) == "skip"
@@ -362,13 +362,17 @@ def read_file(path: str) -> bytes:
 
 
 def decode_image(
-    data: bytes, size: tuple[int, int], *, color: str = "rgb", reduce: bool = True
+    data: bytes,
+    size: tuple[int, int] | None,
+    *,
+    color: str = "rgb",
+    reduce: bool = True,
 ) -> np.ndarray:
     """An encoded image as (height, width, channels) uint8 array: see `ImageFiles`.
 
     Args:
         data: the bytes of the file.
-        size: (height, width) of the result.
+        size: (height, width) of the result, or None for that of the image.
         color: "rgb" (default) or "gray".
         reduce: whether large JPEGs may be decoded at a fraction of their size.
 
@@ -382,7 +386,7 @@ def decode_image(
 
     if not data:
         raise ValueError("the file is empty")
-    factor = _reduction(data, max(size)) if reduce else 1
+    factor = _reduction(data, max(size)) if size and reduce else 1
     kind = "GRAYSCALE" if color == "gray" else "COLOR"
     flag = f"IMREAD_REDUCED_{kind}_{factor}" if factor > 1 else f"IMREAD_{kind}"
     try:
@@ -391,8 +395,8 @@ def decode_image(
         raise ValueError(f"OpenCV does not decode it: {error}") from error
     if image is None:
         raise ValueError("it is cut short, damaged, or no image that OpenCV decodes")
-    height, width = size
-    if image.shape[:2] != size:
+    if size and image.shape[:2] != size:
+        height, width = size
         shrinks = height < image.shape[0] or width < image.shape[1]
         way = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         image = cv2.resize(image, (width, height), interpolation=way)
@@ -424,7 +428,8 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def _checked_size(size: Any) -> tuple[int, int]:
+def checked_size(size: Any) -> tuple[int, int]:
+    """(height, width) of what `size=` got: such a pair, or one integer for both."""
     if isinstance(size, (tuple, list)) and len(size) == 2:
         height, width = (_checks.integer("size", side, 1) for side in size)
         return height, width
