@@ -58,7 +58,7 @@ LOSSES = {
         "label",
         (
             {"margin": 0.3, "mining": "hard", "distance": "cosine"},
-            {"average_over": "active"},
+            {"average_over": "active", "gather": True},
             {"soft": True},
         ),
     ),
@@ -71,23 +71,26 @@ LOSSES = {
                 "negative_margin": 0.8,
                 "distance": "cosine",
                 "average_over": "active",
+                "gather": True,
             },
         ),
     ),
     "TripletSemiHardLoss": Trained(
-        "embedding", "label", ({"margin": 0.5, "distance_metric": "squared-L2"},)
+        "embedding",
+        "label",
+        ({"margin": 0.5, "distance_metric": "squared-L2", "gather": True},),
     ),
     "TripletHardLoss": Trained(
         "embedding",
         "label",
-        ({"margin": 0.5, "distance_metric": "angular"}, {"soft": True}),
+        ({"margin": 0.5, "distance_metric": "angular", "gather": True}, {"soft": True}),
     ),
 }
 METRICS = {
     "TripletCensus": Trained(
         "embedding",
         "label",
-        ({"margin": 0.4, "distance": "cosine", "prefix": "emb_"},),
+        ({"margin": 0.4, "distance": "cosine", "prefix": "emb_", "gather": True},),
     ),
 }
 
