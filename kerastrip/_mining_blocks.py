@@ -42,7 +42,7 @@ class Anchors(NamedTuple):
     negatives: Any  # (padded,) int32: 0 for padding
 
 
-def _flag(condition: Any) -> Any:
+def flag(condition: Any) -> Any:
     if isinstance(condition, bool):
         return int(condition)
     return ops.cast(condition, "int32")
@@ -52,18 +52,28 @@ def padded_size(size: Any) -> Any:
     """`size` rounded up to one of few sizes: few sizes, few compilations."""
     unit = (
         32
-        + 32 * _flag(size > 128)
-        + 64 * _flag(size > 1024)
-        + 384 * _flag(size > 4096)
-        + 1536 * _flag(size > 16384)
+        + 32 * flag(size > 128)
+        + 64 * flag(size > 1024)
+        + 384 * flag(size > 4096)
+        + 1536 * flag(size > 16384)
     )
-    return (size + _flag(size < 1) + unit - 1) // unit * unit
+    return (size + flag(size < 1) + unit - 1) // unit * unit
 
 
 def block_rows(padded: Any) -> Any:
     """Rows per block, a divisor of the padded size: a block stays in the cache."""
-    small = _flag(padded <= 128)
+    small = flag(padded <= 128)
     return small * padded + (1 - small) * 64
+
+
+def choose(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """`yes()` or `no()`; where sizes alone decide, XLA compiles only that one.
+
+    (`ops.cond` compiles both, whose shapes must then agree.)
+    """
+    if isinstance(condition, bool):
+        return yes() if condition else no()
+    return ops.switch(ops.cast(condition, "int32"), [no, yes])
 
 
 def zero() -> Any:
@@ -170,7 +180,7 @@ def nearest_beyond(d: Any, bound: Any) -> tuple[Any, Any]:
     the least of every stretch of columns, then the column in the best stretch.
     """
     count, width = ops.shape(d)[0], ops.shape(d)[1]
-    stretch = 32 + 32 * _flag(width > 128) + 64 * _flag(width > 1024)
+    stretch = 32 + 32 * flag(width > 128) + 64 * flag(width > 1024)
     stretches = ops.reshape(d, (count, width // stretch, stretch))
     beyond = ops.where(stretches > bound[:, None, None], stretches, INFINITE)
     least = ops.min(beyond, axis=2)
@@ -277,16 +287,24 @@ def count_below(ascending: Any, bounds: Any, *, inclusive: bool) -> Any:
     return ops.while_loop(lambda span, *_: span > 0, halve, (span, low, low + width))[1]
 
 
-def many_counts(d: Any, anchors: Anchors, margin: Any, rooted: bool) -> tuple[Any, Any]:
-    """The census of every row by sorting it, for rows with many positives.
+def counts_by_search(
+    d: Any, ascending: Any, below: Any, anchors: Anchors, margin: Any, rooted: bool
+) -> tuple[Any, Any]:
+    """The census of every row from its sorted negatives, for many positives.
+
+    Args:
+        d: (count, padded) signed distances.
+        ascending: (count, padded) the negatives of every row, sorted.
+        below: (count, padded) int32, how many of them are not farther than each entry.
+        anchors: those of the block.
+        margin: () float32.
+        rooted: whether distances are roots of the entries.
 
     Returns:
         Hard triplets, semi-hard triplets and pairs with a semi-hard one, (3, count)
         int32, and the sum of the distances to the positives, (count,).
     """
-    ascending = ops.sort(ops.where(d >= 0, d, INFINITE), axis=1)
     p = ops.abs(d)
-    below = count_below(ascending, p, inclusive=True)
     within = count_below(ascending, add_margin(p, margin, rooted), inclusive=False)
     within = ops.maximum(within - below, 0)
     positive = positive_entries(d, anchors)

@@ -1,9 +1,11 @@
 """Mining of whole rows of the distance matrix: one coefficient per entry.
 
 For every block of rows: the losses of its rows, and the block of coefficients
-d loss / d distance. The gradient is two matrix products with that block. It serves
-what takes every triplet or every pair of the batch, a distance matrix that a callable
-made, and rows with so many positives that `_mining_pairs` would not keep them.
+d loss / d distance, with which the gradient is a matrix product. Batches of up to
+`KEPT_ROWS` keep the coefficients for the backward pass, larger ones make them again.
+It serves what takes every triplet or every pair of the batch, a distance matrix that
+a callable made, and rows with so many positives that `_mining_pairs` would not keep
+them.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from kerastrip._mining_blocks import (
     add_margin,
     block_of,
     block_rows,
+    choose,
     compiled,
     count_below,
     count_true,
+    counts_by_search,
     entry,
     extremes,
     find_anchors,
+    flag,
     loss_and_slope,
     positive_column,
     positive_entries,
@@ -38,8 +43,18 @@ from kerastrip._mining_blocks import (
     zero,
 )
 
-# Per row of a block: the loss, how many units are > 0, coefficients (count, padded).
-Terms = tuple[Any, Any, Any]
+
+class Terms(NamedTuple):
+    """What is found for the rows of a block."""
+
+    losses: Any  # (count,) float32
+    active: Any  # (count,) int32, how many units are > 0
+    coefficients: Any  # (count, padded) float32
+    counts: Any = ()  # (3, count) int32, what `counts_by_search` returns
+    distance: Any = ()  # (count,) float32, likewise
+
+
+KEPT_ROWS = 2048
 
 
 class Rule(NamedTuple):
@@ -50,6 +65,7 @@ class Rule(NamedTuple):
     soft: bool = False
     matrix: bool = False  # the rows are a matrix of distances
     above: int = 0  # only rows with more positives than this
+    census: bool = False  # count the triplets of these rows, for the pair minings
 
 
 def _by_pairs(d: Any, order: Any, here: Anchors, margin: Any, rule: Rule) -> Terms:
@@ -57,7 +73,7 @@ def _by_pairs(d: Any, order: Any, here: Anchors, margin: Any, rule: Rule) -> Ter
     count, width = ops.shape(d)
     ascending = sorted_negatives(d, order)
     p = ops.abs(d)
-    at = count_below(ascending, p, inclusive=True)
+    at = below = count_below(ascending, p, inclusive=True)
     beyond = ops.take_along_axis(ascending, ops.minimum(at, width - 1), axis=1)
     if rule.mining == "semi_hard":
         last = ops.maximum(here.negatives - 1, 0)[:, None]
@@ -65,9 +81,8 @@ def _by_pairs(d: Any, order: Any, here: Anchors, margin: Any, rule: Rule) -> Ter
     else:
         at = ops.where(beyond < add_margin(p, margin, rule.rooted), at, 0)
     n = ops.take_along_axis(ascending, at, axis=1)
-    if rule.rooted:
-        p, n = ops.sqrt(p), ops.sqrt(n)
-    loss, slope = loss_and_slope(p - n, margin, rule.soft)
+    gap = ops.sqrt(p) - ops.sqrt(n) if rule.rooted else p - n
+    loss, slope = loss_and_slope(gap, margin, rule.soft)
     wanted = positive_entries(d, here) & (here.positives > rule.above)[:, None]
     wanted = wanted & (here.negatives > 0)[:, None]
     loss, slope = ops.where(wanted, loss, 0.0), ops.where(wanted, slope, 0.0)
@@ -76,10 +91,17 @@ def _by_pairs(d: Any, order: Any, here: Anchors, margin: Any, rule: Rule) -> Ter
     pushed = ops.segment_sum(
         ops.reshape(slope, (-1,)), ops.reshape(place, (-1,)), num_segments=count * width
     )
-    return (
+    terms = Terms(
         row_sum(loss),
         count_true(loss > 0),
         slope - ops.reshape(pushed, (count, width)),
+    )
+    if not rule.census:
+        return terms
+    many = here.positives > rule.above
+    counts, distance = counts_by_search(d, ascending, below, here, margin, rule.rooted)
+    return terms._replace(
+        counts=ops.where(many, counts, 0), distance=ops.where(many, distance, 0.0)
     )
 
 
@@ -94,7 +116,7 @@ def _by_anchors(d: Any, _: Any, here: Anchors, margin: Any, rule: Rule) -> Terms
     loss, slope = ops.where(valid, loss, 0.0), ops.where(valid, slope, 0.0)
     column = ops.arange(ops.shape(d)[1], dtype="int32")
     signs = _at(column, positive) - _at(column, negative)
-    return loss, ops.cast(loss > 0, "int32"), slope[:, None] * signs
+    return Terms(loss, ops.cast(loss > 0, "int32"), slope[:, None] * signs)
 
 
 def _by_triplets(d: Any, _: Any, here: Anchors, margin: Any, rule: Rule) -> Terms:
@@ -127,7 +149,7 @@ def _by_triplets(d: Any, _: Any, here: Anchors, margin: Any, rule: Rule) -> Term
     _, losses, active, coefficients = ops.while_loop(
         lambda rank, *_: rank < most, step, state
     )
-    return row_sum(losses), active, coefficients
+    return Terms(row_sum(losses), active, coefficients)
 
 
 def _contrast(d: Any, _: Any, here: Anchors, margin: Any, rule: Rule) -> Terms:
@@ -142,7 +164,7 @@ def _contrast(d: Any, _: Any, here: Anchors, margin: Any, rule: Rule) -> Terms:
     excess = ops.relu(size - margin[0])
     lack = ops.relu(margin[1] - size)
     slope = ops.where(pair, ops.where(d < 0, excess, -lack), 0.0)
-    return 0.5 * row_sum(ops.square(slope)), count_true(slope != 0), slope
+    return Terms(0.5 * row_sum(ops.square(slope)), count_true(slope != 0), slope)
 
 
 def _at(column: Any, place: Any) -> Any:
@@ -177,10 +199,34 @@ def _distances(
     return d, ops.where(d >= 0, d, INFINITE)
 
 
-def _losses_of_block(
+def _kept_columns(padded: Any) -> Any:
+    """How many columns of coefficients are kept: all of them or none."""
+    return flag(padded <= KEPT_ROWS) * padded
+
+
+def _terms_of_block(
     d: Any, order: Any, here: Anchors, margin: Any, *, rule: Rule
-) -> tuple[Any, Any]:
-    return _TERMS[rule.mining](d, order, here, margin, rule)[:2]
+) -> Terms:
+    """The terms of a block, coefficients as far as they are kept.
+
+    A coefficient is what the difference of two rows is multiplied by:
+    d loss / d distance, divided by the distance if that is a root.
+    """
+    terms = _TERMS[rule.mining](d, order, here, margin, rule)
+    coefficients = terms.coefficients
+    if rule.rooted:
+        # The least distance of a positive stands for 0, which has no direction.
+        apart = (d > 0) | (d < -TINY)
+        coefficients = ops.where(apart, coefficients / ops.sqrt(ops.abs(d)), 0.0)
+    elif not rule.matrix:
+        coefficients = 2.0 * coefficients
+    return terms._replace(coefficients=coefficients)
+
+
+def _kept_terms(d: Any, order: Any, here: Anchors, margin: Any, *, rule: Rule) -> Terms:
+    terms = _terms_of_block(d, order, here, margin, rule=rule)
+    columns = _kept_columns(ops.shape(d)[1])
+    return terms._replace(coefficients=terms.coefficients[:, :columns])
 
 
 def _gradient_of_block(
@@ -194,22 +240,25 @@ def _gradient_of_block(
     rule: Rule,
 ) -> tuple[Any, Any]:
     """The block's share in the gradient: of its own rows, and of all columns."""
-    coefficients = _TERMS[rule.mining](d, order, here, margin, rule)[2]
-    coefficients = coefficients * weights[:, None]
+    terms = _terms_of_block(d, order, here, margin, rule=rule)
+    coefficients = terms.coefficients * weights[:, None]
     if rule.matrix:
         return coefficients, ops.zeros((1, 1))
-    if rule.rooted:
-        # The least distance of a positive stands for 0, which has no direction.
-        apart = (d > 0) | (d < -TINY)
-        coefficients = ops.where(apart, coefficients / ops.sqrt(ops.abs(d)), 0.0)
-    else:
-        coefficients = 2.0 * coefficients
     own = ops.take(rows, here.own, axis=0)
     back = ops.transpose(coefficients)
     return (
         row_sum(coefficients)[:, None] * own - ops.matmul(coefficients, rows),
         row_sum(back)[:, None] * rows - ops.matmul(back, own),
     )
+
+
+def _gradient_of_kept(rows: Any, weights: Any, kept: Any, *, matrix: bool) -> Any:
+    """The whole gradient from all coefficients."""
+    kept = kept * weights[:, None]
+    if matrix:
+        return kept
+    kept = kept + ops.transpose(kept)
+    return row_sum(kept)[:, None] * rows - ops.matmul(kept, rows)
 
 
 def _walk(batch: Batch, rule: Rule, piece: Callable, visit: Callable, state: Any):
@@ -238,16 +287,35 @@ def _walk(batch: Batch, rule: Rule, piece: Callable, visit: Callable, state: Any
 
 def dense_losses(
     rows: Any, labels: Any, size: Any, margin: Any, *, rule: Rule, piece: Callable
-) -> tuple[Any, Any]:
-    """Per row the sum of its losses and the number of those > 0, both (padded,)."""
-    padded = ops.shape(rows)[0]
-    state = ops.zeros((padded,), "float32"), ops.zeros((padded,), "int32")
+) -> Terms:
+    """The terms of all rows.
+
+    Returns:
+        `Terms` of (padded,) rows, the coefficients those kept for `dense_gradient`:
+        (padded, padded) or (padded, 0).
+    """
 
     def visit(d: Any, order: Any, here: Anchors, first: Any, *state: Any) -> Any:
-        found = piece(_losses_of_block, rule=rule)(d, order, here, margin)
-        return tuple(put(x, (first,), y) for x, y in zip(state, found, strict=True))
+        found = piece(_kept_terms, rule=rule)(d, order, here, margin)
+        corners = (first,), (first,), (first, 0), (0, first), (first,)
+        return tuple(map(put, state, corners, found))
 
-    return _walk(Batch(rows, labels, size), rule, piece, visit, state)
+    state = no_losses(ops.shape(rows)[0], rule.census)[: 5 if rule.census else 3]
+    return Terms(*_walk(Batch(rows, labels, size), rule, piece, visit, state))
+
+
+def no_losses(padded: Any, census: bool) -> Terms:
+    """What `dense_losses` returns for a batch without any loss."""
+    terms = Terms(
+        ops.zeros((padded,), "float32"),
+        ops.zeros((padded,), "int32"),
+        ops.zeros((padded, _kept_columns(padded)), "float32"),
+    )
+    if not census:
+        return terms
+    return terms._replace(
+        counts=ops.zeros((3, padded), "int32"), distance=ops.zeros((padded,), "float32")
+    )
 
 
 def dense_gradient(
@@ -256,11 +324,19 @@ def dense_gradient(
     size: Any,
     margin: Any,
     weights: Any,
+    kept: Any,
     *,
     rule: Rule,
     piece: Callable,
 ) -> Any:
-    """Gradient of sum(weights * losses) with respect to `rows`, in their shape."""
+    """Gradient of sum(weights * losses) with respect to `rows`, in their shape.
+
+    Args:
+        rows, labels, size, margin: what `dense_losses` got.
+        weights: (padded,).
+        kept: the coefficients that it returned.
+        rule, piece: as there.
+    """
     width = ops.shape(rows)[1]
 
     def visit(d: Any, order: Any, here: Anchors, first: Any, gradient: Any) -> Any:
@@ -272,15 +348,22 @@ def dense_gradient(
         before = ops.slice(gradient, (first, 0), (ops.shape(d)[0], width))
         return (put(gradient, (first, 0), before + to_rows) + to_columns,)
 
-    batch = Batch(rows, labels, size)
-    return _walk(batch, rule, piece, visit, (ops.zeros_like(rows),))[0]
+    def anew() -> Any:
+        batch = Batch(rows, labels, size)
+        return _walk(batch, rule, piece, visit, (ops.zeros_like(rows),))[0]
+
+    return choose(
+        ops.shape(kept)[1] > 0,
+        lambda: piece(_gradient_of_kept, matrix=rule.matrix)(rows, weights, kept),
+        anew,
+    )
 
 
 def forward(
     rows: Any, labels: Any, size: Any, margin: Any, *, rule: Rule, piece: Callable
-) -> tuple[Any, Any, Any]:
+) -> tuple[Terms, Any]:
     """`dense_losses` and the number of units of every row, (padded,) float32."""
-    losses, active = dense_losses(rows, labels, size, margin, rule=rule, piece=piece)
+    terms = dense_losses(rows, labels, size, margin, rule=rule, piece=piece)
     anchors = find_anchors(Batch(rows, labels, size))
     positives = ops.cast(anchors.positives, "float32")
     negatives = ops.cast(anchors.negatives, "float32")
@@ -289,8 +372,4 @@ def forward(
         "all": positives * negatives,
         "hard": ops.minimum(positives, 1.0) * ops.minimum(negatives, 1.0),
     }
-    return (
-        losses,
-        active,
-        units.get(rule.mining, positives * ops.minimum(negatives, 1.0)),
-    )
+    return terms, units.get(rule.mining, positives * ops.minimum(negatives, 1.0))

@@ -16,16 +16,18 @@ from keras import ops
 
 from kerastrip._mining_blocks import (
     INFINITE,
+    Anchors,
     Batch,
     add_margin,
     block_of,
     block_rows,
+    count_below,
     count_two,
+    counts_by_search,
     entry,
     extremes,
     find_anchors,
     loss_and_slope,
-    many_counts,
     nearest_beyond,
     positive_column,
     put,
@@ -41,6 +43,12 @@ TABLE_RANKS = 64
 def few(positives: Any) -> Any:
     """The number of positives, 0 where they do not fit the table."""
     return ops.where(positives <= TABLE_RANKS, positives, 0)
+
+
+def _sorted_counts(d: Any, here: Anchors, margin: Any, rooted: bool) -> Any:
+    ascending = ops.sort(ops.where(d >= 0, d, INFINITE), axis=1)
+    below = count_below(ascending, ops.abs(d), inclusive=True)
+    return counts_by_search(d, ascending, below, here, margin, rooted)
 
 
 def sweep(
@@ -62,7 +70,8 @@ def sweep(
         margin: () float32.
         mining: what to choose; None for the census alone.
         rooted: whether distances are roots of the squared ones.
-        census: whether to count.
+        census: whether to count. With pairs to choose, the triplets of rows with
+            more than `TABLE_RANKS` positives are left to `_mining_dense`.
 
     Returns:
         `columns`, with `mining`: (TABLE_RANKS, padded) int32 negatives of the pairs;
@@ -122,14 +131,15 @@ def sweep(
         if by_pairs:
             found = {**found, "columns": columns}
         if census:
-            many = here.positives > TABLE_RANKS
-            counted = ops.cond(
-                ops.any(many),
-                lambda: many_counts(d, here, margin, rooted),
-                lambda: (counts, distance),
-            )
-            counts = ops.where(many, counted[0], counts)
-            distance = ops.where(many, counted[1], distance)
+            if not by_pairs:
+                many = here.positives > TABLE_RANKS
+                counted = ops.cond(
+                    ops.any(many),
+                    lambda: _sorted_counts(d, here, margin, rooted),
+                    lambda: (counts, distance),
+                )
+                counts = ops.where(many, counted[0], counts)
+                distance = ops.where(many, counted[1], distance)
             far = ops.where(d > 0, d, 0.0)
             sums = ops.stack([distance, row_sum(ops.sqrt(far) if rooted else far)])
             known = ops.stack([here.positives, here.negatives])

@@ -44,6 +44,9 @@ _HASH_NAME = b"kerastrip-aug-v1"
 # small images take turns. Larger ones stay long enough inside OpenCV, which
 # lets other threads run.
 _SMALL = 160 * 160
+# Generators are set to their states so many at a time. Between two images the caches
+# of the processor have lost the way, and it takes several times as long.
+_AT_ONCE = 64
 _turn = threading.RLock()
 
 
@@ -189,10 +192,26 @@ class Augmentation:
             ValueError: an image of the wrong rank or range, a target that the
                 pipeline does not know.
         """
-        return self._view(image, self._state(key))
+        states = self._states()
+        self._set(states[0], key)
+        return self._view(image, states[0])
 
-    def _state(self, key: tuple[int, ...]) -> dict[str, Any]:
-        """The state of a generator for one key."""
+    def _states(self) -> list[np.random.PCG64]:
+        """What the generator of this thread can be pointed to."""
+        try:
+            return self._local.states
+        except AttributeError:
+            states = [np.random.PCG64(0) for _ in range(_AT_ONCE)]
+            run, rng = self._pipeline, np.random.Generator(states[0])
+            if self._seedable:
+                run = deepcopy(run)
+                # Not set_random_seed: it gives every transform the same numbers.
+                run.set_random_state(rng, _Random(rng))
+            self._local.own, self._local.states = (run, rng), states
+            return states
+
+    def _set(self, state: Any, key: tuple[int, ...]) -> None:
+        """Sets one of `_states` to a key."""
         try:
             packed = struct.pack(f"<{len(key) + 1}q", self.seed, *key)
         except struct.error:
@@ -200,7 +219,7 @@ class Augmentation:
                 _integer64("key", value, "Write aug(image, epoch, step, position).")
             raise
         words = hashlib.blake2b(packed, digest_size=32, person=_HASH_NAME).digest()
-        return {
+        state.state = {
             "bit_generator": "PCG64",
             "state": {
                 "state": int.from_bytes(words[:16], "little"),
@@ -210,18 +229,16 @@ class Augmentation:
             "uinteger": 0,
         }
 
-    def _view(self, image: Any, state: dict[str, Any], copy: bool = True) -> Any:
+    def _view(
+        self,
+        image: Any,
+        state: np.random.PCG64,
+        copy: bool = True,
+        check: bool = True,
+    ) -> Any:
         """The view; without `copy` the image may be written into, or returned."""
-        try:
-            run, rng = self._local.own
-        except AttributeError:
-            run, rng = self._pipeline, np.random.Generator(np.random.PCG64(0))
-            if self._seedable:
-                run = deepcopy(run)
-                # Not set_random_seed: it gives every transform the same numbers.
-                run.set_random_state(rng, _Random(rng))
-            self._local.own = run, rng
-        rng.bit_generator.state = state
+        run, rng = self._local.own
+        rng.__init__(state)  # transforms hold the generator: it gets another state
         own = _copied if copy else _same
         if not self._seedable:
             result = run(own(image), rng)
@@ -230,7 +247,8 @@ class Augmentation:
             result = run(**{name: own(value) for name, value in image.items()})
             result = {name: result[name] for name in image}
         else:
-            _targets.check_image("image", image)
+            if check:
+                _targets.check_image("image", image)
             result = run(image=own(image))["image"]
         if not isinstance(result, dict if isinstance(image, dict) else np.ndarray):
             raise TypeError(
@@ -300,12 +318,22 @@ class Augmentation:
             out = {"image": out}
         batch = _targets.Batch(self._pipeline, shape, out)
         indices = list(itertools.product(*map(range, shape)))
-        states = [self._state((*key, first + i, *view)) for i, *view in indices]
+        # Of an array of uint8 one image is like the other.
+        alike = isinstance(images, np.ndarray) and images.dtype == np.uint8
+        states = self._states()
         with _turn if _is_small(samples[0]) else contextlib.nullcontext():
-            for index, state in zip(indices, states, strict=True):
-                result = self._view(samples[index[0]], state, copy)
-                for name, value in ({"image": result} if bare else result).items():
-                    batch.put(index, name, value)
+            for low in range(0, len(indices), _AT_ONCE):
+                block = indices[low : low + _AT_ONCE]
+                for state, (i, *view) in zip(states, block, strict=False):
+                    self._set(state, (*key, first + i, *view))
+                for state, index in zip(states, block, strict=False):
+                    check = not (alike and any(index))
+                    result = self._view(samples[index[0]], state, copy, check)
+                    if bare:
+                        batch.put(index, "image", result)
+                        continue
+                    for name, value in result.items():
+                        batch.put(index, name, value)
         targets = batch.targets()
         return targets["image"] if bare else targets
 
@@ -613,15 +641,16 @@ class _Random(random.Random):
 
     def __init__(self, rng: np.random.Generator):
         super().__init__(0)
-        self._raw = rng.bit_generator.random_raw
+        self._rng = rng
         self.random = rng.random  # type: ignore[method-assign]
 
     def getrandbits(self, k: int) -> int:
+        raw = self._rng.bit_generator.random_raw
         if k <= 64:
-            return self._raw() >> (64 - k)
+            return raw() >> (64 - k)
         value = 0
         for _ in range(0, k, 64):
-            value = value << 64 | self._raw()
+            value = value << 64 | raw()
         return value >> -k % 64
 
     def gauss(self, mu: float = 0.0, sigma: float = 1.0) -> float:

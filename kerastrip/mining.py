@@ -8,7 +8,7 @@ row), n a negative (other label). A triplet (a, p, n) is
     easy        d(a,n) >= d(a,p) + m
 
 The functions return one value per row of the batch. Never is there a tensor of shape
-(batch, batch, batch), and beyond 128 rows none of shape (batch, batch) unless a
+(batch, batch, batch), and beyond 2,048 rows none of shape (batch, batch) unless a
 callable distance makes it. They accept a batch size unknown when traced and compile
 under XLA. Second derivatives are not defined.
 """
@@ -84,8 +84,7 @@ def check_choice(mining: str, soft: bool, average_over: str) -> None:
     """Raise for unknown words, and for choices that exclude each other."""
     _checks.one_of("mining", mining, MININGS)
     _checks.one_of("average_over", average_over, AVERAGES)
-    if not isinstance(soft, bool):
-        raise TypeError(_checks.message("soft", "True or False", soft))
+    _checks.boolean("soft", soft)
     if soft and average_over == "active":
         raise ValueError(
             _checks.message(
@@ -290,7 +289,9 @@ def _triplet_losses(
     losses, active = found["losses"], found["active"]
 
     # Rows with more positives than the table holds: a loss of their own.
-    rule = _mining_dense.Rule(mining, rooted, soft, above=_mining_pairs.TABLE_RANKS)
+    rule = _mining_dense.Rule(
+        mining, rooted, soft, above=_mining_pairs.TABLE_RANKS, census=census
+    )
     many = mining != "hard" and _can_exceed(ordered.given, rule.above)
     if many:
         many_losses = _mining_dense.prepared(_mining_dense.dense_losses, rule)
@@ -298,9 +299,11 @@ def _triplet_losses(
         extra = ops.cond(
             found["most"] > rule.above,
             lambda: many_losses(*ordered[:3], margin),
-            lambda: (ops.zeros_like(losses), ops.zeros_like(active)),
+            lambda: _mining_dense.no_losses(ops.shape(ordered.rows)[0], census),
         )
-        losses, active = losses + extra[0], active + extra[1]
+        losses, active = losses + extra.losses, active + extra.active
+        if census:
+            found = _with_many(found, extra)
 
     def gradient(weights: Any) -> Any:
         result = backward(*ordered[:3], weights, found)
@@ -308,13 +311,23 @@ def _triplet_losses(
             return result
         return result + ops.cond(
             found["most"] > rule.above,
-            lambda: many_gradient(*ordered[:3], margin, weights),
+            lambda: many_gradient(*ordered[:3], margin, weights, extra.coefficients),
             lambda: ops.zeros_like(result),
         )
 
     units = found["units"] if average_over == "all" else active
     values = _attach(rows, ordered, losses, units, gradient)
     return values, _census(found, ordered) if census else None
+
+
+def _with_many(found: dict[str, Any], extra: _mining_dense.Terms) -> dict[str, Any]:
+    """The census that a sweep found, with the triplets of rows with many positives."""
+    counts, sums = found["counts"], found["sums"]
+    return {
+        **found,
+        "counts": ops.concatenate([counts[:2], counts[2:] + extra.counts]),
+        "sums": ops.stack([sums[0] + extra.distance, sums[1]]),
+    }
 
 
 def _can_exceed(size: Any, ranks: int) -> bool:
@@ -345,15 +358,15 @@ def _dense(
     ordered = _ordered(labels, rows, matrix)
     rule = _mining_dense.Rule(mining, rooted, soft, matrix)
     forward = _mining_dense.prepared(_mining_dense.forward, rule)
-    losses, active, units = forward(*ordered[:3], margin)
+    terms, units = forward(*ordered[:3], margin)
     backward = _mining_dense.prepared(_mining_dense.dense_gradient, rule)
 
     def gradient(weights: Any) -> Any:
-        result = backward(*ordered[:3], margin, weights)
+        result = backward(*ordered[:3], margin, weights, terms.coefficients)
         return ordered.restore(result, axis=1) if matrix else result
 
-    units = units if average_over == "all" else active
-    return _attach(rows, ordered, losses, units, gradient)
+    units = units if average_over == "all" else terms.active
+    return _attach(rows, ordered, terms.losses, units, gradient)
 
 
 def _called(distance: Callable[[Any], Any], embeddings: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import os
 import weakref
@@ -88,6 +89,9 @@ class PKSampler(keras.utils.PyDataset):
           a step stays the same. Leave `steps_per_epoch` alone: `len()` is the epoch.
         * `sampler[step]` is a batch of the current epoch, `sampler.batch(step,
           epoch)` of any.
+        * Images that cannot be read are an error, unless their source has
+          `on_error="skip"`: then another sample of the class takes the place, targets
+          and weights included; `broken` names them.
         * h5py files are read safely by threads; open files do not go well with
           `use_multiprocessing=True`.
 
@@ -182,7 +186,8 @@ class PKSampler(keras.utils.PyDataset):
         self._targets = _batch.targets(targets, self.plan)
         self._weights = _batch.weights(sample_weight, targets, len(self.labels))
         self._epoch, self._due, self._begun, self._closed = 0, 0, False, False
-        self._inputs = _batch.Inputs(self.source, augment, self.plan)
+        self._rows = _batch.Rows(self.plan)
+        self._inputs = _batch.Inputs(self.source, augment, self.plan, self._rows)
         self._pool: WorkerPool | None = None
         if use_multiprocessing:
             self._pool = WorkerPool(self._inputs.arrays, self._inputs.layout, workers)
@@ -237,9 +242,9 @@ class PKSampler(keras.utils.PyDataset):
             raise RuntimeError("This sampler was closed: no more batches.")
         with in_flight.call():
             try:
-                rows = self.plan.indices(epoch, step)
                 make = self._inputs.arrays if self._pool is None else self._pool
-                x = self._inputs.packed(make(rows, epoch, step))
+                rows, arrays = self._rows.read(make, epoch, step)
+                x = self._inputs.packed(arrays)
                 y = _batch.gather(self._targets, rows)
             except SystemExit as error:
                 # Keras' threads would swallow it and wait for the batch for ever.
@@ -372,8 +377,14 @@ class PKSampler(keras.utils.PyDataset):
         return self.plan.decode(codes)
 
     def report(self) -> Any:
-        """What is kept, left out and repeated: see `PKPlan.report`."""
-        return self.plan.report()
+        """What is kept, left out, repeated and broken: a `SamplingReport`."""
+        report = self.plan.report()
+        return dataclasses.replace(report, samples_broken=len(self._rows.broken))
+
+    @property
+    def broken(self) -> dict[int, str]:
+        """Sample -> what is wrong with it, for those found so far that are skipped."""
+        return dict(self._rows.broken)
 
     def check_replicas(self, replicas: int) -> None:
         """Raises ValueError if `replicas` parts of a batch would cut a class.

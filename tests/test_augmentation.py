@@ -152,6 +152,15 @@ def test_parts_of_a_batch_are_the_whole(aug, images, views):
     np.testing.assert_array_equal(np.concatenate(parts), views)
 
 
+def test_generators_set_a_few_at_a_time(aug, images, views, monkeypatch):
+    three = aug.batch(images, 4, 2, views=3)
+    monkeypatch.setattr(augmentation, "_AT_ONCE", 5)
+    again = pickle.loads(pickle.dumps(aug))
+    np.testing.assert_array_equal(again.batch(images, 4, 2), views)
+    np.testing.assert_array_equal(again.batch(images, 4, 2, views=3), three)
+    np.testing.assert_array_equal(again(images[3], 4, 2, 3), views[3])
+
+
 def test_other_seed_epoch_step_position_give_other_views(aug, images):
     image = images[0]
     keys = list(itertools.product(range(3), repeat=3))
@@ -282,6 +291,16 @@ def test_flips_are_independent():
     assert np.bincount(corners, minlength=4).min() > 420
     assert correlation(horizontal, vertical) < 0.09
     assert correlation(horizontal[1:], horizontal[:-1]) < 0.09
+
+
+def test_a_nested_seed_has_no_say():
+    flips = [A.HorizontalFlip(), A.VerticalFlip()]
+    seeded = Augmentation(A.Compose([A.Compose(flips, seed=3)]))
+    plain = Augmentation(A.Compose([A.Compose(flips)]))
+    image = np.arange(4, dtype="uint8").reshape(2, 2)
+    corners = [seeded(image, k)[0, 0] for k in range(400)]
+    assert corners == [plain(image, k)[0, 0] for k in range(400)]
+    assert np.bincount(corners, minlength=4).min() > 65  # 100 expected, 4 sigma
 
 
 def test_rotation_and_brightness_are_independent():

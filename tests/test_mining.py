@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from kerastrip import mining
-from kerastrip._mining_blocks import block_rows, nearest_beyond, padded_size
+from kerastrip import _mining_dense, mining
+from kerastrip._mining_blocks import block_rows, compiled, nearest_beyond, padded_size
 
 TF = keras.backend.backend() == "tensorflow"
 needs_tf = pytest.mark.skipif(not TF, reason="about tf.function")
@@ -109,7 +109,7 @@ def test_census_at_the_same_distance_is_hard():
 @pytest.mark.backend
 @pytest.mark.parametrize("word", mining.MININGS)
 def test_losses_and_census_in_one_pass_are_those_of_two(word, rng):
-    labels, rows = rng.integers(0, 5, 30), rng.normal(size=(30, 3)).astype(np.float32)
+    labels, rows = skewed_batch(rng)
     values, census = mining.triplet_losses_and_census(labels, rows, mining=word)
     alone = mining.triplet_losses(labels, rows, mining=word)
     np.testing.assert_allclose(
@@ -200,6 +200,32 @@ def test_lengths_that_differ_at_run_time_fail():
 
     with pytest.raises(tf.errors.InvalidArgumentError):
         graph(tf.zeros(3, tf.int32), tf.zeros((4, 2)))
+
+
+@needs_tf
+@pytest.mark.parametrize("word", ["semi_hard", "all"])
+def test_coefficients_made_again_give_the_gradient_of_those_kept(
+    word, rng, monkeypatch
+):
+    import tensorflow as tf
+
+    labels, rows = skewed_batch(rng)
+    upstream = rng.random(len(labels)).astype(np.float32)
+
+    def gradient():
+        x = tf.Variable(rows)
+        with tf.GradientTape() as tape:
+            losses = mining.triplet_losses(labels, x, mining=word)
+            total = tf.reduce_sum(losses * upstream)
+        return tape.gradient(total, x).numpy()
+
+    kept = gradient()
+    monkeypatch.setattr(_mining_dense, "KEPT_ROWS", 0)
+    compiled.cache_clear()
+    again = gradient()
+    compiled.cache_clear()
+    assert np.abs(kept).max() > 0
+    np.testing.assert_allclose(again, kept, atol=1e-5)
 
 
 # One traced function, many sizes ------------------------------------------------------
