@@ -10,8 +10,8 @@ Batches of 128 images, or of 64 JPEGs. Four tables:
   pixels and 1.8 x at 224.
 - jpeg: the same after decoding JPEGs of 512 pixels, at 224. Wanted: 1.8 x one thread.
 - transport: `fit` of a model that does nothing on batches that are ready, 128x64x64x3;
-  milliseconds a batch. "in place" makes them where Keras asks for them. Wanted: at
-  most 6 from worker processes.
+  milliseconds a batch, those of `fit` itself included: "one thread" makes them where
+  Keras asks for them. Wanted: at most 6 from worker processes.
 - peers: JPEGs of 512 pixels decoded, cropped to 224, flipped and made brighter by two
   threads or processes, beside a tf.data pipeline and a PyTorch DataLoader. Wanted: at
   least as fast. tf.data can also decode no more than the crop, which OpenCV cannot.
