@@ -130,13 +130,22 @@ class Inputs:
                 )
         self.layout = [(array.shape, array.dtype) for array in arrays]
 
-    def _augmented(self, x: Any, epoch: int, step: int, at: int = 0) -> Any:
-        """`x` augmented, the samples of the batch from position `at` on."""
+    def _augmented(
+        self, x: Any, epoch: int, step: int, at: int = 0, out: Any = None
+    ) -> Any:
+        """`x` augmented, the samples of the batch from position `at` on.
+
+        Args:
+            x: samples, fresh arrays.
+            epoch, step: of the batch.
+            at: position of the first of them.
+            out: what to write one input's views into, where there is one input.
+        """
         key, first = (self._key, epoch, step), self._first + at
         if self._augment is None:
             return x
         if isinstance(self._augment, Augmentation):
-            return self._augment.batch(x, *key, first=first, copy=False)
+            return self._augment.batch(x, *key, first=first, out=out, copy=False)
         parts = {
             name: self._augment[name].batch(part, *key, first=first, copy=False)
             if name in self._augment
@@ -147,24 +156,30 @@ class Inputs:
 
     def arrays(self, rows: np.ndarray, epoch: int, step: int) -> list[np.ndarray]:
         """The inputs one after the other."""
-        whole: list[np.ndarray] = []
+        if self._at_once >= len(rows):
+            x = self._source.take(rows)
+            arrays = keras.tree.flatten(self._augmented(x, epoch, step))
+            self._check([(array.shape, array.dtype) for array in arrays], epoch, step)
+            return arrays
+        whole = [np.empty(shape, dtype) for shape, dtype in self.layout]
         for at in range(0, len(rows), self._at_once):
             part = slice(at, at + self._at_once)
             x = self._source.take(rows[part])
-            arrays = keras.tree.flatten(self._augmented(x, epoch, step, at))
+            out = whole[0][part] if isinstance(x, np.ndarray) else None
+            arrays = keras.tree.flatten(self._augmented(x, epoch, step, at, out))
             found = [((len(rows), *array.shape[1:]), array.dtype) for array in arrays]
-            if found != self.layout:
-                raise ValueError(
-                    f"The inputs of step {step} of epoch {epoch} differ from those of "
-                    f"the first batch: expected {_told(self.layout)}, received "
-                    f"{_told(found)}."
-                )
-            if len(rows) == self._at_once:
-                return arrays
-            whole = whole or [np.empty(shape, dtype) for shape, dtype in self.layout]
-            for array, target in zip(arrays, whole, strict=True):
-                target[part] = array
+            self._check(found, epoch, step)
+            if out is None:
+                for array, target in zip(arrays, whole, strict=True):
+                    target[part] = array
         return whole
+
+    def _check(self, found: list[tuple], epoch: int, step: int) -> None:
+        if found != self.layout:
+            raise ValueError(
+                f"The inputs of step {step} of epoch {epoch} differ from those of the "
+                f"first batch: expected {_told(self.layout)}, received {_told(found)}."
+            )
 
     def packed(self, arrays: Sequence[np.ndarray]) -> Any:
         """What `arrays` returned, in the structure that the model gets."""

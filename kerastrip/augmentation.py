@@ -146,7 +146,7 @@ class Augmentation:
                 )
             )
         self._pipeline = pipeline
-        self._local = threading.local()
+        self._idle: list[_Clone] = []
 
     @classmethod
     def none(cls) -> Augmentation:
@@ -164,11 +164,11 @@ class Augmentation:
         return f"Augmentation({name}, seed={self.seed})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_local"}
+        return {k: v for k, v in self.__dict__.items() if k != "_idle"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._local = threading.local()
+        self._idle = []
 
     # -- one image ---------------------------------------------------------
 
@@ -192,26 +192,24 @@ class Augmentation:
             ValueError: an image of the wrong rank or range, a target that the
                 pipeline does not know.
         """
-        states = self._states()
-        self._set(states[0], key)
-        return self._view(image, states[0])
+        with self._clone() as clone:
+            self._set(clone.states[0], key)
+            return self._view(clone, clone.states[0], image)
 
-    def _states(self) -> list[np.random.PCG64]:
-        """What the generator of this thread can be pointed to."""
+    @contextlib.contextmanager
+    def _clone(self) -> Iterator[_Clone]:
+        """A clone that nobody else has: no other thread, and no callable in a call."""
         try:
-            return self._local.states
-        except AttributeError:
-            states = [np.random.PCG64(0) for _ in range(_AT_ONCE)]
-            run, rng = self._pipeline, np.random.Generator(states[0])
-            if self._seedable:
-                run = deepcopy(run)
-                # Not set_random_seed: it gives every transform the same numbers.
-                run.set_random_state(rng, _Random(rng))
-            self._local.own, self._local.states = (run, rng), states
-            return states
+            clone = self._idle.pop()
+        except IndexError:
+            clone = _Clone(self._pipeline, self._seedable)
+        try:
+            yield clone
+        finally:
+            self._idle.append(clone)
 
     def _set(self, state: Any, key: tuple[int, ...]) -> None:
-        """Sets one of `_states` to a key."""
+        """Sets one of a clone's `states` to a key."""
         try:
             packed = struct.pack(f"<{len(key) + 1}q", self.seed, *key)
         except struct.error:
@@ -230,15 +228,11 @@ class Augmentation:
         }
 
     def _view(
-        self,
-        image: Any,
-        state: np.random.PCG64,
-        copy: bool = True,
-        check: bool = True,
+        self, clone: _Clone, state: np.random.PCG64, image: Any, copy: bool = True
     ) -> Any:
         """The view; without `copy` the image may be written into, or returned."""
-        run, rng = self._local.own
-        rng.__init__(state)  # transforms hold the generator: it gets another state
+        run, rng = clone.pipeline, clone.rng
+        rng.__init__(state)  # type: ignore[misc]  # which the transforms hold
         own = _copied if copy else _same
         if not self._seedable:
             result = run(own(image), rng)
@@ -247,8 +241,7 @@ class Augmentation:
             result = run(**{name: own(value) for name, value in image.items()})
             result = {name: result[name] for name in image}
         else:
-            if check:
-                _targets.check_image("image", image)
+            _targets.check_image("image", image)
             result = run(image=own(image))["image"]
         if not isinstance(result, dict if isinstance(image, dict) else np.ndarray):
             raise TypeError(
@@ -318,17 +311,23 @@ class Augmentation:
             out = {"image": out}
         batch = _targets.Batch(self._pipeline, shape, out)
         indices = list(itertools.product(*map(range, shape)))
-        # Of an array of uint8 one image is like the other.
-        alike = isinstance(images, np.ndarray) and images.dtype == np.uint8
-        states = self._states()
-        with _turn if _is_small(samples[0]) else contextlib.nullcontext():
+        # Of an array of uint8 one image is like the other: the first is checked.
+        alike = bare and self._seedable and isinstance(images, np.ndarray)
+        alike = alike and images.dtype == np.uint8
+        turn = _turn if _is_small(samples[0]) else contextlib.nullcontext()
+        with turn, self._clone() as clone:
+            run, rng = clone.pipeline, clone.rng
             for low in range(0, len(indices), _AT_ONCE):
                 block = indices[low : low + _AT_ONCE]
-                for state, (i, *view) in zip(states, block, strict=False):
+                for state, (i, *view) in zip(clone.states, block, strict=False):
                     self._set(state, (*key, first + i, *view))
-                for state, index in zip(states, block, strict=False):
-                    check = not (alike and any(index))
-                    result = self._view(samples[index[0]], state, copy, check)
+                for state, index in zip(clone.states, block, strict=False):
+                    sample = samples[index[0]]
+                    if alike and any(index):
+                        rng.__init__(state)  # type: ignore[misc]
+                        result = run(image=sample.copy() if copy else sample)["image"]
+                    else:
+                        result = self._view(clone, state, sample, copy)
                     if bare:
                         batch.put(index, "image", result)
                         continue
@@ -630,6 +629,27 @@ class Augmentation:
         return cls.from_json(
             pathlib.Path(path).read_text(encoding="utf-8"), lambdas=lambdas
         )
+
+
+class _Clone:
+    """A copy of a pipeline, and the generator from which all of it draws.
+
+    Args:
+        pipeline: of an `Augmentation`.
+        seedable: whether it takes generators.
+
+    Attributes:
+        states: what the generator can be pointed to, one for each image of a block.
+    """
+
+    def __init__(self, pipeline: Any, seedable: bool):
+        self.states = [np.random.PCG64(0) for _ in range(_AT_ONCE)]
+        self.rng = np.random.Generator(self.states[0])
+        self.pipeline = pipeline
+        if seedable:
+            self.pipeline = deepcopy(pipeline)
+            # Not set_random_seed: it gives every transform the same numbers.
+            self.pipeline.set_random_state(self.rng, _Random(self.rng))
 
 
 class _Random(random.Random):

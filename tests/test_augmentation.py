@@ -169,6 +169,27 @@ def test_other_seed_epoch_step_position_give_other_views(aug, images):
     assert len(set(all_views)) == len(all_views)
 
 
+def test_a_callable_may_call_the_augmentation_it_is_part_of():
+    def brighter(image, rng):
+        noise = rng.integers(0, 100, image.shape, image.dtype)
+        if image.flat[0] == 0:
+            outer(np.ones_like(image), 7)  # disturbs nothing
+        return noise + rng.integers(0, 100, image.shape, image.dtype)
+
+    outer = Augmentation(brighter)
+    images = np.zeros((3, 4, 4), np.uint8)
+    views = outer.batch(images, 0)
+    alone = [outer(image, 0, i) for i, image in enumerate(images)]
+    plain = Augmentation(
+        lambda image, rng: (
+            rng.integers(0, 100, image.shape, image.dtype)
+            + rng.integers(0, 100, image.shape, image.dtype)
+        )
+    )
+    np.testing.assert_array_equal(views, alone)
+    np.testing.assert_array_equal(views, plain.batch(images, 0))
+
+
 def test_a_repeated_sample_gets_another_view(aug, images):
     a, b = aug.batch([images[0], images[0]], 4, 2)
     assert not np.array_equal(a, b)
