@@ -678,7 +678,7 @@ def test_two_replicas():
         t.assert_no_trace(model)
         again = t.fit(model, targets)
         halves = t.epoch_of(model, size=8)   # a batch of 16 is split in two
-        print(json.dumps([history, again, halves]))
+        print(json.dumps([history, again, halves], default=float))
         """
     )
     history, again, halves = told
@@ -712,7 +712,8 @@ def test_ctrl_c():
         left = "compute_metrics" in model.__dict__
         history = t.fit(model, targets)
         t.assert_no_trace(model)
-        print(json.dumps([interrupted, left, history["easy"], t.epoch_of(model)["easy"]]))
+        easy = [history["easy"], float(t.epoch_of(model)["easy"])]
+        print(json.dumps([interrupted, left, *easy]))
         """
     )
     interrupted, left, found, wanted = told
