@@ -36,17 +36,14 @@ def random_labels(samples, classes):
     return (classes * rng.random(samples) ** 1.25).astype(np.int32)
 
 
-def cost(make):
-    """Seconds to make a plan, and the bytes that it keeps and takes at most."""
-    begun = time.perf_counter()
-    make()
-    seconds = time.perf_counter() - begun
+def memory(make):
+    """Bytes that a plan keeps, and takes at most while it is built."""
     tracemalloc.start()
     plan = make()
-    plan.indices(0, 0)  # coverage has tables of the epoch
+    plan.indices(0, 0)  # coverage makes tables for the epoch
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return seconds, kept, peak
+    return kept, peak
 
 
 def epoch_of(plan, epoch=0):
@@ -86,25 +83,59 @@ def simulate(plans, labels):
     }
 
 
-def microseconds(plan):
-    """Of a step in order, and of any step, of an epoch that has begun."""
-    plan.indices(2, 0)
-    begun = time.perf_counter()
-    epoch_of(plan, epoch=2)
-    in_order = (time.perf_counter() - begun) / len(plan)
+def seconds_to_plan(plan):
+    """The first step of an epoch, each of the next in order, and any step."""
     steps = np.random.default_rng(0).integers(1, len(plan), 200).tolist()
-    begun = time.perf_counter()
+    clock = [time.perf_counter()]
+    plan.indices(2, 0)
+    clock.append(time.perf_counter())
+    epoch_of(plan, epoch=2)
+    clock.append(time.perf_counter())
     for step in steps:
         plan.indices(2, step)
-    return 1e6 * in_order, 1e6 * (time.perf_counter() - begun) / len(steps)
+    clock.append(time.perf_counter())
+    return np.diff(clock) / (1, len(plan), len(steps))
 
 
-def hosts_of(plan, make, hosts):
+def cost(make, labels, fewer, classes):
+    """Rows of the second table; `fewer` are as many labels in a tenth of the classes."""
+    begun = time.perf_counter()
+    plan = make(labels)
+    build = time.perf_counter() - begun
+    kept, peak = memory(lambda: make(labels))
+    per_class = (kept - memory(lambda: make(fewer))[0]) / (classes - classes // 10)
+    samples = len(labels)
+    per_label, peak_per_label = (
+        (each - per_class * classes) / samples for each in (kept, peak)
+    )
+    large, peak_of_large = (
+        (each * LARGE[0] + per_class * LARGE[1]) / 1e9
+        for each in (per_label, peak_per_label)
+    )
+    first, following, any_step = 1e3 * seconds_to_plan(plan)
+    first_of_large = "the same"
+    if plan.epoch_mode == "coverage":
+        first_of_large = f"{first * LARGE[1] / classes:.0f}"
+    return [
+        ("bytes per label", f"{per_label:.1f}", ""),
+        ("bytes per class", f"{per_class:.0f}", ""),
+        ("plan, GB", f"{kept / 1e9:.2f}", f"{large:.1f}"),
+        ("peak of building it, GB", f"{peak / 1e9:.2f}", f"{peak_of_large:.1f}"),
+        ("building it, s", f"{build:.1f}", f"{build * LARGE[0] / samples:.0f}"),
+        ("first step, ms", f"{first:.1f}", first_of_large),
+        ("next step, ms", f"{following:.2f}", "the same"),
+        ("any step, ms", f"{any_step:.2f}", "the same"),
+    ]
+
+
+def hosts_of(make, labels, hosts):
     """The plans of all hosts on one index; the last is built anew to compare."""
+    plan = make(labels)
     plans = [copy.copy(plan) for _ in range(hosts)]
     for host, each in enumerate(plans):
         each.shard = host, hosts
-    if (make(hosts - 1).indices(1, 0) != plans[-1].indices(1, 0)).any():
+    last = copy.copy(plans[-1])
+    if (make(labels, hosts - 1).indices(1, 0) != last.indices(1, 0)).any():
         raise RuntimeError("a plan that shares its index is not the plan of its shard")
     return plans
 
@@ -129,7 +160,7 @@ def main(arguments=None):
     seen, costs = {}, {}
     for mode in EPOCH_MODES:
 
-        def make(host, mode=mode):
+        def make(labels, host=0, mode=mode):
             return PKPlan(
                 labels,
                 classes_per_batch=hosts * options.classes_per_host,
@@ -138,46 +169,18 @@ def main(arguments=None):
                 shard=(host, hosts),
             )
 
-        plan = make(0)
-        seen[mode] = simulate(hosts_of(plan, make, hosts), labels)
-        seconds, kept, peak = cost(lambda: make(0))
-        # What a class costs, from a tenth of the classes.
-        few = cost(
-            lambda mode=mode: PKPlan(
-                fewer, classes_per_batch=1, samples_per_class=4, epoch_mode=mode
-            )
-        )[1]
-        per_class = (kept - few) / (classes - classes // 10)
-        costs[mode] = (
-            per_class,
-            [(each - per_class * classes) / samples for each in (kept, peak)],
-        )
-        costs[mode] += seconds, *microseconds(plan)
+        seen[mode] = simulate(hosts_of(make, labels, hosts), labels)
+        costs[mode] = cost(make, labels, fewer, classes)
 
     print(f"{hosts} hosts, {samples:,} samples in {classes:,} classes, one epoch:\n")
-    names = next(iter(seen.values()))
+    names = seen[EPOCH_MODES[0]]
     table(["", *seen], [[name, *(seen[m][name] for m in seen)] for name in names])
-    large, many = LARGE
-    rows = []
-    for mode, (per_class, per_label, seconds, in_order, cold) in costs.items():
-        of_large = [(each * large + per_class * many) / 1e9 for each in per_label]
-        rows += [
-            [f"{mode}: bytes per label", f"{per_label[0]:.1f}", ""],
-            [f"{mode}: bytes per class", f"{per_class:.0f}", ""],
-            [f"{mode}: plan, GB", "", f"{of_large[0]:.1f}"],
-            [f"{mode}: peak, GB", "", f"{of_large[1]:.1f}"],
-            [f"{mode}: build, s", f"{seconds:.1f}", f"{seconds * large / samples:.0f}"],
-            [f"{mode}: next step, us", f"{in_order:.0f}", "same"],
-            [f"{mode}: any step, us", f"{cold:.0f}", "same"],
-        ]
-    rows.append(
-        ["labels passed in, GB", f"{labels.nbytes / 1e9:.2f}", f"{large * 4 / 1e9:.1f}"]
-    )
-    rows.append(
-        ["rows read in an epoch", f"{samples // hosts:,}", f"{large // hosts:,}"]
-    )
     print("Each host:\n")
-    table(["", "here", "10^9 samples, 10^7 classes"], rows)
+    rows = [
+        (f"{mode}: {name}", *cells) for mode in costs for name, *cells in costs[mode]
+    ]
+    held = ("labels passed in, GB", f"{4e-9 * samples:.2f}", f"{4e-9 * LARGE[0]:.1f}")
+    table(["", "here", "10^9 samples, 10^7 classes"], [held, *rows])
 
 
 if __name__ == "__main__":
