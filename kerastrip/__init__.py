@@ -10,11 +10,13 @@ from kerastrip._version import __version__
 from kerastrip.augmentation import Augmentation
 from kerastrip.callbacks import (
     CollapseGuard,
+    EmbeddingProjector,
     EpochSync,
     MarginSchedule,
     MiningSchedule,
     MiningStats,
     RetrievalEvaluation,
+    TrainingReport,
     VerificationEvaluation,
 )
 from kerastrip.inference import embed, search
@@ -36,6 +38,7 @@ from kerastrip.losses import (
 from kerastrip.metrics import TripletCensus
 from kerastrip.plan import PKPlan, SamplingReport, split_classes, split_samples
 from kerastrip.sampler import PKSampler
+from kerastrip.sources import cache_images
 
 __all__ = [
     "Augmentation",
@@ -43,6 +46,7 @@ __all__ = [
     "CategoricalFocalLoss",
     "CollapseGuard",
     "ContrastiveLoss",
+    "EmbeddingProjector",
     "EpochSync",
     "MarginSchedule",
     "MiningSchedule",
@@ -52,6 +56,7 @@ __all__ = [
     "RetrievalEvaluation",
     "SamplingReport",
     "SparseCategoricalFocalLoss",
+    "TrainingReport",
     "TripletCensus",
     "TripletHardLoss",
     "TripletLoss",
@@ -59,6 +64,7 @@ __all__ = [
     "VerificationEvaluation",
     "__version__",
     "binary_focal_loss",
+    "cache_images",
     "categorical_focal_loss",
     "class_balanced_alpha",
     "distances",

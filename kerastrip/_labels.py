@@ -248,3 +248,26 @@ def _distinct(values: np.ndarray) -> np.ndarray:
     if values.dtype == np.uint64:
         return found.astype(np.uint64) + np.uint64(low)
     return (found + low).astype(values.dtype)
+
+
+def sorted_by(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions sorted by unit, then by position; the size of each unit.
+
+    The unit and the position are packed into one integer and sorted in place:
+    12 bytes a sample at the peak, where a stable argsort takes 20.
+    """
+    sizes = np.bincount(units)
+    samples = len(units)
+    bits = samples.bit_length()
+    packed = units.astype(np.int64)
+    packed <<= bits
+    order = np.empty(samples, np.int32 if bits < 32 else np.int64)
+    step = 1 << 22
+    for start in range(0, samples, step):
+        part = packed[start : start + step]
+        part |= np.arange(start, start + len(part))
+    packed.sort()
+    for start in range(0, samples, step):
+        part = packed[start : start + step]
+        order[start : start + len(part)] = part & ((1 << bits) - 1)
+    return order, sizes[sizes > 0]

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pickle
 import queue
+import random
 import signal
 import sys
 import threading
@@ -226,34 +227,73 @@ def _leave_with_parent() -> None:
 
 
 class LookAhead:
-    """Threads that make the next results while the caller works on the last one.
+    """Threads that make the next batches while the caller works on the last one.
 
-    For a caller that asks from one thread: on JAX and PyTorch Keras takes batches in
-    the training thread, between the steps, and its own threads put the first `fit` a
-    batch ahead. What is asked for out of order is made on the spot.
+    Keras' own threads stay for ever, with the batches in their queue, when
+    `stop_training` or an error ends an epoch early; on JAX and PyTorch they put the
+    first `fit` a batch ahead. These end when their batch is made.
+
+    Keras shuffles the steps by the module `random`, straight after it has asked for
+    their number, so the order can be foreseen. Where it cannot, batches are made when
+    they are asked for: nothing but speed depends on it.
+
+    Args:
+        steps: length of an epoch.
+        ahead: batches under way or ready, beyond the one that was asked for.
+        endless: whether the epoch after this one has batches of its own.
     """
 
-    def __init__(self) -> None:
-        self._ready: dict[Any, Future] = {}
-        self._due: Any = None
+    def __init__(self, steps: int, ahead: int, endless: bool):
+        self._ahead, self._endless = ahead, endless
+        self._ready: dict[tuple[int, int], Future] = {}
+        self._lock = threading.Lock()
+        self._order: Sequence[int] = range(steps)
+        self._due = self._asked = 0
+        self._dice: Any = None
 
-    def __call__(self, make: Callable[..., Any], run: Sequence, start: bool) -> Any:
-        """`make(*run[0])`, and a beginning of the rest of `run`.
+    def expect_shuffle(self) -> None:
+        """To be called when Keras asks for the number of steps."""
+        with self._lock:
+            self._dice, self._asked = random.getstate(), 0
 
-        Args:
-            make: pure function.
-            run: what is asked for now and, most likely, after that.
-            start: whether an orderly run begins here.
-        """
-        if not start and run[0] != self._due:
-            return make(*run[0])
-        self._due = run[1]
-        for key in self._ready.keys() - set(run):
-            del self._ready[key]
-        for key in run:
-            if key not in self._ready:
-                self._ready[key] = _begun(make, key)
-        return self._ready.pop(run[0]).result()
+    def __call__(self, make: Callable[..., Any], step: int, epoch: int) -> Any:
+        """`make(step, epoch)`, and a beginning of what comes after it."""
+        with self._lock:
+            run = self._run(step, epoch)
+            if len(run) > 1:
+                for key in self._ready.keys() - set(run):
+                    del self._ready[key]
+                for key in run:
+                    if key not in self._ready:
+                        self._ready[key] = _begun(make, key)
+            ready = self._ready.pop((step, epoch), None)
+        return make(step, epoch) if ready is None else ready.result()
+
+    def _run(self, step: int, epoch: int) -> list[tuple[int, int]]:
+        """This step and those that follow it, as far as can be told."""
+        steps, asked = len(self._order), self._asked
+        self._asked += 1
+        if step != self._order[self._due]:
+            if step == 0:
+                self._order, self._due = range(steps), 0
+            elif self._dice is not None and asked < steps:
+                shuffled, chance = list(range(steps)), random.Random()
+                chance.setstate(self._dice)
+                chance.shuffle(shuffled)
+                self._dice = None
+                if step != shuffled[asked]:
+                    return [(step, epoch)]
+                self._order, self._due = shuffled, asked
+            else:
+                return [(step, epoch)]
+        places = range(self._due, self._due + self._ahead + 1)
+        self._due = places[1] % steps
+        if isinstance(self._order, list):  # the next epoch is shuffled anew
+            places = range(places[0], min(places[-1] + 1, steps))
+        return [
+            (self._order[place % steps], epoch + place // steps * self._endless)
+            for place in places
+        ]
 
 
 def _begun(make: Callable[..., Any], key: Sequence) -> Future:

@@ -37,6 +37,7 @@ def retrieval_metrics(
     metrics: Sequence[str] = METRICS,
     distance: str = "euclidean",
     seed: int = 0,
+    verbose: bool = False,
 ) -> dict[str, float]:
     """How well the nearest neighbours of every embedding have its label.
 
@@ -68,6 +69,8 @@ def retrieval_metrics(
             `precision@k` counts the missing ones as misses.
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
         seed: of the k-means behind `nmi` and `ami`. Default 0.
+        verbose: whether to show a progress bar once it takes over two seconds.
+            Default False.
 
     Returns:
         Dict with one float in [0, 1] (`ami` also below 0) per word, in the order
@@ -105,7 +108,7 @@ def retrieval_metrics(
     codes = row_codes = table.codes
     if not alone:
         others = label_table("gallery_labels", gallery_labels, len(rows))
-        codes, row_codes = _common_codes(table, others)
+        codes, row_codes = common_codes(table, others)
     partners = np.bincount(row_codes, minlength=codes.max() + 1)[codes] - alone
     chosen = np.flatnonzero(partners > 0)
     if not len(chosen):
@@ -120,7 +123,7 @@ def retrieval_metrics(
     chosen = chosen[np.argsort(partners[chosen], kind="stable")]
     sums = dict.fromkeys(metrics, 0.0)
     space = Space.of(queries[chosen], rows, distance)
-    for part, block in space.blocks():
+    for part, block in space.blocks(verbose=verbose):
         who = chosen[part]
         if alone:
             block[np.arange(len(who)), who] = np.inf
@@ -250,7 +253,7 @@ def label_table(name: str, value: Any, length: int) -> LabelTable:
     return table
 
 
-def _common_codes(own: LabelTable, others: LabelTable) -> tuple[np.ndarray, np.ndarray]:
+def common_codes(own: LabelTable, others: LabelTable) -> tuple[np.ndarray, np.ndarray]:
     """The codes of two sets of labels by one table."""
     kinds = [table.classes.dtype.kind in "iu" for table in (own, others)]
     if kinds[0] != kinds[1]:

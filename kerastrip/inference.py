@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from kerastrip.sources import as_source
 _ROWS, _NUMBERS = 512, 1 << 25
 # Neighbours are picked from so many numbers at a time.
 _PART = 1 << 21
+# Seconds after which a progress bar is worth its line.
+_LONG = 2.0
 # Squares of larger numbers are near the end of float32.
 _LARGE = 1e15
 
@@ -62,7 +65,8 @@ def embed(
             batches keep their size. Default 128.
         augmentation: `kerastrip.Augmentation` for test-time views. Default None.
         views: augmented views per sample, at least 1. Default 1.
-        verbose: whether to show a progress bar. Default False.
+        verbose: whether to show a progress bar once it takes over two seconds.
+            Default False.
 
     Returns:
         (n, dim) float32 array.
@@ -100,6 +104,7 @@ def embed_with_targets(
     verbose: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`embed`, and the targets of the embedding where `x` are batches with targets.
+
 
     Returns:
         (n, dim) float32 embeddings, and the (n, ...) targets of the same output
@@ -145,9 +150,9 @@ def embed_with_targets(
 
     chosen = embedding_output(model, output)
     single = output is None and chosen.count == 1
-    bar = keras.utils.Progbar(total, unit_name="sample") if verbose else None
+    show = progress(total, "sample", verbose)
     rows, targets = [], []
-    size = 0
+    done = size = 0
     for inputs, target in batches:
         seen = [_run(model, chosen, one, size, single) for one in inputs]
         size = max(size, len(seen[0]))
@@ -156,11 +161,22 @@ def embed_with_targets(
         rows.append(seen[0])
         if target is not None:
             targets.append(np.asarray(chosen.take(target)))
-        if bar is not None:
-            bar.add(len(seen[0]))
+        done += len(seen[0])
+        show(done)
     if not rows:
         raise ValueError(_checks.message("x", "at least one batch", x))
     return np.concatenate(rows), np.concatenate(targets) if targets else None
+
+
+def progress(total: int | None, unit: str, verbose: bool) -> Callable[[int], None]:
+    """A function to call with the number done: it draws a bar if the work is long."""
+    bar, begun = keras.utils.Progbar(total, unit_name=unit), time.monotonic()
+
+    def show(done: int) -> None:
+        if verbose and time.monotonic() - begun >= _LONG:
+            bar.update(done)
+
+    return show
 
 
 def is_batches(x: Any) -> bool:
@@ -477,23 +493,28 @@ class Space(NamedTuple):
             right[-2] = np.einsum("dn,dn->n", right[:-2], right[:-2]) / 2
         return cls(queries, gallery, left, right, distance)
 
-    def blocks(self, *, upper: bool = False) -> Iterator[tuple[slice, np.ndarray]]:
+    def blocks(
+        self, *, upper: bool = False, verbose: bool = False
+    ) -> Iterator[tuple[slice, np.ndarray]]:
         """Slices of the queries and their (rows, m) distances, in one buffer.
 
         The numbers are half the squared euclidean or the cosine distance, >= 0.
 
         Args:
             upper: leave out the columns before the first row of a block.
+            verbose: draw a progress bar if it takes long.
         """
         columns = self.right.shape[1]
         step = max(1, min(_ROWS, _NUMBERS // columns, len(self.left)))
         buffer = np.empty(step * columns, np.float32)
+        show = progress(len(self.left), "row", verbose)
         for low in range(0, len(self.left), step):
             rows = slice(low, min(low + step, len(self.left)))
             shape = rows.stop - low, columns - low * upper
             block = buffer[: shape[0] * shape[1]].reshape(shape)
             np.matmul(self.left[rows], self.right[:, columns - shape[1] :], out=block)
             yield rows, np.maximum(block, 0.0, out=block)
+            show(rows.stop)
 
     def distances(self, numbers: np.ndarray) -> np.ndarray:
         """The distances that numbers of `blocks` stand for."""

@@ -84,8 +84,7 @@ def check_choice(mining: str, soft: bool, average_over: str) -> None:
     """Raise for unknown words, and for choices that exclude each other."""
     _checks.one_of("mining", mining, MININGS)
     _checks.one_of("average_over", average_over, AVERAGES)
-    if not isinstance(soft, bool):
-        raise TypeError(_checks.message("soft", "True or False", soft))
+    _checks.boolean("soft", soft)
     if soft and average_over == "active":
         raise ValueError(
             _checks.message(

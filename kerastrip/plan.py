@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ SMALL_CLASSES = ("repeat", "drop", "error")
 # About this many indices are planned at once when steps are asked for in order.
 _BLOCK = 1 << 15
 # The streams of keys that one seed is split into.
-_SAMPLES, _CLASSES, _LIMIT, _SPLIT = range(4)
+_SAMPLES, _CLASSES, _LIMIT, _SPLIT, _SUBSTITUTES = range(5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,8 @@ class SamplingReport:
         repeats_per_epoch: rows beyond the first of their sample.
         least_drawn: label and draws of the class drawn least.
         most_drawn: label and draws of the class drawn most.
+        samples_broken: samples found so far that cannot be read; others of their
+            class are drawn instead. From a sampler only.
     """
 
     classes_kept: int
@@ -57,6 +59,7 @@ class SamplingReport:
     repeats_per_epoch: int
     least_drawn: tuple[Any, int]
     most_drawn: tuple[Any, int]
+    samples_broken: int = 0
 
     def __str__(self) -> str:
         lines = []
@@ -213,7 +216,7 @@ class PKPlan:
     def _index(self, groups: np.ndarray | None) -> None:
         """Sort the samples by (group, class) and keep the classes to draw from."""
         units = self.codes if groups is None else _paired(groups, self.codes)
-        order, sizes = _sorted_by(units)
+        order, sizes = _labels.sorted_by(units)
         ends = np.cumsum(sizes)
         starts = ends - sizes
         code = self.codes[order[starts]]
@@ -393,6 +396,30 @@ class PKPlan:
         rows = self._order[self._starts[unit] + item]
         return rows.reshape(len(steps), -1).astype(np.int64)
 
+    def substitutes(self, epoch: int, step: int, position: int) -> Iterator[int]:
+        """Every sample that could stand at one position of a batch, shuffled.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            step: number of the batch.
+            position: place in the batch, 0 <= position < rows.
+
+        Yields:
+            The samples of its class (with `groups` for samples: of its class and
+            group), each once, in an order keyed by (seed, epoch, step, position).
+        """
+        index, count = self.shard
+        column = index * (self.classes_per_batch // count)
+        column += position // self.samples_per_class
+        drawn, _ = self._schedule.draws(epoch, np.array([step]), np.array([column]))
+        unit = int(drawn.item())
+        start, size = int(self._starts[unit]), int(self._sizes[unit])
+        key = mix(self.seed, _SUBSTITUTES, epoch, step, self.first_row + position)
+        for first in range(0, size, 64):
+            places = np.arange(first, min(first + 64, size))
+            places = _permutation.permute(places, size, key)
+            yield from self._order[start + places].tolist()
+
     def encode(self, labels: Any) -> np.ndarray:
         """The int32 codes of `labels`; ValueError names an unknown label."""
         return self._table.encode(labels)
@@ -505,7 +532,7 @@ def split_samples(
     """
     seed = _checks.integer("seed", seed)
     table = _labels.LabelTable(labels)
-    order, sizes = _sorted_by(table.codes)
+    order, sizes = _labels.sorted_by(table.codes)
     unit = np.repeat(np.arange(len(sizes)), sizes)
     code = table.codes[order]
     starts = np.cumsum(sizes) - sizes
@@ -593,26 +620,3 @@ def _paired(groups: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """One number for each pair (group, class) that occurs, in that order."""
     pairs = groups.astype(np.int64) * (int(codes.max()) + 1) + codes
     return np.unique(pairs, return_inverse=True)[1]
-
-
-def _sorted_by(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions sorted by unit, then by position; the size of each unit.
-
-    The unit and the position are packed into one integer and sorted in place:
-    12 bytes a sample at the peak, where a stable argsort takes 20.
-    """
-    sizes = np.bincount(units)
-    samples = len(units)
-    bits = samples.bit_length()
-    packed = units.astype(np.int64)
-    packed <<= bits
-    order = np.empty(samples, np.int32 if bits < 32 else np.int64)
-    step = 1 << 22
-    for start in range(0, samples, step):
-        part = packed[start : start + step]
-        part |= np.arange(start, start + len(part))
-    packed.sort()
-    for start in range(0, samples, step):
-        part = packed[start : start + step]
-        order[start : start + len(part)] = part & ((1 << bits) - 1)
-    return order, sizes[sizes > 0]

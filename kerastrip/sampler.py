@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import os
 import weakref
@@ -61,13 +62,12 @@ class PKSampler(keras.utils.PyDataset):
         seed: integer of 64 bits. Default 0.
         workers: threads that prepare batches ahead, or processes with
             `use_multiprocessing=True`. Default 2 on TensorFlow, 1 on JAX and
-            PyTorch, where they work ahead of steps in order (`shuffle=False`) only. 0:
-            batches are made when they are asked for.
+            PyTorch. 0: batches are made when they are asked for.
         use_multiprocessing: True: a pool of processes, forked here once (spawned on
             macOS and Windows), prepares the inputs. Worth it where augmentation or
             decoding is slow. No TensorFlow, JAX or PyTorch in what they run. `close()`
             ends them (TensorFlow keeps a dataset that has been through `fit`).
-        max_queue_size: batches that Keras keeps ready. Default 10.
+        max_queue_size: batches made ahead at most. Default 10.
 
     Raises:
         ValueError, TypeError: for arguments that do not work, naming what would.
@@ -89,6 +89,9 @@ class PKSampler(keras.utils.PyDataset):
           a step stays the same. Leave `steps_per_epoch` alone: `len()` is the epoch.
         * `sampler[step]` is a batch of the current epoch, `sampler.batch(step,
           epoch)` of any.
+        * Images that cannot be read are an error, unless their source has
+          `on_error="skip"`: then another sample of the class takes the place, targets
+          and weights included; `broken` names them.
         * h5py files are read safely by threads; open files do not go well with
           `use_multiprocessing=True`.
 
@@ -169,34 +172,30 @@ class PKSampler(keras.utils.PyDataset):
                     else "",
                 )
             )
-        tensorflow = keras.backend.backend() == "tensorflow"
         if workers is None:
-            workers = 2 if tensorflow else 1
+            workers = 2 if keras.backend.backend() == "tensorflow" else 1
         workers = _checks.integer("workers", workers, minimum=int(use_multiprocessing))
+        # Keras gets none: its processes repeat random numbers and hang when one dies,
+        # and its threads outlive a `fit` that was stopped.
+        super().__init__(workers=0)
+        ahead = _checks.integer("max_queue_size", max_queue_size, minimum=1)
         # One thread more than there are processes copies while they work.
-        self._threads = workers + 1 if use_multiprocessing else workers
-        # Keras' own processes repeat random numbers and hang when one dies. Its threads
-        # put the first fit a batch ahead except on TensorFlow, and arrive out of order,
-        # which a shard must be able to tell from a shuffle.
-        by_keras = tensorflow and self.plan.shard[1] == 1
-        super().__init__(
-            workers=self._threads if by_keras else 0,
-            use_multiprocessing=False,
-            max_queue_size=_checks.integer("max_queue_size", max_queue_size, minimum=1),
-        )
+        ahead = min(ahead, workers + bool(use_multiprocessing))
         self.fixed = bool(fixed)
         self.check_replicas(replicas)
         self._targets = _batch.targets(targets, self.plan)
         self._weights = _batch.weights(sample_weight, targets, len(self.labels))
         self._epoch, self._due, self._begun, self._closed = 0, 0, False, False
-        self._inputs = _batch.Inputs(self.source, augment, self.plan)
+        self._rows = _batch.Rows(self.plan)
+        self._inputs = _batch.Inputs(self.source, augment, self.plan, self._rows)
         self._pool: WorkerPool | None = None
         if use_multiprocessing:
             self._pool = WorkerPool(self._inputs.arrays, self._inputs.layout, workers)
             weakref.finalize(self, self._pool.close)
         self._ahead: LookAhead | None = None
-        if self._threads and not by_keras:
-            self._ahead = LookAhead()
+        if workers:
+            self._ahead = LookAhead(len(self), ahead, endless=not fixed)
+        self._threads = ahead
 
     # -- batches -------------------------------------------------------------
 
@@ -219,12 +218,14 @@ class PKSampler(keras.utils.PyDataset):
             self._due = step + 1
         if self._ahead is None:
             return self.batch(step, epoch)
-        steps = range(step, step + self._threads + 1)
-        run = [
-            (each % len(self), epoch if self.fixed else epoch + each // len(self))
-            for each in steps
-        ]
-        return self._ahead(self.batch, run, start=step == 0)
+        return self._ahead(self.batch, step, epoch)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of an epoch, as Keras asks for them."""
+        if self._ahead is not None:
+            self._ahead.expect_shuffle()
+        return len(self)
 
     def batch(self, step: int, epoch: int | None = None) -> tuple:
         """The batch of any step and epoch.
@@ -241,9 +242,9 @@ class PKSampler(keras.utils.PyDataset):
             raise RuntimeError("This sampler was closed: no more batches.")
         with in_flight.call():
             try:
-                rows = self.plan.indices(epoch, step)
                 make = self._inputs.arrays if self._pool is None else self._pool
-                x = self._inputs.packed(make(rows, epoch, step))
+                rows, arrays = self._rows.read(make, epoch, step)
+                x = self._inputs.packed(arrays)
                 y = _batch.gather(self._targets, rows)
             except SystemExit as error:
                 # Keras' threads would swallow it and wait for the batch for ever.
@@ -376,8 +377,14 @@ class PKSampler(keras.utils.PyDataset):
         return self.plan.decode(codes)
 
     def report(self) -> Any:
-        """What is kept, left out and repeated: see `PKPlan.report`."""
-        return self.plan.report()
+        """What is kept, left out, repeated and broken: a `SamplingReport`."""
+        report = self.plan.report()
+        return dataclasses.replace(report, samples_broken=len(self._rows.broken))
+
+    @property
+    def broken(self) -> dict[int, str]:
+        """Sample -> what is wrong with it, for those found so far that are skipped."""
+        return dict(self._rows.broken)
 
     def check_replicas(self, replicas: int) -> None:
         """Raises ValueError if `replicas` parts of a batch would cut a class.

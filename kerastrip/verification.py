@@ -112,6 +112,22 @@ class VerificationCurve:
             score = self.same - self.different
         return self._point(int(score.argmax()))
 
+    def figures(self, metrics: Sequence[str] = METRICS) -> dict[str, float]:
+        """The dict that `verification_metrics` returns."""
+        results: dict[str, float] = {}
+        for word in check_metrics(metrics):
+            if word in ("auc", "eer"):
+                results[word] = getattr(self, word)
+            elif word in ("accuracy", "f1"):
+                results[word] = getattr(self.best(word), word)
+            else:
+                results[word] = self.at_far(float(word.partition("@")[2])).recall
+        return {
+            **results,
+            "same_pairs": int(self.same[-1]),
+            "different_pairs": int(self.different[-1]),
+        }
+
     def _point(self, i: int) -> OperatingPoint:
         taken, wrong = int(self.same[i]), int(self.different[i])
         same, different = int(self.same[-1]), int(self.different[-1])
@@ -132,6 +148,7 @@ def verification_curve(
     pairs: Any = None,
     is_same: Any = None,
     distance: str = "euclidean",
+    verbose: bool = False,
 ) -> VerificationCurve:
     """Counts the accepted pairs of same and different label at every threshold.
 
@@ -147,6 +164,8 @@ def verification_curve(
         pairs: (pairs, 2) rows of `embeddings`. Default: all.
         is_same: (pairs,) booleans, in place of `labels`.
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+        verbose: whether to show a progress bar over all pairs once it takes over two
+            seconds. Default False.
 
     Returns:
         A `VerificationCurve`.
@@ -177,7 +196,7 @@ def verification_curve(
         if labels is None:
             raise ValueError(_checks.message("pairs", "the pairs of `is_same`", pairs))
         check_codes("labels", codes)
-        return _curve_of_all(rows, codes, distance)
+        return _curve_of_all(rows, codes, distance, verbose)
     pairs = pairs_array(pairs, len(rows))
     if labels is not None:
         is_same = codes[pairs[:, 0]] == codes[pairs[:, 1]]
@@ -193,6 +212,7 @@ def verification_metrics(
     is_same: Any = None,
     metrics: Sequence[str] = METRICS,
     distance: str = "euclidean",
+    verbose: bool = False,
 ) -> dict[str, float]:
     """How well a threshold on the distance tells same pairs from different ones.
 
@@ -213,6 +233,7 @@ def verification_metrics(
         is_same: (pairs,) booleans, in place of `labels`.
         metrics: words of the table. Default: all, f from 0.1 to 0.0001.
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+        verbose: as for `verification_curve`.
 
     Returns:
         Dict with one float in [0, 1] per word, and the counts `"same_pairs"` and
@@ -230,21 +251,14 @@ def verification_metrics(
     """
     metrics = check_metrics(metrics)
     curve = verification_curve(
-        embeddings, labels, pairs=pairs, is_same=is_same, distance=distance
+        embeddings,
+        labels,
+        pairs=pairs,
+        is_same=is_same,
+        distance=distance,
+        verbose=verbose,
     )
-    results: dict[str, float] = {}
-    for word in metrics:
-        if word in ("auc", "eer"):
-            results[word] = getattr(curve, word)
-        elif word in ("accuracy", "f1"):
-            results[word] = getattr(curve.best(word), word)
-        else:
-            results[word] = curve.at_far(float(word.partition("@")[2])).recall
-    return {
-        **results,
-        "same_pairs": int(curve.same[-1]),
-        "different_pairs": int(curve.different[-1]),
-    }
+    return curve.figures(metrics)
 
 
 class FoldedAccuracy(NamedTuple):
@@ -373,11 +387,11 @@ def _with_start(thresholds: Any, same: Any, different: Any) -> VerificationCurve
 
 
 def _curve_of_all(
-    rows: np.ndarray, codes: np.ndarray, distance: str
+    rows: np.ndarray, codes: np.ndarray, distance: str, verbose: bool
 ) -> VerificationCurve:
     """The curve of all pairs, by sorting if there are few, else by a histogram."""
     space = Space.of(rows, rows, distance)
-    parts = _all_pairs(space, codes)
+    parts = _all_pairs(space, codes, verbose)
     if len(rows) * (len(rows) - 1) // 2 <= _SORTED:
         values, same = (np.concatenate(part) for part in zip(*parts, strict=True))
         return _curve(space.distances(values), same)
@@ -404,10 +418,10 @@ def _curve_of_all(
 
 
 def _all_pairs(
-    space: Space, codes: np.ndarray
+    space: Space, codes: np.ndarray, verbose: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Values of `space.blocks` above the diagonal, flat, and which are of one code."""
-    for rows, block in space.blocks(upper=True):
+    for rows, block in space.blocks(upper=True, verbose=verbose):
         for low in range(0, len(block), _ROWS):
             part = block[low : low + _ROWS, low:]
             first = rows.start + low

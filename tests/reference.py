@@ -74,6 +74,30 @@ def census(labels, embeddings, margin=0.2, word="euclidean", matrix=None):
     return result
 
 
+def census_figures(batches, margin=0.2, word="euclidean"):
+    """What TripletCensus reports after some batches (labels, embeddings)."""
+    anchors, shapes = [], []
+    for labels, embeddings in batches:
+        x = np.asarray(embeddings, np.float64)
+        anchors += census(labels, x, margin, word)
+        variances = np.linalg.eigvalsh(np.cov(x.T, bias=True).reshape(x.shape[1], -1))
+        spread = variances.sum()
+        shapes.append((len(x) * spread, spread**2 / (variances**2).sum()))
+    total = {key: sum(anchor[key] for anchor in anchors) for key in anchors[0]}
+    triplets = max(total["easy"] + total["semi_hard"] + total["hard"], 1)
+    return {
+        **{key: total[key] / triplets for key in ("easy", "semi_hard", "hard")},
+        "active": (total["semi_hard"] + total["hard"]) / triplets,
+        "pairs_with_semi_hard": total["pairs_with_semi_hard"] / total["positives"],
+        "anchors_without_positive": np.mean([a["positives"] == 0 for a in anchors]),
+        "pos_dist": total["pos_dist"] / total["positives"],
+        "neg_dist": total["neg_dist"] / total["negatives"],
+        "norm": np.mean([np.linalg.norm(row) for _, rows in batches for row in rows]),
+        "spread": sum(spread for spread, _ in shapes) / len(anchors),
+        "effective_dim": np.mean([dimension for _, dimension in shapes]),
+    }
+
+
 def chosen_triplets(labels, d, margin, mining):
     """The triplets (a, p, n) that a mining word takes from a distance matrix."""
     triplets = []

@@ -1,7 +1,10 @@
 """CollapseGuard: alarms on what really collapses, silence on what is healthy."""
 
+import io
+import pathlib
 import re
 import warnings
+import zipfile
 
 import keras
 import numpy as np
@@ -11,6 +14,9 @@ from sklearn.datasets import load_digits
 from kerastrip.callbacks.collapse import CollapseGuard
 from kerastrip.callbacks.mining_stats import MiningStats
 from kerastrip.losses import TripletLoss
+from kerastrip.sampler import PKSampler
+
+OMNIGLOT = pathlib.Path(__file__).parents[2] / "shared" / "data" / "omniglot"
 
 HEALTHY = {
     "easy": 0.6,
@@ -140,7 +146,7 @@ def test_prefix():
 
 def test_without_mining_stats_it_says_so_once():
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    model.compile("sgd", TripletLoss())
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy())
     x, y = np.ones((8, 3), "float32"), np.arange(8) % 2
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -148,6 +154,40 @@ def test_without_mining_stats_it_says_so_once():
     found = [str(w.message) for w in caught if "CollapseGuard" in str(w.message)]
     assert len(found) == 1
     assert "MiningStats()" in found[0]
+
+
+@pytest.mark.backend
+def test_alarms_and_their_remedy_under_fit():
+    """From real batches on every backend; the weights hardly move."""
+    y = np.arange(12, dtype="int32") % 3
+    for x, alarms, rate in (
+        (np.ones((12, 3)), [(0, "collapsed"), (1, "collapsed")], 1e-8),
+        (
+            np.arange(12)[:, None] * np.ones(3),
+            [(0, "collapsed"), (1, "collapsed")],
+            1e-8,
+        ),
+        (np.eye(3)[y] * 5000, [(0, "exploded"), (1, "exploded")], 1e-8),
+        (np.eye(3)[y], [(1, "idle")], 1e-6),  # every triplet is easy
+        (np.random.default_rng(0).normal(size=(12, 3)), [], 1e-6),
+    ):
+        model = keras.Sequential(
+            [keras.Input((3,)), keras.layers.Dense(3, kernel_initializer="identity")]
+        )
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(1e-6), loss)
+        guard = CollapseGuard("reduce_lr", patience=1, idle_patience=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.fit(
+                x.astype("float32"),
+                y,
+                epochs=2,
+                verbose=0,
+                callbacks=[guard, MiningStats(0.2, "euclidean")],
+            )
+        assert [(alarm.epoch, alarm.kind) for alarm in guard.alarms] == alarms
+        assert float(model.optimizer.learning_rate) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(
@@ -268,3 +308,54 @@ def test_permuted_labels_are_told_from_true_ones(seed):
 @pytest.mark.parametrize("rate", [1e-3, 1e-4])
 def test_healthy_trainings(mining, rate):
     assert train(TripletLoss(margin=0.2, mining=mining), rate, epochs=10)[0] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not OMNIGLOT.is_dir(), reason="needs Omniglot beside the repository"
+)
+@pytest.mark.parametrize(
+    ("mining", "rate", "permuted"),
+    [
+        ("semi_hard", 1e-3, False),
+        ("semi_hard", 1e-4, False),
+        ("hard", 1e-3, False),
+        ("semi_hard", 1e-3, True),
+    ],
+)
+def test_omniglot(mining, rate, permuted):
+    """136 classes of 20 drawings, 32 x 4 a batch."""
+    image = pytest.importorskip("PIL.Image")
+    x, y = [], []
+    with zipfile.ZipFile(OMNIGLOT / "images_background_small1.zip") as archive:
+        for name in sorted(archive.namelist()):
+            if name.endswith(".png"):
+                drawing = image.open(io.BytesIO(archive.read(name))).convert("L")
+                x.append(1 - np.float32(drawing.resize((28, 28), image.BOX)) / 255)
+                y.append(name.rpartition("/")[0])
+    if permuted:
+        y = np.random.default_rng(0).permutation(y)
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((28, 28, 1))]
+    for _ in range(3):
+        layers += [
+            keras.layers.Conv2D(32, 3, padding="same", use_bias=False),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            keras.layers.MaxPooling2D(padding="same"),
+        ]
+    layers += [keras.layers.Flatten(), keras.layers.Dense(64)]
+    layers += [keras.layers.UnitNormalization(dtype="float32")]
+    model = keras.Sequential(layers)
+    loss = TripletLoss(margin=0.2, mining=mining)
+    model.compile(keras.optimizers.Adam(rate), loss)
+    x = np.stack(x)[..., None]
+    train = PKSampler(x, y, classes_per_batch=32, samples_per_class=4, seed=0)
+    guard = CollapseGuard()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.fit(
+            train, epochs=10, verbose=0, shuffle=False, callbacks=[guard, MiningStats()]
+        )
+    kinds = [alarm.kind for alarm in guard.alarms]
+    assert kinds == (["at_chance"] if permuted else [])

@@ -8,6 +8,7 @@ else than its default fails `test_every_argument_is_exercised`.
 import inspect
 import itertools
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ LOSSES = {
         "label",
         (
             {"margin": 0.3, "mining": "hard", "distance": "cosine"},
-            {"average_over": "active"},
+            {"average_over": "active", "gather": True},
             {"soft": True},
         ),
     ),
@@ -70,23 +71,26 @@ LOSSES = {
                 "negative_margin": 0.8,
                 "distance": "cosine",
                 "average_over": "active",
+                "gather": True,
             },
         ),
     ),
     "TripletSemiHardLoss": Trained(
-        "embedding", "label", ({"margin": 0.5, "distance_metric": "squared-L2"},)
+        "embedding",
+        "label",
+        ({"margin": 0.5, "distance_metric": "squared-L2", "gather": True},),
     ),
     "TripletHardLoss": Trained(
         "embedding",
         "label",
-        ({"margin": 0.5, "distance_metric": "angular"}, {"soft": True}),
+        ({"margin": 0.5, "distance_metric": "angular", "gather": True}, {"soft": True}),
     ),
 }
 METRICS = {
     "TripletCensus": Trained(
         "embedding",
         "label",
-        ({"margin": 0.4, "distance": "cosine", "prefix": "emb_"},),
+        ({"margin": 0.4, "distance": "cosine", "prefix": "emb_", "gather": True},),
     ),
 }
 
@@ -112,6 +116,9 @@ CALLBACKS = {
         lambda sampler, x, y: [kerastrip.CollapseGuard(), kerastrip.MiningStats()],
         triplet=True,
     ),
+    "EmbeddingProjector": Called(
+        lambda sampler, x, y: [kerastrip.EmbeddingProjector(tempfile.mkdtemp(), x, y)]
+    ),
     "EpochSync": Called(lambda sampler, x, y: [kerastrip.EpochSync(sampler)]),
     "MarginSchedule": Called(
         lambda sampler, x, y: [kerastrip.MarginSchedule({0: 0.3, 1: 0.2})],
@@ -131,6 +138,11 @@ CALLBACKS = {
     "RetrievalEvaluation": Called(
         lambda sampler, x, y: [kerastrip.RetrievalEvaluation(x, y)],
         ("val_recall@1", "val_map@r"),
+    ),
+    "TrainingReport": Called(
+        lambda sampler, x, y: [
+            kerastrip.TrainingReport(f"{tempfile.mkdtemp()}/report.html", x, y)
+        ]
     ),
     "VerificationEvaluation": Called(
         lambda sampler, x, y: [kerastrip.VerificationEvaluation(x, y)],

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from sklearn import metrics as sk
+from sklearn.cluster import KMeans
 
 from kerastrip import verification
 from kerastrip.evaluation import METRICS, retrieval_metrics
@@ -139,7 +140,6 @@ class TestRetrieval:
         assert got["lone_queries"] == 0
 
     def test_clustering(self, rng):
-        pytest.importorskip("sklearn")
         y = np.repeat(np.arange(4), 20)
         x = rng.normal(size=(80, 2)) * 0.01 + np.eye(4)[y][:, :2] + y[:, None]
         got = retrieval_metrics(x, y, metrics=("nmi", "ami"))
@@ -148,6 +148,11 @@ class TestRetrieval:
         shuffled = retrieval_metrics(x, rng.permutation(y), metrics=("ami",))
         assert abs(shuffled["ami"]) < 0.1
         assert "nmi" not in shuffled
+        vague = rng.normal(size=(80, 2)) + y[:, None]
+        got = retrieval_metrics(vague, y, metrics=("nmi", "ami"), seed=3)
+        found = KMeans(4, n_init=1, random_state=3).fit_predict(np.float32(vague))
+        assert got["nmi"] == pytest.approx(sk.normalized_mutual_info_score(y, found))
+        assert got["ami"] == pytest.approx(sk.adjusted_mutual_info_score(y, found))
 
     @pytest.mark.parametrize(
         ("change", "expected"),
@@ -206,6 +211,7 @@ def of_scikit_learn(is_same, distances):
         "tar@0.1": tar[far <= 0.1].max(),
         "tar@0.01": tar[far <= 0.01].max(),
         "tar@0.001": tar[far <= 0.001].max(),
+        "tar@0.0001": tar[far <= 0.0001].max(),
         "accuracy": max([np.mean(~is_same), *accuracies]),
         "f1": np.max(2 * precision * recall / np.maximum(precision + recall, 1e-9)),
     }

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import pathlib
 
+import cv2
 import keras
 import numpy as np
 import pytest
@@ -75,6 +76,33 @@ def test_digits_composes_classes_of_their_own():
     for image in more[more_names == "3 over 5"]:
         assert image[:4].tobytes() in upper
         assert image[4:].tobytes() in lower
+
+
+def test_image_folder_learns_from_any_folder_of_class_folders(tmp_path):
+    images, names = load_example("digits").load()
+    for row, (image, name) in enumerate(zip(images[:300], names[:300], strict=True)):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / f"{row:03}.png"), image)
+    photos, out = str(tmp_path / "photos"), tmp_path / "out"
+    options = [
+        "--size",
+        "16",
+        "--color",
+        "gray",
+        "--epochs",
+        "4",
+        "--classes-per-batch",
+        "8",
+    ]
+    figures = load_example("image_folder").main([photos, "--out", str(out), *options])
+    assert figures["trained"]["map@r"] > figures["untrained"]["map@r"] + 0.1
+    with open(out / "history.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 4
+    model = keras.models.load_model(out / "model.keras")
+    augmentation = kerastrip.Augmentation.load(out / "augmentation.json")
+    assert model.output_shape == [(None, 8), (None, 64)]
+    assert augmentation(np.zeros((16, 16, 1), "uint8"), 0).shape == (16, 16, 1)
 
 
 def rows_of_table(text):

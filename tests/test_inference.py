@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+from kerastrip import inference
 from kerastrip.augmentation import Augmentation
 from kerastrip.inference import embed, embed_with_targets, nearest, search
 from kerastrip.losses import TripletLoss
@@ -292,7 +293,8 @@ class TestEmbed:
         with pytest.raises(ValueError, match=r"\(batch, dim\).*\(2, 2, 2, 2\)"):
             embed(image, np.ones((2, 4, 4, 1)))
 
-    def test_progress_bar_only_when_asked(self, capsys):
+    def test_progress_bar_only_when_asked(self, capsys, monkeypatch):
+        monkeypatch.setattr(inference, "_LONG", 0.0)
         embed(linear_model(), np.ones((6, 4)), batch_size=2)
         assert capsys.readouterr().out == ""
         embed(linear_model(), np.ones((6, 4)), batch_size=2, verbose=True)

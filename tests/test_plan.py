@@ -516,6 +516,27 @@ def test_the_report_is_what_epoch_0_does(case, mode, data):
         assert (labels[rows[..., 0]] == label).sum() == count
 
 
+@pytest.mark.parametrize("groups", [False, True])
+def test_substitutes_are_the_samples_of_the_class_shuffled_by_the_key(groups):
+    labels = np.repeat(np.arange(3), 200)
+    rooms = np.arange(600) % 2 if groups else np.zeros(600, int)
+    plan = planned(labels, 2, 3, groups=rooms, seed=4)
+    seen = set()
+    for epoch, step, position in (
+        (0, 0, 0),
+        (0, 0, 1),
+        (0, 0, 5),
+        (0, 1, 0),
+        (3, 0, 0),
+    ):
+        row = plan.indices(epoch, step)[position]
+        others = list(plan.substitutes(epoch, step, position))
+        unit = (labels == labels[row]) & (rooms == rooms[row])
+        assert sorted(others) == np.flatnonzero(unit).tolist()
+        seen.add(tuple(np.array(others) % 200))
+    assert len(seen) == 5
+
+
 def test_the_report_prints_as_a_table():
     report = planned(list("aaaabbbbbbc"), 2, 2).report()
     lines = [line.split(maxsplit=0)[0] for line in str(report).splitlines()]
@@ -531,6 +552,7 @@ def test_the_report_prints_as_a_table():
         "repeats per epoch",
         "least drawn",
         "most drawn",
+        "samples broken",
     ]
     values = [line[20:] for line in lines]
     assert values == [
@@ -545,6 +567,7 @@ def test_the_report_prints_as_a_table():
         "2",
         "a (3 times)",
         "a (3 times)",
+        "0",
     ]
 
 

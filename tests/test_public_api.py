@@ -13,7 +13,9 @@ import sys
 import textwrap
 import tokenize
 
+import cv2
 import keras
+import numpy as np
 import pytest
 
 import kerastrip
@@ -33,14 +35,15 @@ BELOW = {
     "_targets": set(),
     "_workers": set(),
     "_numerics": set(),
+    "_replicas": set(),
     "distances": {"_numerics"},
     "_mining_blocks": {"distances"},
     "_mining_dense": {"_mining_blocks"},
     "_mining_pairs": {"_mining_blocks"},
     "mining": {"_mining_dense", "_mining_pairs"},
     "memory": {"_numerics"},
-    "metrics": {"mining"},
-    "losses._label_loss": {"_numerics"},
+    "metrics": {"mining", "_replicas"},
+    "losses._label_loss": {"_numerics", "_replicas"},
     "losses.focal": {"losses._label_loss"},
     "losses": {"mining", "memory", "losses._label_loss"},
     "_schedule": {"_permutation"},
@@ -52,7 +55,9 @@ BELOW = {
     "inference": {"distances", "sources", "_outputs"},
     "evaluation": {"inference", "_labels"},
     "verification": {"evaluation"},
-    "plotting": {"verification"},
+    "_pictures": set(),
+    "_neighbours": {"inference"},
+    "plotting": {"verification", "_pictures", "_neighbours"},
     "callbacks": {"metrics", "plotting"},
 }
 BELOW["__init__"] = set(BELOW)
@@ -61,8 +66,9 @@ LAZY = {("sampler", "plotting")}
 FREE_OF_KERAS = {"_checks", "_labels", "_permutation", "_schedule", "_version", "plan"}
 OPTIONAL = {"albumentations", "cv2", "faiss", "matplotlib", "sklearn", "tensorboard"}
 BACKENDS = {"jax", "tensorflow", "torch"}
-# The one private name of Keras, and the standard library's way out of a process.
-FOREIGN_PRIVATE = {"_metrics", "_exit"}
+# The one private name of Keras; of the standard library the way out of a process, and
+# the public method of a NamedTuple.
+FOREIGN_PRIVATE = {"_metrics", "_exit", "_replace"}
 TOP_LEVEL = {
     "LICENSE",
     "README.md",
@@ -509,8 +515,19 @@ def test_readme_has_python_blocks():
     assert readme_sections()
 
 
+@pytest.fixture
+def photos(tmp_path):
+    """The folder of class folders that the README speaks of."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 5, 40, 30, 3), np.uint8)
+    for number, of_class in enumerate(images):
+        folder = tmp_path / "photos" / f"class {number}"
+        folder.mkdir(parents=True)
+        for name, image in enumerate(of_class):
+            cv2.imwrite(str(folder / f"{name}.jpg"), image)
+
+
 @pytest.mark.parametrize("blocks", readme_sections())
-def test_readme_blocks_run(blocks, tmp_path, monkeypatch):
+def test_readme_blocks_run(blocks, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "readme"}
     with contextlib.redirect_stdout(io.StringIO()):

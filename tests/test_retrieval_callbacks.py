@@ -8,8 +8,13 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from kerastrip.callbacks import RetrievalEvaluation, VerificationEvaluation
+from kerastrip import inference
+from kerastrip.callbacks import (
+    RetrievalEvaluation,
+    VerificationEvaluation,
+)
 from kerastrip.evaluation import retrieval_metrics
 from kerastrip.inference import embed
 from kerastrip.losses import TripletLoss
@@ -27,8 +32,10 @@ def data(rng):
 
 
 def small_model(rate=0.1):
-    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
-    model.compile(keras.optimizers.SGD(rate), TripletLoss())
+    """Of a loss that takes little time to trace; it learns to tell the labels apart."""
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(rate), loss)
     return model
 
 
@@ -68,6 +75,32 @@ def test_verification_joins_the_logs_with_the_figures_of_that_epoch(data):
         expected = [figures[word] for figures in recorder.measured]
         assert history[f"held_out_{word}"] == pytest.approx(expected)
     assert callback.results[0]["same_pairs"] == 4 * 15
+    # the thresholds of the last epoch, with precision and recall there
+    assert callback.curve.at_far(0.01).recall == history["held_out_tar@0.01"][-1]
+
+
+def test_a_gallery_to_search_in(data):
+    x, y = data
+    names = np.array(["ant", "bee", "cat", "dog"])[y]
+    near = {"gallery": x[10:], "gallery_labels": names[10:]}
+    recorder = Recorder(
+        lambda model: retrieval_metrics(
+            embed(model, x[:10]),
+            names[:10],
+            gallery=embed(model, x[10:]),
+            gallery_labels=names[10:],
+        )
+    )
+    callback = RetrievalEvaluation(x[:10], names[:10], **near)
+    history = fit(small_model(), data, [callback, recorder])
+    expected = [figures["map@r"] for figures in recorder.measured]
+    assert history["val_map@r"] == pytest.approx(expected)
+    assert callback.results[0]["queries"] == 10
+    for labels, error in ((["elk"] * 10, ValueError), (y[:10], TypeError)):
+        with pytest.raises(error, match="gallery_labels"):
+            RetrievalEvaluation(x[:10], labels, **near)
+    with pytest.raises(ValueError, match="gallery_labels"):
+        RetrievalEvaluation(x, y, gallery_labels=y)
 
 
 def test_verification_of_a_list_of_pairs(data, rng):
@@ -126,13 +159,16 @@ def two_headed():
 def test_a_dataset_gives_the_labels_of_the_embedding_output(data):
     x, y = data
     one_hot = np.float32(np.eye(4)[y])
+    rows = tf.data.Dataset.from_tensor_slices((x, (one_hot, y)))
     first = RetrievalEvaluation(TwoTargets(x, y))
     second = RetrievalEvaluation(x, one_hot, prefix="again_")
+    third = RetrievalEvaluation(rows.shuffle(24).batch(10), prefix="mixed_")
     model = two_headed()
     history = model.fit(
-        x, (one_hot, y), epochs=2, verbose=0, callbacks=[first, second]
+        x, (one_hot, y), epochs=2, verbose=0, callbacks=[first, second, third]
     ).history
     assert history["val_map@r"] == history["again_map@r"]
+    assert history["mixed_map@r"] == pytest.approx(history["val_map@r"])
 
 
 def test_monitors_listed_after_it_work(data, tmp_path):
@@ -220,12 +256,21 @@ def test_an_unknown_output_fails_before_the_first_epoch(data):
     assert begun.measured == []
 
 
-def test_progress_bar_only_when_asked(data, capsys):
+@pytest.mark.parametrize("kind", [RetrievalEvaluation, VerificationEvaluation])
+def test_progress_bars_for_long_work(data, capsys, monkeypatch, kind):
     x, y = data
-    fit(small_model(), data, [RetrievalEvaluation(x, y)], epochs=1)
-    assert capsys.readouterr().out == ""
-    fit(small_model(), data, [RetrievalEvaluation(x, y, verbose=True)], epochs=1)
-    assert "24/24" in capsys.readouterr().out
+
+    def bars(shown, verbose=None):
+        callback = kind(x, y, verbose=verbose)
+        small_model().fit(x, y, batch_size=12, verbose=shown, callbacks=[callback])
+        return capsys.readouterr().out.count("24/24")
+
+    assert bars(1) == 0  # it was done at once
+    monkeypatch.setattr(inference, "_LONG", 0.0)
+    assert bars(1) == 2  # one for the samples, one for their distances
+    assert bars(0) == 0
+    assert bars(0, verbose=True) == 2
+    assert bars(1, verbose=False) == 0
 
 
 @pytest.mark.parametrize("kind", [RetrievalEvaluation, VerificationEvaluation])

@@ -87,8 +87,8 @@ class EpochSync(keras.callbacks.Callback):
             if hasattr(sampler, "check_replicas"):
                 sampler.check_replicas(replicas)
 
-    # Callbacks run before Keras starts the workers of the epoch. The on_epoch_begin of
-    # the dataset itself runs after that: too late.
+    # Callbacks run before Keras asks for the first batch of an epoch. It does not tell
+    # the dataset which epoch that is.
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if self._taken is not None:
             self._check_restored(epoch, self._iterations() - self._taken)

@@ -9,16 +9,16 @@ import keras
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip.callbacks._evaluation import EpochEvaluation
+from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
 from kerastrip.distances import DISTANCES
-from kerastrip.evaluation import check_metrics, retrieval_metrics
+from kerastrip.evaluation import check_metrics, common_codes, retrieval_metrics
 
 
 class RetrievalEvaluation(keras.callbacks.Callback):
     """Adds `val_recall@1`, `val_map@r`, ... of held-out data to the epoch logs.
 
-    After an epoch every sample is embedded once, and looked up among all others
-    (`kerastrip.evaluation.retrieval_metrics`). Callbacks that monitor these keys
+    After an epoch every sample is embedded once, and looked up among all others, or
+    in a gallery (`kerastrip.evaluation.retrieval_metrics`). Callbacks that monitor these keys
     stand *after* this one in the list; one that stands before it is warned of:
 
         callbacks=[RetrievalEvaluation(x_val, y_val),
@@ -40,6 +40,9 @@ class RetrievalEvaluation(keras.callbacks.Callback):
             targets), whose targets of the embedding output are the labels.
         y: (n,) integer or string labels or (n, classes) one-hot rows. Default None:
             those of the sampler, source or dataset.
+        gallery: what to look up x in, given in any of the ways of x. Default None:
+            x itself, each sample without itself.
+        gallery_labels: labels of the gallery, as y.
         metrics: words of `retrieval_metrics`. Default `("recall@1", "map@r")`.
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
         every: epochs from one measurement to the next, at least 1. Default 1.
@@ -47,7 +50,8 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         output: name or position of the embedding among the outputs of the model.
             None takes the output whose loss has a `distance`, or the only one.
         batch_size: rows per call of the model. Default 128.
-        verbose: whether to show a progress bar while embedding. Default False.
+        verbose: whether to show a progress bar once it takes over two seconds.
+            Default None: where `fit` shows one, too.
 
     Attributes:
         results: what was measured: epoch -> dict as `retrieval_metrics` returns it,
@@ -55,7 +59,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
 
     Raises:
         TypeError, ValueError: if x and y do not fit each other, a word is unknown,
-            or no label occurs twice.
+            no label occurs twice, or none is in the gallery.
 
     Example:
 
@@ -74,34 +78,62 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         x: Any,
         y: Any = None,
         *,
+        gallery: Any = None,
+        gallery_labels: Any = None,
         metrics: Sequence[str] = ("recall@1", "map@r"),
         distance: str = "euclidean",
         every: int = 1,
         prefix: str = "val_",
         output: int | str | None = None,
         batch_size: int = 128,
-        verbose: bool = False,
+        verbose: bool | None = None,
     ):
         super().__init__()
         keys = check_metrics(metrics)
         _checks.one_of("distance", distance, DISTANCES)
+        data = [HeldOut(x, y)]
+        if gallery is not None:
+            data.append(HeldOut(gallery, gallery_labels, ("gallery", "gallery_labels")))
+        elif gallery_labels is not None:
+            raise ValueError(
+                _checks.message("gallery_labels", "`gallery` with it", gallery_labels)
+            )
+
+        def measure(
+            embeddings: Any, labels: Any, *others: Any, verbose: bool
+        ) -> dict[str, float]:
+            rows, row_labels = others or (None, None)
+            return retrieval_metrics(
+                embeddings,
+                labels,
+                gallery=rows,
+                gallery_labels=row_labels,
+                metrics=keys,
+                distance=distance,
+                verbose=verbose,
+            )
+
         self._evaluation = EpochEvaluation(
             self,
-            x,
-            y,
+            data,
             keys=keys,
-            measure=lambda embeddings, labels: retrieval_metrics(
-                embeddings, labels, metrics=keys, distance=distance
-            ),
+            measure=measure,
             every=every,
             prefix=prefix,
             output=output,
             batch_size=batch_size,
             verbose=verbose,
         )
-        labels = self._evaluation.labels
-        if labels is not None and len(np.unique(labels)) == len(labels):
-            raise ValueError(_checks.message("y", "a label that occurs twice", labels))
+        own, others = data[0].table, data[-1].table
+        if gallery is None:
+            if own is not None and len(np.unique(own.codes)) == len(own.codes):
+                raise ValueError(_checks.message("y", "a label that occurs twice", y))
+        elif own is None or others is None:
+            return
+        elif not np.isin(*common_codes(own, others)).any():
+            raise ValueError(
+                _checks.message("gallery_labels", "a label of y", gallery_labels)
+            )
 
     @property
     def results(self) -> dict[int, dict[str, float]]:

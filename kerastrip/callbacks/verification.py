@@ -8,14 +8,15 @@ from typing import Any
 import keras
 
 from kerastrip import _checks
-from kerastrip.callbacks._evaluation import EpochEvaluation
+from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
 from kerastrip.distances import DISTANCES
 from kerastrip.verification import (
+    VerificationCurve,
     check_codes,
     check_metrics,
     flags_array,
     pairs_array,
-    verification_metrics,
+    verification_curve,
 )
 
 
@@ -40,11 +41,13 @@ class VerificationEvaluation(keras.callbacks.Callback):
         output: name or position of the embedding among the outputs of the model.
             None takes the output whose loss has a `distance`, or the only one.
         batch_size: rows per call of the model. Default 128.
-        verbose: whether to show a progress bar while embedding. Default False.
+        verbose: as for `RetrievalEvaluation`.
 
     Attributes:
         results: what was measured: epoch -> dict as `verification_metrics` returns
             it, with the numbers of pairs.
+        curve: the latest `VerificationCurve`, None before the first: it tells the
+            thresholds, with precision and recall there.
 
     Raises:
         TypeError, ValueError: if the arrays do not fit each other, a word is
@@ -75,7 +78,7 @@ class VerificationEvaluation(keras.callbacks.Callback):
         prefix: str = "val_",
         output: int | str | None = None,
         batch_size: int = 128,
-        verbose: bool = False,
+        verbose: bool | None = None,
     ):
         super().__init__()
         keys = check_metrics(metrics)
@@ -86,35 +89,40 @@ class VerificationEvaluation(keras.callbacks.Callback):
                     "is_same", "`pairs` with it, and y=None in its place", is_same
                 )
             )
-        self._evaluation = EpochEvaluation(
-            self,
-            x,
-            y,
-            labelled=is_same is None,
-            keys=keys,
-            measure=lambda embeddings, labels: verification_metrics(
+        labelled = is_same is None
+        data = HeldOut(x, y, labelled=labelled)
+        if pairs is None:
+            if data.table is not None:
+                check_codes("y", data.table.codes)
+        else:
+            if data.length is not None:
+                pairs = pairs_array(pairs, data.length)
+            if is_same is not None:
+                is_same = flags_array(is_same, len(pairs))
+        self.curve: VerificationCurve | None = None
+
+        def measure(embeddings: Any, labels: Any, *, verbose: bool) -> dict[str, float]:
+            self.curve = verification_curve(
                 embeddings,
-                labels if is_same is None else None,
+                labels if labelled else None,
                 pairs=pairs,
                 is_same=is_same,
-                metrics=keys,
                 distance=distance,
-            ),
+                verbose=verbose,
+            )
+            return self.curve.figures(keys)
+
+        self._evaluation = EpochEvaluation(
+            self,
+            [data],
+            keys=keys,
+            measure=measure,
             every=every,
             prefix=prefix,
             output=output,
             batch_size=batch_size,
             verbose=verbose,
         )
-        labels = self._evaluation.labels
-        if pairs is None:
-            if labels is not None:
-                check_codes("y", labels)
-            return
-        if self._evaluation.length is not None:
-            pairs = pairs_array(pairs, self._evaluation.length)
-        if is_same is not None:
-            is_same = flags_array(is_same, len(pairs))
 
     @property
     def results(self) -> dict[int, dict[str, float]]:

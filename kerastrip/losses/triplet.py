@@ -59,6 +59,10 @@ class TripletLoss(LabelLoss):
         soft: take the softplus instead of the hinge. Default False.
         average_over: `"all"` units, or the `"active"` ones, those with a loss > 0.
             The softplus is always > 0, so `soft=True` wants `"all"`.
+        gather: under a `tf.distribute` strategy, mine over the batch of all replicas;
+            the update is then that of one device with the whole batch. False mines
+            within each replica. Elsewhere (one device, `keras.distribution` on JAX)
+            the loss sees the whole batch anyway. Default False.
         name: name of the loss.
         reduction: of the (batch,) values, as in `keras.losses.Loss`.
         dtype: as in `keras.losses.Loss`. Distances are float32 in any case.
@@ -97,6 +101,7 @@ class TripletLoss(LabelLoss):
         distance: str | Callable[[Any], Any] = "euclidean",
         soft: bool = False,
         average_over: str = "all",
+        gather: bool = False,
         *,
         name: str = "triplet_loss",
         reduction: str | None = "sum_over_batch_size",
@@ -109,6 +114,7 @@ class TripletLoss(LabelLoss):
         self.distance = checked_distance(distance)
         self.soft = soft
         self.average_over = average_over
+        self.gather = _checks.boolean("gather", gather)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """(batch,) values; see the class."""
@@ -131,6 +137,7 @@ class TripletLoss(LabelLoss):
             "distance": serialized_distance(self.distance),
             "soft": self.soft,
             "average_over": self.average_over,
+            "gather": self.gather,
         }
 
 
@@ -242,6 +249,7 @@ class TripletSemiHardLoss(LabelLoss):
         margin: > 0. Default 1.
         distance_metric: `"L2"` (euclidean), `"squared-L2"`, `"angular"` (1 - cos), or
             a callable as in `TripletLoss`.
+        gather: as in `TripletLoss`.
         name: name of the loss.
         reduction: of the (batch,) values, as in `keras.losses.Loss`.
         dtype: as in `keras.losses.Loss`. Distances are float32 in any case.
@@ -267,6 +275,7 @@ class TripletSemiHardLoss(LabelLoss):
         margin: float = 1.0,
         distance_metric: str | Callable[[Any], Any] = "L2",
         *,
+        gather: bool = False,
         name: str = "triplet_semihard_loss",
         reduction: str | None = "sum_over_batch_size",
         dtype: Any = None,
@@ -275,6 +284,7 @@ class TripletSemiHardLoss(LabelLoss):
         self.margin = _checks.number("margin", margin, above=0)
         self.distance = _tfa_distance(distance_metric)
         self.distance_metric = distance_metric
+        self.gather = _checks.boolean("gather", gather)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """(batch,) values; see the class."""
@@ -288,6 +298,7 @@ class TripletSemiHardLoss(LabelLoss):
             **super().get_config(),
             "margin": self.margin,
             "distance_metric": serialized_distance(self.distance_metric),
+            "gather": self.gather,
         }
 
 
@@ -302,6 +313,7 @@ class TripletHardLoss(LabelLoss):
         soft: take the softplus instead of the hinge.
         distance_metric: `"L2"` (euclidean), `"squared-L2"`, `"angular"` (1 - cos), or
             a callable as in `TripletLoss`.
+        gather: as in `TripletLoss`.
         name: name of the loss.
         reduction: of the (batch,) values, as in `keras.losses.Loss`.
         dtype: as in `keras.losses.Loss`. Distances are float32 in any case.
@@ -327,6 +339,7 @@ class TripletHardLoss(LabelLoss):
         soft: bool = False,
         distance_metric: str | Callable[[Any], Any] = "L2",
         *,
+        gather: bool = False,
         name: str = "triplet_hard_loss",
         reduction: str | None = "sum_over_batch_size",
         dtype: Any = None,
@@ -337,6 +350,7 @@ class TripletHardLoss(LabelLoss):
         self.soft = soft
         self.distance = _tfa_distance(distance_metric)
         self.distance_metric = distance_metric
+        self.gather = _checks.boolean("gather", gather)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """(batch,) values; see the class."""
@@ -356,4 +370,5 @@ class TripletHardLoss(LabelLoss):
             "margin": self.margin,
             "soft": self.soft,
             "distance_metric": serialized_distance(self.distance_metric),
+            "gather": self.gather,
         }

@@ -3,7 +3,8 @@
 A source is anything with `len(source)` and `source.take(indices)` that is neither
 indexed nor iterated (arrays and data sets have a `take` too): `take` returns fresh arrays, the rows in the order asked for, in the
 structure that the model gets (an array, a tuple or a dict of arrays). A source that
-knows the labels of its samples has them as `labels`.
+knows the labels of its samples has them as `labels`. What cannot be read is a
+`BrokenSamples` error.
 """
 
 from __future__ import annotations
@@ -207,6 +208,88 @@ class StructureSource:
         """Dict or tuple of what each part returns for `indices`."""
         taken = {key: part.take(indices) for key, part in self._parts.items()}
         return taken if self._named else tuple(taken.values())
+
+
+class Subset:
+    """Some of the samples of a source, with their labels.
+
+    Args:
+        source: a source, or anything else that `as_source` takes.
+        rows: (samples,) positions in it, or booleans, one per sample of it.
+
+    Attributes:
+        labels: those of the samples, or None.
+
+    Raises:
+        TypeError, ValueError: if the rows are none of the source.
+
+    Example:
+        >>> import numpy as np
+        >>> part = Subset(np.arange(10) * 10, [7, 3])
+        >>> len(part), part.take([1, 0, 1])
+        (2, array([30, 70, 30]))
+    """
+
+    def __init__(self, source: Any, rows: Any):
+        self._source = as_source(source, "source")
+        size, rows = len(self._source), np.array(rows)
+        if rows.dtype == bool and rows.shape == (size,):
+            rows = np.flatnonzero(rows)
+        if rows.ndim != 1 or rows.dtype.kind not in "iu":
+            raise TypeError(message("rows", f"positions in 0..{size - 1}", rows))
+        if not len(rows) or rows.min() < 0 or rows.max() >= size:
+            told = f"{rows.min()}..{rows.max()}" if len(rows) else "none"
+            expected = f"positions in 0..{size - 1}, at least one"
+            raise ValueError(message("rows", expected, Told(told)))
+        self._rows = rows
+        labels = getattr(self._source, "labels", None)
+        self.labels = None if labels is None else np.asarray(labels)[rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self, indices: Any) -> Any:
+        """Fresh arrays of the samples, in the order asked for."""
+        indices = np.asarray(indices)
+        rows = self._rows[indices]
+        try:
+            return self._source.take(rows)
+        except BrokenSamples as error:
+            pairs = zip(indices.tolist(), rows.tolist(), strict=True)
+            broken = {i: error.broken[row] for i, row in pairs if row in error.broken}
+            raise BrokenSamples(broken, error.skip) from None
+
+
+class BrokenSamples(ValueError):
+    """Samples that a source cannot read.
+
+    Args:
+        broken: position in the source -> what is wrong, at least one.
+        skip: whether a sampler shall draw others of their class instead.
+
+    Attributes:
+        broken: the first argument, a dict.
+        skip: the second.
+
+    Example:
+        >>> str(BrokenSamples({3: "'cat/1.jpg': the file is empty"}))
+        "Sample 3 cannot be read: 'cat/1.jpg': the file is empty."
+    """
+
+    def __init__(self, broken: Mapping[int, str], skip: bool = False):
+        super().__init__(broken, skip)  # what pickle hands to a copy
+        self.broken, self.skip = dict(broken), skip
+
+    def __str__(self) -> str:
+        (row, why), *others = self.broken.items()
+        more = f" (and {len(others)} more)" if others else ""
+        text = f"Sample {row} cannot be read: {why}{more}."
+        if self.skip:
+            text += (
+                " on_error='skip' is for the batches of a sampler; whoever needs every "
+                "sample leaves out those of `find_broken()`, with `Subset`."
+            )
+        return text
 
 
 def _has(x: Any, *names: str) -> bool:

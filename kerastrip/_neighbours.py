@@ -1,0 +1,87 @@
+"""Nearest neighbours of embeddings among themselves, and the classes they confuse."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kerastrip.inference import search
+
+
+class Confusion(NamedTuple):
+    """Queries of one class whose nearest neighbour is of one other class.
+
+    Attributes:
+        code: class of the queries.
+        taken_for: class of their neighbours.
+        total: number of samples of the class `code`.
+        queries: (count,) rows, the nearest to their neighbour first.
+        neighbours: (count,) rows of the neighbours.
+    """
+
+    code: int
+    taken_for: int
+    total: int
+    queries: np.ndarray
+    neighbours: np.ndarray
+
+
+def nearest_others(
+    rows: np.ndarray, k: int, distance: str, queries: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(q, k) distances and row numbers of the k nearest other rows of some rows.
+
+    With fewer than k other rows there are as many columns as there are others.
+
+    Args:
+        rows: (n, dim) embeddings, n at least 2.
+        k: neighbours of each.
+        distance: the word.
+        queries: (q,) numbers of the rows to look up. Default: all.
+    """
+    own = np.arange(len(rows)) if queries is None else queries
+    k = min(k, len(rows) - 1)
+    distances, found = search(rows[own], rows, k + 1, distance=distance)
+    other = found != own[:, None]
+    # Among more than k equal rows a row need not find itself.
+    other[other.all(axis=1), -1] = False
+    return distances[other].reshape(-1, k), found[other].reshape(-1, k)
+
+
+def confusions(
+    codes: np.ndarray, nearest: np.ndarray, distances: np.ndarray, most: int
+) -> list[Confusion]:
+    """The pairs of classes of which the first is most often taken for the second.
+
+    A row without a partner of its class cannot be right, and is not counted.
+
+    Args:
+        codes: (n,) class of every row, 0 ... C - 1.
+        nearest: (n,) the nearest other row.
+        distances: (n,) how far that is.
+        most: how many pairs to return at most.
+    """
+    sizes = np.bincount(codes)
+    wrong = np.flatnonzero((codes != codes[nearest]) & (sizes[codes] > 1))
+    wrong = wrong[np.argsort(distances[wrong], kind="stable")]
+    pairs = codes[wrong].astype(np.int64) * len(sizes) + codes[nearest[wrong]]
+    ids, counts = np.unique(pairs, return_counts=True)
+    found = []
+    for i in np.argsort(-counts, kind="stable")[:most]:
+        code, taken_for = (int(part) for part in divmod(ids[i], len(sizes)))
+        queries = wrong[pairs == ids[i]]
+        found.append(
+            Confusion(code, taken_for, int(sizes[code]), queries, nearest[queries])
+        )
+    return found
+
+
+def spread_rows(codes: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` rows, of as many classes as there can be, in their order."""
+    order = np.argsort(codes, kind="stable")
+    _, starts, sizes = np.unique(codes[order], return_index=True, return_counts=True)
+    chosen = np.arange(count) * len(starts) // count
+    nth = np.arange(count) - np.searchsorted(chosen, chosen)
+    rows = np.unique(order[starts[chosen] + nth % sizes[chosen]])
+    return rows[np.argsort(codes[rows], kind="stable")]

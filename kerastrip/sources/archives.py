@@ -1,0 +1,140 @@
+"""Images straight from a zip archive."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kerastrip._checks import Told, message
+from kerastrip.sources.images import ImageFiles, is_image, labelled_images
+
+_STORED_OR_DEFLATED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+def ZipImages(
+    path: str | os.PathLike[str],
+    *,
+    size: int | tuple[int, int],
+    label_from: str | Callable[[str], Any] | None = None,
+    color: str = "rgb",
+    reduce: str = "auto",
+    cache: str | os.PathLike[str] | None = None,
+    on_error: str = "raise",
+) -> ImageFiles:
+    """The images of a zip archive that holds one folder for each class.
+
+    Nothing is unpacked to disk. The table of contents is read once; after that every
+    read opens the archive for itself, so that threads and processes share nothing.
+    Each image is checked against the checksum that the archive has of it.
+
+    Folders are read as by `ImageFolder`, with one difference: an outermost folder
+    that holds all the others is left out of the paths, since archives are made so.
+
+    Args:
+        path: the archive. Members are stored or deflated, not encrypted.
+        size: (height, width) of the rows, or one integer for both.
+        label_from: None (default), "parent", "top", "path" or a callable, as for
+            `ImageFolder`.
+        color: "rgb" (default) or "gray".
+        reduce: "auto" (default) or "never", as for `ImageFiles`.
+        cache: None (default), "memory" or a path, as for `ImageFiles`.
+        on_error: "raise" (default) or "skip", as for `ImageFiles`.
+
+    Returns:
+        `ImageFiles` with `labels`; its `paths` are those of the members, behind that
+        of the archive.
+
+    Raises:
+        TypeError, ValueError: if it is no zip archive, packed in a way that is not
+            read here, or as `ImageFolder`.
+
+    Example:
+        >>> import pathlib, tempfile, zipfile
+        >>> import cv2, numpy as np
+        >>> png = cv2.imencode(".png", np.zeros((9, 9, 3), "uint8"))[1].tobytes()
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "letters.zip"
+        >>> with zipfile.ZipFile(path, "w") as archive:
+        ...     for name in ("Greek/alpha/1.png", "Latin/alpha/1.png"):
+        ...         archive.writestr(f"letters/{name}", png)
+        >>> ZipImages(path, size=8, label_from="path").labels.tolist()
+        ['Greek/alpha', 'Latin/alpha']
+    """
+    archive = _Archive(os.fspath(path))
+    # Some Windows programs write "\" between the parts, against the specification.
+    members = {name.replace("\\", "/"): name for name in archive.members}
+    names = {name for name in members if not name.startswith("__MACOSX/")}
+    images = [name for name in names if is_image(name)]
+    root = images[0].split("/")[0] + "/" if images else ""
+    if not all(name.startswith(root) and name.count("/") > 1 for name in images):
+        root = ""
+    inner, labels = labelled_images(
+        "path", [name.removeprefix(root) for name in images], label_from
+    )
+    chosen = [members[root + name] for name in inner]
+    archive.check(chosen)
+    return ImageFiles(
+        [f"{archive.path}/{name}" for name in chosen],
+        labels,
+        size=size,
+        color=color,
+        reduce=reduce,
+        cache=cache,
+        on_error=on_error,
+        read=archive,
+    )
+
+
+class _Archive:
+    """Reads members by "archive/member", from any thread or process."""
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self.members = {
+                    info.filename: info
+                    for info in archive.infolist()
+                    if not info.is_dir()
+                }
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                message("path", "a zip archive", path, f"{error}.")
+            ) from error
+
+    def check(self, names: Sequence[str]) -> None:
+        """Keeps these members; ValueError names one that is packed another way."""
+        self.members = {name: self.members[name] for name in names}
+        for name, info in self.members.items():
+            encrypted = info.flag_bits & 1
+            if encrypted or info.compress_type not in _STORED_OR_DEFLATED:
+                way = "encrypted" if encrypted else f"method {info.compress_type}"
+                raise ValueError(
+                    message(
+                        "path",
+                        "an archive of stored or deflated members",
+                        Told(f"{name!r} ({way})"),
+                        "Pack it anew.",
+                    )
+                )
+
+    def __call__(self, path: str) -> bytes:
+        info = self.members[path[len(self.path) + 1 :]]
+        with open(self.path, "rb") as file:
+            file.seek(info.header_offset)
+            header = file.read(30)
+            if header[:4] != b"PK\x03\x04":
+                raise ValueError("the archive is damaged: no member begins there")
+            file.seek(sum(struct.unpack("<2H", header[26:30])), os.SEEK_CUR)
+            data = file.read(info.compress_size)
+        if info.compress_type == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompress(data, -zlib.MAX_WBITS)
+            except zlib.error as error:
+                raise ValueError(f"the archive is damaged: {error}") from error
+        if zlib.crc32(data) != info.CRC:
+            raise ValueError("the archive is damaged: wrong checksum")
+        return data
