@@ -101,11 +101,12 @@ def train(images, args):
     fit_rows, unseen_rows = kerastrip.split_classes(
         images.labels, test=args.test, seed=args.seed
     )
+    classes = len(np.unique(images.labels[fit_rows]))
     unseen = kerastrip.sources.Subset(images, unseen_rows)
     aug = augmentation(args.seed)
     sampler = kerastrip.PKSampler(
         kerastrip.sources.Subset(images, fit_rows),
-        classes_per_batch=args.classes_per_batch,
+        classes_per_batch=min(args.classes_per_batch, classes),
         samples_per_class=args.samples_per_class,
         targets=("one_hot", "label"),
         augment=aug,

@@ -27,6 +27,7 @@ import itertools
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import time
 
@@ -366,9 +367,13 @@ def main():
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if len(options.only) > 1:  # each in a process of its own, untouched by the others
+        for part in options.only:
+            command = [__file__, "--only", part, "--rounds", str(options.rounds)]
+            subprocess.run([sys.executable, *command], check=True)
+        return
     print(f"{os.cpu_count()} cores, {keras.backend.backend()}")
-    for part in options.only:
-        PARTS[part](options.rounds)
+    PARTS[options.only[0]](options.rounds)
 
 
 if __name__ == "__main__":

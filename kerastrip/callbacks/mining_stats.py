@@ -146,11 +146,14 @@ class MiningStats(keras.callbacks.Callback):
         given = getattr(self, name)
         value = getattr(self._where.loss, name, None) if given is None else given
         if value is None or callable(value):
+            loss = self._where.loss
+            loss = getattr(loss, "name", None) or getattr(loss, "__name__", loss)
+            has = "none" if value is None else "a callable"
             raise ValueError(
                 _checks.message(
                     name,
-                    f"a compiled loss that tells it, or MiningStats({name}=...)",
-                    _checks.Told(f"the loss {self._where.loss!r} with {value!r}"),
+                    f"a loss with a {name}, as TripletLoss, or MiningStats({name}=...)",
+                    _checks.Told(f"the loss {loss!r}, which has {has}"),
                 )
             )
         return value
