@@ -35,6 +35,7 @@ from kerastrip.losses import (
     triplet_hard_loss,
     triplet_semihard_loss,
 )
+from kerastrip.memory import EmbeddingMemory
 from kerastrip.metrics import TripletCensus
 from kerastrip.plan import PKPlan, SamplingReport, split_classes, split_samples
 from kerastrip.sampler import PKSampler
@@ -46,6 +47,7 @@ __all__ = [
     "CategoricalFocalLoss",
     "CollapseGuard",
     "ContrastiveLoss",
+    "EmbeddingMemory",
     "EmbeddingProjector",
     "EpochSync",
     "MarginSchedule",

@@ -13,6 +13,23 @@ def whole(x: Any) -> Any:
     return x
 
 
+def _context() -> Any:
+    """The context of a replica among several, or None."""
+    if keras.backend.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    # None while Keras builds a model outside the replicas, for its shapes.
+    context = tf.distribute.get_replica_context()
+    return None if context is None or context.num_replicas_in_sync == 1 else context
+
+
+def replicas() -> int:
+    """How many replicas share the batch, as far as a loss can see."""
+    context = _context()
+    return 1 if context is None else context.num_replicas_in_sync
+
+
 def gathered(labels: Any, rows: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
     """Labels and rows of all replicas, and what takes this replica's part of a result.
 
@@ -28,14 +45,11 @@ def gathered(labels: Any, rows: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
         Labels (batch,), rows (batch, dim), and a function from a (batch, ...) tensor
         to the (part, ...) of this replica.
     """
-    if keras.backend.backend() != "tensorflow":
+    context = _context()
+    if context is None:
         return labels, rows, whole
     import tensorflow as tf
 
-    context = tf.distribute.get_replica_context()
-    # None while Keras builds a model outside the replicas, for its shapes.
-    if context is None or context.num_replicas_in_sync == 1:
-        return labels, rows, whole
     rows = tf.convert_to_tensor(rows)
     part = tf.shape(rows)[0]
     parts = context.all_gather(part[None], axis=0)

@@ -35,6 +35,7 @@ LOSSES = {
     "TFA semi-hard": ("TripletSemiHardLoss", {}),
     "TFA hard": ("TripletHardLoss", {}),
     "contrastive": ("ContrastiveLoss", {"average_over": "active"}),
+    "memory": ("TripletLoss", {"average_over": "active", "memory": 48}),
 }
 
 
@@ -55,12 +56,16 @@ def trained(name, gather, scope=contextlib.nullcontext, quick=False):
     keras.utils.set_random_seed(0)
     loss, options = LOSSES[name]
     with scope():
+        memory = kerastrip.EmbeddingMemory(options.get("memory", 1), positives=True)
+        if "memory" in options:
+            options = {**options, "memory": memory}
         model = keras.Sequential(
             [
                 keras.Input((6,)),
                 keras.layers.Dense(8, activation="tanh"),
                 keras.layers.Dense(4),
                 keras.layers.UnitNormalization(dtype="float32"),
+                memory,
             ]
         )
         model.compile(

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras import ops
 
 from kerastrip import _checks
+from kerastrip._replicas import replicas
 from kerastrip.distances import checked_distance, serialized_distance
 from kerastrip.losses._label_loss import LabelLoss
+from kerastrip.memory import EmbeddingMemory
 from kerastrip.mining import check_choice, triplet_losses
 
 _TFA_DISTANCES = {
@@ -63,6 +66,8 @@ class TripletLoss(LabelLoss):
             the update is then that of one device with the whole batch. False mines
             within each replica. Elsewhere (one device, `keras.distribution` on JAX)
             the loss sees the whole batch anyway. Default False.
+        memory: an `EmbeddingMemory` layer of the model, to mine in past batches too.
+            A saved model is then loaded with `compile=False` and compiled anew.
         name: name of the loss.
         reduction: of the (batch,) values, as in `keras.losses.Loss`.
         dtype: as in `keras.losses.Loss`. Distances are float32 in any case.
@@ -102,6 +107,7 @@ class TripletLoss(LabelLoss):
         soft: bool = False,
         average_over: str = "all",
         gather: bool = False,
+        memory: EmbeddingMemory | None = None,
         *,
         name: str = "triplet_loss",
         reduction: str | None = "sum_over_batch_size",
@@ -115,9 +121,24 @@ class TripletLoss(LabelLoss):
         self.soft = soft
         self.average_over = average_over
         self.gather = _checks.boolean("gather", gather)
+        self.memory = _checked_memory(memory, self.distance)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """(batch,) values; see the class."""
+        others = None
+        if self.memory is not None:
+            if not self.gather and replicas() > 1:
+                raise ValueError(
+                    _checks.message(
+                        "gather",
+                        f"True for a loss with a memory on {replicas()} replicas",
+                        self.gather,
+                        "They remember the same rows, those of all replicas.",
+                    )
+                )
+            y_true = ops.cast(y_true, "int32")  # as the memory keeps them
+            self.memory.add(y_true, y_pred)
+            others = self.memory.others(ops.shape(y_pred)[0])
         return triplet_losses(
             y_true,
             y_pred,
@@ -126,10 +147,12 @@ class TripletLoss(LabelLoss):
             distance=self.distance,
             soft=self.soft,
             average_over=self.average_over,
+            others=others,
         )
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments of the constructor."""
+        """The arguments of the constructor; of a memory only the name."""
+        memory = self.memory
         return {
             **super().get_config(),
             "margin": self.margin,
@@ -138,7 +161,36 @@ class TripletLoss(LabelLoss):
             "soft": self.soft,
             "average_over": self.average_over,
             "gather": self.gather,
+            "memory": memory if memory is None else memory.name,
         }
+
+
+def _checked_memory(memory: Any, distance: Any) -> EmbeddingMemory | None:
+    if isinstance(memory, str):  # out of a saved configuration
+        raise ValueError(
+            _checks.message(
+                "memory",
+                "the layer itself",
+                memory,
+                "A saved loss does not hold its memory. Load the model with "
+                f"compile=False, then compile it with TripletLoss(memory=model."
+                f"get_layer({memory!r})).",
+            )
+        )
+    if memory is None:
+        return None
+    if not isinstance(memory, EmbeddingMemory):
+        raise TypeError(_checks.message("memory", "an EmbeddingMemory or None", memory))
+    if callable(distance):
+        raise ValueError(
+            _checks.message(
+                "distance",
+                "a word in a loss with a memory",
+                distance,
+                "A callable makes the matrix of the batch alone.",
+            )
+        )
+    return memory
 
 
 def _tfa_distance(distance_metric: Any) -> Any:
