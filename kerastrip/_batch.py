@@ -111,9 +111,11 @@ class Inputs:
     def __init__(self, source: Any, augment: Any, plan: PKPlan, rows: Rows):
         self._source, self._key, self._first = source, plan.seed, plan.first_row
         first, x = rows.read(lambda indices, *_: source.take(indices), 0, 0)
-        self._augment = _augmentations(augment, x)
+        self._augment, self._images = _augmentations(augment, x), None
+        if isinstance(self._augment, Augmentation):
+            self._images = getattr(source, "array", None)
         self._at_once = len(first)
-        if self._augment is not None:
+        if self._augment is not None and self._images is None:
             whole = sum(np.asarray(part).nbytes for part in keras.tree.flatten(x))
             count = _AT_ONCE * len(first) // max(whole, 1)
             self._at_once = min(max(count, 1), len(first))
@@ -154,27 +156,68 @@ class Inputs:
         }
         return parts if isinstance(x, Mapping) else tuple(parts.values())
 
-    def arrays(self, rows: np.ndarray, epoch: int, step: int) -> list[np.ndarray]:
-        """The inputs one after the other."""
-        if self._at_once >= len(rows):
-            x = self._source.take(rows)
-            arrays = keras.tree.flatten(self._augmented(x, epoch, step))
-            self._check([(array.shape, array.dtype) for array in arrays], epoch, step)
-            return arrays
-        whole = [np.empty(shape, dtype) for shape, dtype in self.layout]
+    def arrays(
+        self,
+        rows: np.ndarray,
+        epoch: int,
+        step: int,
+        out: Sequence[np.ndarray] | None = None,
+    ) -> Sequence[np.ndarray]:
+        """The inputs one after the other.
+
+        Args:
+            rows: of the batch.
+            epoch, step: of the batch.
+            out: arrays of `layout` to write into. Default: fresh ones.
+        """
+        if out is None:
+            if self._augment is None:
+                arrays = keras.tree.flatten(self._source.take(rows))
+                self._check(arrays, 0, epoch, step)
+                return arrays
+            out = [np.empty(shape, dtype) for shape, dtype in self.layout]
         for at in range(0, len(rows), self._at_once):
             part = slice(at, at + self._at_once)
-            x = self._source.take(rows[part])
-            out = whole[0][part] if isinstance(x, np.ndarray) else None
-            arrays = keras.tree.flatten(self._augmented(x, epoch, step, at, out))
-            found = [((len(rows), *array.shape[1:]), array.dtype) for array in arrays]
-            self._check(found, epoch, step)
-            if out is None:
-                for array, target in zip(arrays, whole, strict=True):
-                    target[part] = array
-        return whole
+            targets = [array[part] for array in out]
+            x = self._part(rows[part], epoch, step, at, targets)
+            arrays = keras.tree.flatten(x)
+            self._check(arrays, len(rows) - len(rows[part]), epoch, step)
+            for array, target in zip(arrays, targets, strict=True):
+                if array is not target:
+                    target[...] = array
+        return out
 
-    def _check(self, found: list[tuple], epoch: int, step: int) -> None:
+    def _part(
+        self,
+        rows: np.ndarray,
+        epoch: int,
+        step: int,
+        at: int,
+        targets: Sequence[np.ndarray],
+    ) -> Any:
+        """The samples of a part of a batch, which may be written into `targets`."""
+        if self._images is not None:
+            # Gathered first, they would go through memory once more.
+            key, first = (self._key, epoch, step), self._first + at
+            make = partial(
+                self._augment.batch, self._images, *key, first=first, rows=rows
+            )
+        else:
+            make = partial(self._augmented, self._source.take(rows), epoch, step, at)
+        if not isinstance(self._example, np.ndarray):
+            return make()
+        try:
+            return make(out=targets[0])
+        except ValueError:  # if they do not fit, `_check` tells what does not
+            return make()
+
+    def _check(
+        self, arrays: Sequence[np.ndarray], others: int, epoch: int, step: int
+    ) -> None:
+        """Refuses inputs of a part that has `others` beside it in the batch."""
+        found = [
+            ((len(array) + others, *array.shape[1:]), array.dtype) for array in arrays
+        ]
         if found != self.layout:
             raise ValueError(
                 f"The inputs of step {step} of epoch {epoch} differ from those of the "

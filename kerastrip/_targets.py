@@ -77,8 +77,14 @@ def check_targets(pipeline: Any, targets: dict[str, Any]) -> None:
             )
 
 
-def samples(images: Any) -> list:
-    """The samples of a batch: images, or dicts of targets."""
+def samples(images: Any, rows: Any = None) -> list:
+    """The samples of a batch: images, or dicts of targets; all, or some rows."""
+    if rows is not None:
+        rows = np.asarray(rows).tolist()
+        if isinstance(images, dict):
+            images = {n: [column[row] for row in rows] for n, column in images.items()}
+        else:
+            images = [images[row] for row in rows]
     if isinstance(images, dict):
         lengths = {name: len(column) for name, column in images.items()}
         if len(set(lengths.values())) > 1:

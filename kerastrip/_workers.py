@@ -2,9 +2,9 @@
 
 Processes are forked once, when the pool is made, and inherit what they work on; where
 there is no safe fork (macOS, Windows) they are spawned and it is pickled once. Results
-travel through shared memory that was laid out beforehand: a batch is written there by
-the worker and copied out by the thread that asked for it, which is several times
-cheaper than pickling it through a pipe.
+travel through shared memory that was laid out beforehand, which is several times
+cheaper than a pipe: the worker writes a batch there, and who asked for it gets it where
+it lies. The place is used again when the last array over it is gone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import threading
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import wait
@@ -33,20 +34,21 @@ Layout = Sequence[tuple[tuple[int, ...], np.dtype]]
 Work = Callable[..., Sequence[np.ndarray]]
 
 _ALIGN = 64
+_PLACES = 2
 _PATIENCE = 60.0
 _START = "fork" if sys.platform.startswith("linux") else "spawn"
 
 
 class WorkerPool:
-    """Processes that run `work(*args)` and return its arrays.
+    """Processes that run `work(*args, out=arrays)` and return the arrays.
 
     Calls may come from any number of threads; each waits for a free worker. (The pools
     of the standard library join their workers when the process ends, and so hang with
     a worker that hangs.)
 
     Args:
-        work: returns arrays of exactly the shapes and dtypes of `layout`; inherited by
-            forked workers, pickled for spawned ones.
+        work: writes into arrays of `layout`; inherited by forked workers, pickled for
+            spawned ones.
         layout: (shape, dtype) of each array.
         processes: number of workers.
 
@@ -81,7 +83,7 @@ class WorkerPool:
             ) from error
 
     def __call__(self, *args: Any) -> list[np.ndarray]:
-        """Fresh copies of the arrays of `work(*args)`.
+        """The arrays that `work(*args, out=arrays)` wrote; they are the caller's.
 
         Raises:
             RuntimeError: if the worker died or the pool was closed.
@@ -91,7 +93,7 @@ class WorkerPool:
         try:
             worker.ask(args)
             worker.answer()
-            return [view.copy() for view in worker.views]
+            return worker.arrays()
         except _Died as error:
             if self._closed:
                 raise RuntimeError("The workers of the sampler were closed.") from error
@@ -113,19 +115,34 @@ class WorkerPool:
 
 
 class _Worker:
-    """One process, the pipe to it and its place in shared memory."""
+    """One process, the pipe to it and its places in shared memory."""
 
     def __init__(self, context: Any, work: Work, layout: Layout):
         # Unnamed shared memory: nothing is left behind, however the process ends.
-        buffer = context.RawArray("B", _size(layout))
-        self.views = _views(buffer, layout)
+        self._layout = layout
+        self._places = [context.RawArray("B", _size(layout)) for _ in range(_PLACES)]
+        self._spare = list(range(1, _PLACES))
+        self._place = 0  # where the worker writes
         self._pipe, far_end = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(work, layout, buffer, far_end), daemon=True
+            target=_serve, args=(work, layout, self._places, far_end), daemon=True
         )
         self.process.start()
         far_end.close()
         self._asked = 0
+
+    def arrays(self) -> list[np.ndarray]:
+        """What was written, lent if the worker has another place to write, or copied."""
+        memory = np.frombuffer(self._places[self._place], np.uint8)
+        views = _views(memory, self._layout)
+        try:
+            other = self._spare.pop()
+        except IndexError:
+            return [view.copy() for view in views]
+        # Every array over the memory keeps `memory` alive.
+        weakref.finalize(memory, self._spare.append, self._place).atexit = False
+        self._place = other
+        return views
 
     def _died(self) -> _Died:
         self.process.join(1)
@@ -135,7 +152,7 @@ class _Worker:
         """Sends a task; _Died if there is nobody to take it."""
         self._asked += 1
         try:
-            self._pipe.send((self._asked, args))
+            self._pipe.send((self._asked, self._place, args))
         except OSError as error:
             raise self._died() from error
 
@@ -177,9 +194,9 @@ def _size(layout: Layout) -> int:
     return sum(size + _ALIGN for size in sizes) + _ALIGN
 
 
-def _views(buffer: Any, layout: Layout) -> list[np.ndarray]:
-    """Arrays of `layout` inside `buffer`, one after the other."""
-    memory, views, offset = np.frombuffer(buffer, np.uint8), [], 0
+def _views(memory: np.ndarray, layout: Layout) -> list[np.ndarray]:
+    """Arrays of `layout` inside `memory`, one after the other."""
+    views, offset = [], 0
     for shape, dtype in layout:
         size = int(np.prod(shape)) * dtype.itemsize
         views.append(memory[offset : offset + size].view(dtype).reshape(shape))
@@ -187,7 +204,7 @@ def _views(buffer: Any, layout: Layout) -> list[np.ndarray]:
     return views
 
 
-def _serve(work: Work, layout: Layout, buffer: Any, pipe: Any) -> None:
+def _serve(work: Work, layout: Layout, places: Sequence, pipe: Any) -> None:
     """What a worker process does all its life."""
     # Ctrl-C reaches the whole process group; the parent decides what ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -195,13 +212,13 @@ def _serve(work: Work, layout: Layout, buffer: Any, pipe: Any) -> None:
     if "cv2" in sys.modules:
         # OpenCV's threads do not survive a fork, and the workers are the parallelism.
         sys.modules["cv2"].setNumThreads(0)
-    views, number, failure = _views(buffer, layout), 0, None
+    outs = [_views(np.frombuffer(place, np.uint8), layout) for place in places]
+    number, failure = 0, None
     while True:
         pipe.send((number, failure))
-        number, args = pipe.recv()
+        number, place, args = pipe.recv()
         try:
-            for view, array in zip(views, work(*args), strict=True):
-                view[...] = array
+            work(*args, out=outs[place])
             failure = None
         except BaseException as error:
             failure = _portable(error), traceback.format_exc()

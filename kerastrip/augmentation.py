@@ -1,8 +1,8 @@
 """Image augmentation as a pure function of a key.
 
-Every random number of one augmented image comes from one generator whose state
-is a hash of (seed, *key). Nothing is drawn from a stream that other images draw
-from too, so the order of the calls, the thread and the process do not matter.
+Every random number of one augmented image is a function of (seed, *key). Nothing
+is drawn from a stream that other images draw from too, so the order of the calls,
+the thread and the process do not matter.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ from kerastrip._version import __version__
 # worker process imports albumentations while it unpickles a pipeline.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-# The way from a key to random numbers: 64-bit integers, little-endian, hashed by
-# BLAKE2b to the state and the increment of a PCG64. It is frozen: another way
-# would be scheme 2, or saved augmentations would become others without a word.
-_SCHEME = 1
-_HASH_NAME = b"kerastrip-aug-v1"
+# The way from a key to random numbers. All of a key but its last integer is hashed by
+# BLAKE2b, as 64-bit integers, little-endian, with the seed and the length before them;
+# the hash is the key of a Philox. The last integer, times 5, is the counter where 20
+# words begin: 4 for the state and the increment of a PCG64, and 16 for the first numbers
+# of Python's kind. So a whole batch is keyed by one call. The way is frozen: another
+# would be scheme 3, or saved augmentations would become others without a word.
+_SCHEME = 2
+_HASH_NAME = b"kerastrip-aug-v2"
+_WORDS, _STATE_WORDS = 20, 4
 
 # Threads that augment small images at once spend their time handing the
 # interpreter lock to each other: two are half as fast as one. So batches of
 # small images take turns. Larger ones stay long enough inside OpenCV, which
 # lets other threads run.
 _SMALL = 160 * 160
-# Generators are set to their states so many at a time. Between two images the caches
-# of the processor have lost the way, and it takes several times as long.
-_AT_ONCE = 64
 _turn = threading.RLock()
 
 
@@ -192,50 +193,36 @@ class Augmentation:
             ValueError: an image of the wrong rank or range, a target that the
                 pipeline does not know.
         """
-        with self._clone() as clone:
-            self._set(clone.states[0], key)
-            return self._view(clone, clone.states[0], image)
+        with self._clone(bare=not isinstance(image, dict)) as clone:
+            (draws,) = clone.draws(self.seed, key, 1)
+            return self._view(clone, draws, image)
 
     @contextlib.contextmanager
-    def _clone(self) -> Iterator[_Clone]:
-        """A clone that nobody else has: no other thread, and no callable in a call."""
+    def _clone(self, bare: bool) -> Iterator[_Clone]:
+        """A clone that nobody else has: no other thread, and no callable in a call.
+
+        Args:
+            bare: whether it is for images, not for dicts of targets.
+        """
         try:
             clone = self._idle.pop()
         except IndexError:
             clone = _Clone(self._pipeline, self._seedable)
+        if checks := getattr(self._pipeline, "is_check_shapes", False):
+            # Of its targets with each other: an image alone needs none.
+            clone.pipeline.is_check_shapes = checks and not bare
         try:
             yield clone
         finally:
             self._idle.append(clone)
 
-    def _set(self, state: Any, key: tuple[int, ...]) -> None:
-        """Sets one of a clone's `states` to a key."""
-        try:
-            packed = struct.pack(f"<{len(key) + 1}q", self.seed, *key)
-        except struct.error:
-            for value in key:
-                _integer64("key", value, "Write aug(image, epoch, step, position).")
-            raise
-        words = hashlib.blake2b(packed, digest_size=32, person=_HASH_NAME).digest()
-        state.state = {
-            "bit_generator": "PCG64",
-            "state": {
-                "state": int.from_bytes(words[:16], "little"),
-                "inc": int.from_bytes(words[16:], "little") | 1,
-            },
-            "has_uint32": 0,
-            "uinteger": 0,
-        }
-
-    def _view(
-        self, clone: _Clone, state: np.random.PCG64, image: Any, copy: bool = True
-    ) -> Any:
+    def _view(self, clone: _Clone, draws: Any, image: Any, copy: bool = True) -> Any:
         """The view; without `copy` the image may be written into, or returned."""
-        run, rng = clone.pipeline, clone.rng
-        rng.__init__(state)  # type: ignore[misc]  # which the transforms hold
+        run = clone.pipeline
+        clone.set(*draws)
         own = _copied if copy else _same
         if not self._seedable:
-            result = run(own(image), rng)
+            result = run(own(image), clone.rng)
         elif isinstance(image, dict):
             _targets.check_targets(run, image)
             result = run(**{name: own(value) for name, value in image.items()})
@@ -258,6 +245,7 @@ class Augmentation:
         images: Any,
         *key: int,
         first: int = 0,
+        rows: Any = None,
         views: int | None = None,
         out: Any = None,
         copy: bool = True,
@@ -269,7 +257,9 @@ class Augmentation:
                 which may differ in size if the pipeline makes them equal; or a
                 dict of such: image, mask and other arrays, lists for boxes.
             *key: what the keys of all images begin with.
-            first: position of images[0]; not 0 for a part of a larger batch.
+            first: position of the first image; not 0 for a part of a larger batch.
+            rows: which of `images` to take, integers (batch,). To gather large images
+                first costs more than to augment them where they are. Default: all.
             views: number of views of each image, at least 1; view v of image i
                 has the key (*key, first + i, v). None, the default: one view
                 with the key (*key, first + i).
@@ -302,7 +292,7 @@ class Augmentation:
             >>> both["image"].shape, both["mask"].shape
             ((4, 6, 6, 3), (4, 6, 6))
         """
-        samples = _targets.samples(images)
+        samples = _targets.samples(images, rows)
         shape: tuple[int, ...] = (len(samples),)
         if views is not None:
             shape += (_checks.integer("views", views, minimum=1),)
@@ -310,29 +300,31 @@ class Augmentation:
         if bare := not isinstance(images, dict):
             out = {"image": out}
         batch = _targets.Batch(self._pipeline, shape, out)
-        indices = list(itertools.product(*map(range, shape)))
         # Of an array of uint8 one image is like the other: the first is checked.
         alike = bare and self._seedable and isinstance(images, np.ndarray)
         alike = alike and images.dtype == np.uint8
         turn = _turn if _is_small(samples[0]) else contextlib.nullcontext()
-        with turn, self._clone() as clone:
-            run, rng = clone.pipeline, clone.rng
-            for low in range(0, len(indices), _AT_ONCE):
-                block = indices[low : low + _AT_ONCE]
-                for state, (i, *view) in zip(clone.states, block, strict=False):
-                    self._set(state, (*key, first + i, *view))
-                for state, index in zip(clone.states, block, strict=False):
-                    sample = samples[index[0]]
-                    if alike and any(index):
-                        rng.__init__(state)  # type: ignore[misc]
-                        result = run(image=sample.copy() if copy else sample)["image"]
-                    else:
-                        result = self._view(clone, state, sample, copy)
-                    if bare:
-                        batch.put(index, "image", result)
-                        continue
-                    for name, value in result.items():
-                        batch.put(index, name, value)
+        with turn, self._clone(bare) as clone:
+            run = clone.pipeline
+            if views is None:
+                keyed = clone.draws(self.seed, (*key, first), len(samples))
+            else:
+                keyed = itertools.chain.from_iterable(
+                    clone.draws(self.seed, (*key, first + i, 0), views)
+                    for i in range(len(samples))
+                )
+            for index, draws in zip(np.ndindex(shape), keyed, strict=True):
+                sample = samples[index[0]]
+                if alike and any(index):
+                    clone.set(*draws)
+                    result = run(image=sample.copy() if copy else sample)["image"]
+                else:
+                    result = self._view(clone, draws, sample, copy)
+                if bare:
+                    batch.put(index, "image", result)
+                    continue
+                for name, value in result.items():
+                    batch.put(index, name, value)
         targets = batch.targets()
         return targets["image"] if bare else targets
 
@@ -632,46 +624,81 @@ class Augmentation:
 
 
 class _Clone:
-    """A copy of a pipeline, and the generator from which all of it draws.
+    """A copy of a pipeline, and the generators from which all of it draws.
 
     Args:
         pipeline: of an `Augmentation`.
         seedable: whether it takes generators.
-
-    Attributes:
-        states: what the generator can be pointed to, one for each image of a block.
     """
 
     def __init__(self, pipeline: Any, seedable: bool):
-        self.states = [np.random.PCG64(0) for _ in range(_AT_ONCE)]
-        self.rng = np.random.Generator(self.states[0])
+        self._words = np.random.Philox(0)
+        self._state = np.random.PCG64(0)
+        self.rng = np.random.Generator(self._state)
+        self._random = _Random(self.rng)
         self.pipeline = pipeline
         if seedable:
             self.pipeline = deepcopy(pipeline)
             # Not set_random_seed: it gives every transform the same numbers.
-            self.pipeline.set_random_state(self.rng, _Random(self.rng))
+            self.pipeline.set_random_state(self.rng, self._random)
+
+    def draws(self, seed: int, key: tuple[int, ...], count: int) -> Iterator[tuple]:
+        """What `set` takes for `count` keys, whose last integers run on from `key`'s."""
+        advice = "Write aug(image, epoch, step, position)."
+        *rest, last = [_integer64("key", value, advice) for value in key or (0,)]
+        _integer64("key", last + count - 1)
+        packed = struct.pack(f"<{len(rest) + 2}q", seed, len(key), *rest)
+        digest = hashlib.blake2b(packed, digest_size=16, person=_HASH_NAME).digest()
+        counter = (last % 2**64 * (_WORDS // 4)).to_bytes(32, "little")
+        self._words.state = {
+            "bit_generator": "Philox",
+            "state": {
+                "counter": np.frombuffer(counter, "<u8"),
+                "key": np.frombuffer(digest, "<u8"),
+            },
+            "buffer": np.zeros(4, np.uint64),
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        words = self._words.random_raw(_WORDS * count).reshape(count, _WORDS)
+        numbers = (words[:, _STATE_WORDS:] >> 11) * 2.0**-53
+        return zip(words[:, :_STATE_WORDS].tolist(), numbers.tolist(), strict=True)
+
+    def set(self, words: list[int], numbers: list[float]) -> None:
+        """Sets the generators to a key, by its `draws`."""
+        self._state.state = {
+            "bit_generator": "PCG64",
+            "state": {
+                "state": words[0] << 64 | words[1],
+                "inc": words[2] << 64 | words[3] | 1,
+            },
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        self._random.set(numbers)
 
 
 class _Random(random.Random):
-    """Python's random numbers, drawn from a NumPy generator.
+    """Python's random numbers: those that it was given, then those of a generator.
 
-    It has no state of its own: to seed a Mersenne Twister for every image would
-    take longer than all else that a keyed call adds.
+    To seed a Mersenne Twister for every image would take longer than all else that a
+    keyed call adds.
     """
 
     def __init__(self, rng: np.random.Generator):
         super().__init__(0)
-        self._rng = rng
-        self.random = rng.random  # type: ignore[method-assign]
+        self._rest = iter(rng.random, None)
+
+    def set(self, numbers: list[float]) -> None:
+        """Sets what comes first."""
+        self.random = itertools.chain(numbers, self._rest).__next__  # type: ignore[method-assign]
 
     def getrandbits(self, k: int) -> int:
-        raw = self._rng.bit_generator.random_raw
-        if k <= 64:
-            return raw() >> (64 - k)
         value = 0
-        for _ in range(0, k, 64):
-            value = value << 64 | raw()
-        return value >> -k % 64
+        for _ in range(0, k, 32):
+            value = value << 32 | int(self.random() * 2**32)
+        return value >> -k % 32
 
     def gauss(self, mu: float = 0.0, sigma: float = 1.0) -> float:
         return self.normalvariate(mu, sigma)  # the other keeps every second number

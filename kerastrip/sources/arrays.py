@@ -85,18 +85,21 @@ class ArraySource:
     Raises:
         TypeError: if the array holds no numbers.
         ValueError: if it has no rows.
+
+    Attributes:
+        array: the array itself. Augmentations read its rows where they are.
     """
 
     def __init__(self, array: np.ndarray, name: str = "x"):
         _check_array(array, name)
-        self._array = array
+        self.array = np.asarray(array)
 
     def __len__(self) -> int:
-        return len(self._array)
+        return len(self.array)
 
     def take(self, indices: Any) -> np.ndarray:
         """(len(indices), ...) fresh array of the rows, in the order asked for."""
-        return np.asarray(self._array[np.asarray(indices)])
+        return self.array[np.asarray(indices)]
 
 
 class LazyArraySource:

@@ -118,6 +118,7 @@ class CachedImages:
                 "Call cache_images again.",
             )
         self._source = ArraySource(_images(self._path, about, rows))
+        self.array = self._source.array
         self.labels = None
         if about["labels"] is not None:
             try:
