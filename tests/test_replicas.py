@@ -164,10 +164,10 @@ def assert_same(found, single):
 
 @on_tensorflow
 def test_two_replicas_that_gather_train_as_one_device():
-    for name, (single, gathered) in run(2, ["active", "memory"], quick=True).items():
-        assert_same(gathered, single)
-        assert len(gathered[2][0]) == 2
-        assert ("from_memory" in gathered[1]) == (name == "memory")
+    (single, gathered) = run(2, ["memory"], quick=True)["memory"]
+    assert_same(gathered, single)
+    assert len(gathered[2][0]) == 2
+    assert gathered[1]["from_memory"] > 0.5
 
 
 @on_tensorflow
