@@ -26,6 +26,8 @@ class EmbeddingMemory(keras.layers.Layer):
     Evaluation and prediction neither read nor write. Remembered rows are constants:
     they get no gradient, and are as old as `size` / batch steps at most, so the
     embedding must not drift much in that time (a small learning rate, a `warmup`).
+    `MiningStats` counts triplets with remembered rows like all others, and reports
+    their share as `from_memory`.
 
     The memory is made of weights that are not trained: it is saved and restored with
     those of the model, by `BackupAndRestore` too. Under a `tf.distribute` strategy

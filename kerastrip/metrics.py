@@ -12,7 +12,7 @@ from kerastrip import _checks
 from kerastrip._numerics import integer_labels
 from kerastrip._replicas import gathered, whole
 from kerastrip.distances import DISTANCES
-from kerastrip.mining import Census, triplet_census
+from kerastrip.mining import Census, Others, triplet_census
 
 KEYS = (
     "easy",
@@ -39,6 +39,7 @@ _COUNTS = (
     "negative_pairs",
     "lonely",
     "rows",
+    "from_memory",
 )
 _SUMS = (*_COUNTS, "pos_dist", "neg_dist", "norm", "spread", "dimensions", "batches")
 
@@ -61,8 +62,23 @@ def _effective_dim(rows: Any, total: Any) -> Any:
     return 1.0 / ops.maximum(squares, 1e-30)
 
 
+def _triplets_within(labels: Any) -> Any:
+    """(batch,) int32: triplets of every anchor with rows of the batch alone."""
+    ordered = ops.sort(labels)
+    first, stop = (
+        ops.cast(ops.searchsorted(ordered, labels, side), "int32")
+        for side in ("left", "right")
+    )
+    return (stop - first - 1) * (ops.shape(labels)[0] - (stop - first))
+
+
 def _measure(
-    labels: Any, embeddings: Any, margin: float, distance: str, gather: bool
+    labels: Any,
+    embeddings: Any,
+    margin: float,
+    distance: str,
+    gather: bool,
+    others: Others | None,
 ) -> tuple:
     """The sums of one batch as two float32 vectors whose sum is exact for counts.
 
@@ -73,11 +89,15 @@ def _measure(
     own_part: Callable[[Any], Any] = whole
     if gather:
         labels, embeddings, own_part = gathered(integer_labels(labels), embeddings)
-    census = triplet_census(labels, embeddings, margin=margin, distance=distance)
+    census = triplet_census(
+        labels, embeddings, margin=margin, distance=distance, others=others
+    )
     census = Census(*(own_part(field) for field in census))
+    triplets = census.positives * census.negatives
+    within = triplets if others is None else _triplets_within(labels)
     counts = ops.stack(
         [
-            census.positives * census.negatives,
+            triplets,
             census.easy,
             census.semi_hard,
             census.hard,
@@ -86,6 +106,7 @@ def _measure(
             census.negatives,
             ops.cast(ops.equal(census.positives, 0), "int32"),
             ops.ones_like(census.positives),
+            triplets - within,
         ]
     )
     # An int32 sum would overflow and a float32 sum would round: sum the two halves.
@@ -121,14 +142,14 @@ def _rounding_error(total: Any, value: Any) -> Any:
     return (total - (new - virtual)) + (value - virtual)
 
 
-def _figures(totals: Any, prefix: str) -> dict[str, Any]:
-    """The reported ratios from the summed vector."""
+def _figures(totals: Any) -> dict[str, Any]:
+    """The ratios from the summed vector."""
     value = dict(zip(_SUMS, ops.unstack(totals, len(_SUMS)), strict=True))
 
     def ratio(part: Any, whole: str) -> Any:
         return part / ops.maximum(value[whole], 1.0)
 
-    figures = {
+    return {
         "easy": ratio(value["easy"], "triplets"),
         "semi_hard": ratio(value["semi_hard"], "triplets"),
         "hard": ratio(value["hard"], "triplets"),
@@ -140,8 +161,8 @@ def _figures(totals: Any, prefix: str) -> dict[str, Any]:
         "norm": ratio(value["norm"], "rows"),
         "spread": ratio(value["spread"], "rows"),
         "effective_dim": ratio(value["dimensions"], "batches"),
+        "from_memory": ratio(value["from_memory"], "triplets"),
     }
-    return {f"{prefix}{key}": figures[key] for key in KEYS}
 
 
 @keras.saving.register_keras_serializable(package="kerastrip")
@@ -209,14 +230,18 @@ class TripletCensus(keras.metrics.Metric):
         # Takes this metric's part from whole targets and outputs: MiningStats sets
         # it, because training steps hand every metric all of them.
         self.take: Callable[[Any], Any] = whole
-        shape = (len(_SUMS),)
-        self._total = self.add_variable(shape, "zeros", "float32", name="total")
-        self._rest = self.add_variable(shape, "zeros", "float32", name="rest")
+        # Set by MiningStats, too, for a loss that mines in a memory and reports it.
+        self.with_memory = False
+        self._total, self._rest, self._latest = (
+            self.add_variable((len(_SUMS),), "zeros", "float32", name=name)
+            for name in ("total", "rest", "latest")
+        )
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of `result()`."""
-        return tuple(f"{self.prefix}{key}" for key in KEYS)
+        keys = (*KEYS, "from_memory") if self.with_memory else KEYS
+        return tuple(f"{self.prefix}{key}" for key in keys)
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         """Count one batch.
@@ -226,25 +251,40 @@ class TripletCensus(keras.metrics.Metric):
             y_pred: embeddings (batch, dim).
             sample_weight: ignored.
         """
-        self._count(y_true, y_pred)
+        self._count(self.take(y_true), self.take(y_pred), self.gather)
 
-    def update_and_report(self, y_true: Any, y_pred: Any) -> dict[str, Any]:
-        """Count one batch and return the figures of this batch alone."""
-        return _figures(self._count(y_true, y_pred), self.prefix)
+    def update_with(self, labels: Any, embeddings: Any, others: Others) -> None:
+        """Count one batch, gathered already, with remembered rows beside it.
 
-    def _count(self, y_true: Any, y_pred: Any) -> Any:
-        labels, embeddings = self.take(y_true), self.take(y_pred)
+        Args:
+            labels: (batch,) integers.
+            embeddings: (batch, dim).
+            others: the rows beside the batch.
+        """
+        self._count(labels, embeddings, False, others)
+
+    def _count(
+        self, labels: Any, embeddings: Any, gather: bool, others: Others | None = None
+    ) -> None:
         value, rest = _measure(
-            labels, embeddings, self.margin, self.distance, self.gather
+            labels, embeddings, self.margin, self.distance, gather, others
         )
         error = _rounding_error(self._total, value)
         self._total.assign_add(value)
         self._rest.assign_add(error + rest)
-        return value + rest
+        self._latest.assign(value + rest)
 
     def result(self) -> dict[str, Any]:
         """The figures over all batches since the last reset, a dict of scalars."""
-        return _figures(self._total + self._rest, self.prefix)
+        return self._report(self._total + self._rest)
+
+    def of_latest_batch(self) -> dict[str, Any]:
+        """The figures of the last batch alone, a dict of scalars."""
+        return self._report(self._latest + 0.0)
+
+    def _report(self, totals: Any) -> dict[str, Any]:
+        figures = _figures(totals)
+        return {key: figures[key.removeprefix(self.prefix)] for key in self.keys}
 
     def get_config(self) -> dict[str, Any]:
         """Everything the constructor takes."""

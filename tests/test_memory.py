@@ -6,7 +6,7 @@ import pytest
 import reference
 from keras import ops
 
-from kerastrip import EmbeddingMemory, TripletLoss, mining
+from kerastrip import EmbeddingMemory, MiningStats, TripletLoss, mining
 
 BACKEND = keras.backend.backend()
 BATCH, STEPS, SIZE = 6, 5, 20
@@ -31,13 +31,17 @@ def step(model, index, function="train_on_batch"):
     return float(getattr(model, function)(X[rows], Y[rows], return_dict=True)["loss"])
 
 
-def expected(index, used, mining="semi_hard", positives=False):
-    """The loss of that batch with the `used` rows before it, newest batch first."""
+def rows_of(index, used):
+    """Labels and rows of that batch and the `used` before it, newest batch first."""
     batches = np.arange(len(X)).reshape(STEPS, BATCH)
-    now, before = batches[index], batches[:index][::-1].ravel()[:used]
+    rows = np.r_[batches[index], batches[:index][::-1].ravel()[:used]]
+    return Y[rows], X[rows]
+
+
+def expected(index, used, mining="semi_hard", positives=False):
+    """The loss of that batch."""
     values, _ = reference.triplet_loss(
-        np.r_[Y[now], Y[before]],
-        np.concatenate([X[now], X[before]]),
+        *rows_of(index, used),
         margin=0.3,
         mining=mining,
         batch=BATCH,
@@ -46,15 +50,11 @@ def expected(index, used, mining="semi_hard", positives=False):
     return values.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize(
     ("word", "positives", "jit"),
-    [
-        ("semi_hard", True, False),
-        pytest.param("semi_hard", False, True, marks=pytest.mark.slow),
-        pytest.param("hard", True, True, marks=pytest.mark.slow),
-        pytest.param("all", False, False, marks=pytest.mark.slow),
-    ],
+    [("semi_hard", False, True), ("hard", True, True), ("all", False, False)],
 )
 def test_the_loss_mines_in_past_batches(word, positives, jit):
     if jit and BACKEND == "torch":
@@ -120,6 +120,62 @@ def test_the_batch_gets_the_gradient_and_the_memory_none():
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
     assert np.abs(wanted[1]).max() > 0
+
+
+# The census ---------------------------------------------------------------------------
+
+
+def counted(index, used, positives):
+    """Triplets of that batch: all, those of the memory, the hard, the semi-hard."""
+    labels, rows = rows_of(index, used)
+    beside = {"batch": BATCH, "shared": positives}
+    d = reference.distance_matrix(rows, "euclidean")
+    triplets = reference.chosen_triplets(labels, d, 0.3, "all", **beside)
+    gaps = np.array([d[a, n] - d[a, p] for a, p, n in triplets])
+    remembered = [p >= BATCH or n >= BATCH for _, p, n in triplets]
+    kinds = gaps <= 0, (gaps > 0) & (gaps < 0.3)
+    return np.array([len(triplets), sum(remembered), *map(np.sum, kinds)])
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize(
+    ("positives", "jit"),
+    [(True, False), pytest.param(False, True, marks=pytest.mark.slow)],
+)
+def test_what_fit_mines_and_counts_in_past_batches(positives, jit):
+    if jit and BACKEND == "torch":
+        pytest.skip("PyTorch compiles for minutes")
+    model, memory = build(jit_compile=jit, positives=positives, warmup=1)
+    seen = []
+    keep = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(dict(logs))
+    )
+    history = model.fit(
+        X,
+        Y,
+        batch_size=BATCH,
+        shuffle=False,
+        verbose=0,
+        validation_data=(X[:BATCH], Y[:BATCH]),
+        callbacks=[MiningStats(per_batch=True), keep],
+    ).history
+    used = [0, *(min(i * BATCH, SIZE - BATCH) for i in range(1, STEPS))]
+    wanted = np.array([counted(i, n, positives) for i, n in enumerate(used)])
+    losses = [expected(i, n, positives=positives) for i, n in enumerate(used)]
+    assert history["loss"] == pytest.approx([np.mean(losses)], abs=1e-5)
+    keys = "from_memory", "hard", "semi_hard"
+    for logs, (triplets, *parts) in zip(seen, wanted, strict=True):
+        for key, part in zip(keys, parts, strict=True):
+            assert logs[key] == np.float32(part / triplets), key
+    triplets, *parts = wanted.sum(axis=0)
+    for key, part in zip(keys, parts, strict=True):
+        assert history[key][0] == np.float32(part / triplets), key
+    assert 0.5 < history["from_memory"][0] < 1
+    assert history["val_from_memory"] == [0]
+    validation = counted(0, 0, positives)
+    assert history["val_hard"][0] == np.float32(validation[2] / validation[0])
+    assert int(memory.filled) == SIZE
+    assert not model.loss.listeners
 
 
 # It survives --------------------------------------------------------------------------

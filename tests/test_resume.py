@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,17 +35,21 @@ def kill():
 
 
 class KillAt(keras.callbacks.Callback):
-    """Ends the process after a batch."""
+    """Ends the process after a batch, (epoch, step), or at "the end"."""
 
-    def __init__(self, epoch, step):
+    def __init__(self, at):
         super().__init__()
-        self.at, self.epoch = (epoch, step), None
+        self.at, self.epoch = at, None
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        if (self.epoch, batch) == self.at:
+        if [self.epoch, batch] == self.at:
+            kill()
+
+    def on_train_end(self, logs=None):
+        if self.at == "the end":
             kill()
 
 
@@ -67,10 +72,18 @@ class Fragile(keras.layers.Layer):
             self.intact -= 1
 
 
+def delete_half(backup):
+    os.remove(os.path.join(backup, "training_metadata.json"))
+    kill()
+
+
 def kill_while_saving(model, part, intact):
     """Ends the process in a part of a backup, after `intact` whole ones."""
     if part == "weights":
         model.get_layer("fragile").intact = intact
+        return
+    if part == "deletion":
+        shutil.rmtree = delete_half
         return
     if part == "between":
         owner, name = model, "save_weights"
@@ -106,14 +119,15 @@ def build_model():
     return keras.Model(inputs, [layers.Dense(8, name="logits")(x), embedding])
 
 
-def train(folder, out, workers="0", at=None, part=None, double=False):
+def train(folder, out, workers="0", at=None, part=None, **options):
     """One training; `out` receives weights, optimizer and history.
 
     With `at` it is killed after that (epoch, step), with `part` in that part of the
-    backup at the end of epoch 2.
+    backup at the end of epoch 2. `options` are those of the backup.
     """
     import tensorflow as tf
 
+    keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     tf.config.experimental.enable_op_determinism()
     labels = np.repeat(np.arange(8), 12)
@@ -135,7 +149,7 @@ def train(folder, out, workers="0", at=None, part=None, double=False):
     if part:
         kill_while_saving(model, part, intact=2)
     backup = keras.callbacks.BackupAndRestore(
-        os.path.join(folder, "backup"), save_freq="epoch", double_checkpoint=double
+        os.path.join(folder, "backup"), save_freq="epoch", **options
     )
     history = model.fit(
         sampler,
@@ -143,7 +157,7 @@ def train(folder, out, workers="0", at=None, part=None, double=False):
         shuffle=False,
         verbose=0,
         callbacks=[EpochSync(sampler), MiningStats(), backup]
-        + ([KillAt(*at)] if at else []),
+        + ([KillAt(at)] if at else []),
     ).history
     variables = [*model.variables, *model.optimizer.variables]
     arrays = {f"{i} {v.path}": np.asarray(v) for i, v in enumerate(variables)}
@@ -202,12 +216,19 @@ def whole(tmp_path_factory):
     return results
 
 
-def test_a_killed_training_ends_with_the_same_weights(tmp_path, whole):
+def test_a_killed_training_ends_with_the_same_weights(tmp_path):
     killed(tmp_path, workers="processes", at=(2, 3))
-    results, stderr = finished(tmp_path, workers="processes")
-    assert len(results["history loss"]) == EPOCHS - 2
-    assert_same(results, whole)
-    assert "restored weights" not in stderr
+    outs = tmp_path / "resumed.npz", tmp_path / "whole.npz"
+    process = run(
+        {"folder": str(tmp_path), "out": str(outs[0]), "workers": "processes"},
+        {"folder": str(tmp_path / "whole"), "out": str(outs[1])},
+    )
+    assert process.returncode == 0, process.stderr
+    resumed, whole = (dict(np.load(out)) for out in outs)
+    assert len(resumed["history loss"]) == EPOCHS - 2
+    assert len(whole["history loss"]) == EPOCHS
+    assert_same(resumed, whole)
+    assert "restored weights" not in process.stderr
 
 
 @pytest.mark.slow
@@ -226,18 +247,17 @@ def test_ten_kills_at_random_steps(tmp_path, whole, number):
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("part", ["weights", "between", "metadata"])
 def test_a_kill_while_the_backup_is_written(tmp_path, whole, part, double):
-    killed(tmp_path, part=part, double=double)
+    options = {"double_checkpoint": double}
+    killed(tmp_path, part=part, **options)
     backup = tmp_path / "backup"
     assert len(list(backup.iterdir())) == (4 if double else 2)
     if part == "weights" and double:  # Keras takes the backup before by itself
-        assert_same(finished(tmp_path, double=double)[0], whole)
+        assert_same(finished(tmp_path, **options)[0], whole)
         return
-    process = run(
-        {"folder": str(tmp_path), "out": str(tmp_path / "out"), "double": double}
-    )
+    process = run({"folder": str(tmp_path), "out": str(tmp_path / "out"), **options})
     if part == "between":  # nothing that Keras could see
         assert process.returncode == 0
-        assert f"restored weights have seen {STEPS} steps of epoch 2" in process.stderr
+        assert f"restored weights are {STEPS} steps ahead of epoch 2" in process.stderr
         return
     assert process.returncode == 1
     error = {"weights": "OSError", "metadata": "JSONDecodeError"}[part]
@@ -245,4 +265,23 @@ def test_a_kill_while_the_backup_is_written(tmp_path, whole, part, double):
     if double:
         for file in backup.glob("*.bkp"):
             file.rename(file.with_suffix(""))
-        assert_same(finished(tmp_path, double=double)[0], whole)
+        assert_same(finished(tmp_path, **options)[0], whole)
+
+
+@pytest.mark.slow
+def test_a_kill_when_the_training_is_over(tmp_path, whole):
+    kept = {"delete_checkpoint": False}
+    killed(tmp_path, at="the end", **kept)
+    results, _ = finished(tmp_path, **kept)
+    # No epoch is left: there is no history, and no random number was drawn.
+    kinds = "history", "seed_generator_state"
+    assert_same(
+        *(
+            {k: v for k, v in found.items() if not any(kind in k for kind in kinds)}
+            for found in (results, whole)
+        )
+    )
+
+    killed(tmp_path, part="deletion")  # of the backup that was there
+    process = run({"folder": str(tmp_path), "out": str(tmp_path / "out.npz")})
+    assert f"weights are {EPOCHS * STEPS} steps ahead of epoch 0" in process.stderr

@@ -111,6 +111,9 @@ def main(arguments=None):
     )
     parser.add_argument("--mining", default="semi_hard", help="a word of TripletLoss")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument(
+        "--jit", nargs="+", choices=("on", "off"), default=["on", "off"]
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="per line")
     parser.add_argument("--cpu", action="store_true", help="measure a processor too")
     options = parser.parse_args(arguments)
@@ -130,7 +133,8 @@ def main(arguments=None):
             rng = np.random.default_rng(0)
             x = keras.ops.convert_to_tensor(rng.random((size, *shape), "float32"))
             y = keras.ops.convert_to_tensor(np.arange(size, dtype="int32") // 4)
-            for jit in (True, False):
+            for word in options.jit:
+                jit = word == "on"
                 mined = TripletLoss(mining=options.mining)
                 best = race(
                     {
@@ -144,9 +148,7 @@ def main(arguments=None):
                 figures = [*best.values(), mining, 1e3 * mining / size]
                 shown = ["-" if ms != ms else f"{ms:.2f}" for ms in figures]
                 print(
-                    f"| {name} | {'on' if jit else 'off'} | {size:,} | "
-                    + " | ".join(shown)
-                    + " |",
+                    f"| {name} | {word} | {size:,} | " + " | ".join(shown) + " |",
                     flush=True,
                 )
 

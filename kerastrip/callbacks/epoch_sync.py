@@ -24,7 +24,9 @@ class EpochSync(keras.callbacks.Callback):
       the epoch, as Keras does not save how far they have come (on PyTorch they come
       from a generator of its own, left alone);
     - warns if restored weights have gone beyond the beginning of the epoch: then the
-      process was killed between the two files of a backup, which Keras cannot see;
+      process was killed between the two files of a backup, which Keras cannot see
+      (nor while it deletes them after the last epoch: `delete_checkpoint=False`
+      leaves them to you);
     - checks that the replicas of the model's distribution strategy get whole classes.
 
     Args:
@@ -103,12 +105,14 @@ class EpochSync(keras.callbacks.Callback):
     def _check_restored(self, epoch: int, restored: int) -> None:
         steps = (self.params or {}).get("steps") or 0
         ahead = restored - epoch * steps
-        if 0 < ahead <= steps:
+        # Steps of more epochs than one: of a training with epochs of another length.
+        if ahead > 0 and (ahead <= steps or epoch == 0):
             warnings.warn(
-                f"The restored weights have seen {ahead} steps of epoch {epoch}, which "
+                f"The restored weights are {ahead} steps ahead of epoch {epoch}, which "
                 "now begins: the training will not be that which was not interrupted. "
-                "The backup was cut short while it was written, or made inside an "
-                'epoch. `BackupAndRestore(save_freq="epoch", double_checkpoint=True)` '
-                "keeps the backup before: rename its `*.bkp` files.",
+                "The backup was cut short while it was written or deleted, or made "
+                'inside an epoch. `BackupAndRestore(save_freq="epoch", '
+                "double_checkpoint=True)` keeps the backup before: rename its `*.bkp` "
+                "files.",
                 stacklevel=2,
             )

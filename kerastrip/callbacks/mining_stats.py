@@ -29,7 +29,9 @@ class MiningStats(keras.callbacks.Callback):
     training step itself, at the margin and distance of the compiled loss, which
     they follow when a callback changes it. Under a `tf.distribute` strategy they are
     those within each replica, or those of the whole batch if the loss has
-    `gather=True`.
+    `gather=True`. With a loss that mines in an `EmbeddingMemory` the remembered rows
+    count as the loss sees them, and `from_memory` is the share of the triplets whose
+    positive or negative is one of them.
 
     It is detached when the run ends; after an exception or Ctrl-C it stays until
     the next run with a `MiningStats` replaces it, or until `detach()`. Saving the
@@ -105,18 +107,28 @@ class MiningStats(keras.callbacks.Callback):
 
     def feed(self, y: Any, y_pred: Any) -> dict[str, Any]:
         """Count one batch, inside the step; returns what to show for it."""
+        if not self.census.with_memory:  # else the loss has called `hear`
+            self._follow()
+            self.census.update_state(y, y_pred)
+        return self.census.of_latest_batch() if self.per_batch else {}
+
+    def hear(self, labels: Any, embeddings: Any, others: Any) -> None:
+        """Count one batch and what its loss remembers; the loss calls it."""
+        self._counted.add(self._phase)
+        self._follow()
+        self.census.update_with(labels, embeddings, others)
+
+    def _follow(self) -> None:
         self.census.margin = self._setting("margin")
         self.census.distance = self._setting("distance")
-        if self.per_batch:
-            return self.census.update_and_report(y, y_pred)
-        self.census.update_state(y, y_pred)
-        return {}
 
     def detach(self) -> None:
         """Take the census off the model; without effect where none is attached."""
         model, self._target = self._target, None
         if model is not None:
             detach(model, self)
+            if self.census.with_memory:
+                self._where.loss.listeners.remove(self.hear)
 
     def _attach(self) -> None:
         self.detach()
@@ -134,6 +146,10 @@ class MiningStats(keras.callbacks.Callback):
         self.census.take = self._take
         attach(model, self)
         self._target = model
+        # Only while it computes does a loss see what it has remembered.
+        if getattr(self._where.loss, "memory", None) is not None:
+            self.census.with_memory = True
+            self._where.loss.listeners.append(self.hear)
         self._counted, self._checked = set(), set()
 
     def _take(self, structure: Any) -> Any:

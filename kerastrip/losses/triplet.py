@@ -122,6 +122,8 @@ class TripletLoss(LabelLoss):
         self.average_over = average_over
         self.gather = _checks.boolean("gather", gather)
         self.memory = _checked_memory(memory, self.distance)
+        # MiningStats counts what is mined in a memory.
+        self.listeners: list[Callable[[Any, Any, Any], None]] = []
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """(batch,) values; see the class."""
@@ -139,6 +141,8 @@ class TripletLoss(LabelLoss):
             y_true = ops.cast(y_true, "int32")  # as the memory keeps them
             self.memory.add(y_true, y_pred)
             others = self.memory.others(ops.shape(y_pred)[0])
+            for listener in self.listeners:
+                listener(y_true, y_pred, others)
         return triplet_losses(
             y_true,
             y_pred,
