@@ -313,18 +313,22 @@ class Augmentation:
                     clone.draws(self.seed, (*key, first + i, 0), views)
                     for i in range(len(samples))
                 )
-            for index, draws in zip(np.ndindex(shape), keyed, strict=True):
+            indices = itertools.product(*map(range, shape))
+            for index, draws in zip(indices, keyed, strict=True):
                 sample = samples[index[0]]
-                if alike and any(index):
-                    clone.set(*draws)
-                    result = run(image=sample.copy() if copy else sample)["image"]
-                else:
-                    result = self._view(clone, draws, sample, copy)
-                if bare:
-                    batch.put(index, "image", result)
+                result = self._view(clone, draws, sample, copy)
+                if not bare:
+                    for name, value in result.items():
+                        batch.put(index, name, value)
                     continue
-                for name, value in result.items():
-                    batch.put(index, name, value)
+                batch.put(index, "image", result)
+                if alike:
+                    break
+            for index, draws in zip(indices, keyed, strict=True):
+                clone.set(*draws)
+                sample = samples[index[0]]
+                result = run(image=sample.copy() if copy else sample)["image"]
+                batch.put(index, "image", result)
         targets = batch.targets()
         return targets["image"] if bare else targets
 
@@ -633,8 +637,7 @@ class _Clone:
 
     def __init__(self, pipeline: Any, seedable: bool):
         self._words = np.random.Philox(0)
-        self._state = np.random.PCG64(0)
-        self.rng = np.random.Generator(self._state)
+        self.rng = _Late(np.random.PCG64(0))
         self._random = _Random(self.rng)
         self.pipeline = pipeline
         if seedable:
@@ -667,16 +670,32 @@ class _Clone:
 
     def set(self, words: list[int], numbers: list[float]) -> None:
         """Sets the generators to a key, by its `draws`."""
-        self._state.state = {
-            "bit_generator": "PCG64",
-            "state": {
-                "state": words[0] << 64 | words[1],
-                "inc": words[2] << 64 | words[3] | 1,
-            },
-            "has_uint32": 0,
-            "uinteger": 0,
-        }
+        self.rng.words = words
         self._random.set(numbers)
+
+
+class _Late(np.random.Generator):
+    """A generator that is set to `words` when somebody wants something of it.
+
+    Most transforms do not, and to set it takes 2 microseconds.
+    """
+
+    words: list[int] | None = None
+
+    def __getattribute__(self, name: str) -> Any:
+        get = super().__getattribute__
+        if words := get("words"):
+            self.words = None
+            get("bit_generator").state = {
+                "bit_generator": "PCG64",
+                "state": {
+                    "state": words[0] << 64 | words[1],
+                    "inc": words[2] << 64 | words[3] | 1,
+                },
+                "has_uint32": 0,
+                "uinteger": 0,
+            }
+        return get(name)
 
 
 class _Random(random.Random):
@@ -688,7 +707,7 @@ class _Random(random.Random):
 
     def __init__(self, rng: np.random.Generator):
         super().__init__(0)
-        self._rest = iter(rng.random, None)
+        self._rest = iter(lambda: rng.random(), None)
 
     def set(self, numbers: list[float]) -> None:
         """Sets what comes first."""

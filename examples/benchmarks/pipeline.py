@@ -16,8 +16,8 @@ Batches of 128 images, or of 64 JPEGs. Four tables:
   threads or processes, beside a tf.data pipeline and a PyTorch DataLoader. Wanted: at
   least as fast. tf.data can also decode no more than the crop, which OpenCV cannot.
 
-Contestants take turns; the fastest and the median repetition are shown. Ratios hold
-within one run only: "spin" says what two processes that share nothing reach at it.
+Contestants take turns; the fastest and the median repetition are shown, and the median
+of the ratios of each turn. Ratios hold within one run only: "spin" says what two processes that share nothing reach at it.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def race(contestants, count, rounds):
 
 
 def table(title, times, base, batch=None):
-    """Fastest and median, and how many times faster than `base`."""
+    """Fastest and median, and how many times faster than `base` (median of turns)."""
     print(f"\n{title}\n")
     unit = "ms a batch" if batch is None else "images/s"
     print(f"| | {unit} | median | x {base} | median |")
@@ -191,9 +191,8 @@ def table(title, times, base, batch=None):
         if name.startswith("spin"):
             continue
         picks = [min(seconds), statistics.median(seconds)]
-        ratios = [
-            pick(times[base]) / pick(seconds) for pick in (min, statistics.median)
-        ]
+        turns = [b / s for b, s in zip(times[base], seconds, strict=True)]
+        ratios = [min(times[base]) / min(seconds), statistics.median(turns)]
         shown = [1e3 * s if batch is None else batch / s for s in picks]
         figures = [f"{value:,.{2 if batch is None else 0}f}" for value in shown]
         print(f"| {name} | {' | '.join(figures)} | ", end="")
@@ -220,8 +219,11 @@ def augment(rounds):
 
         runs = {name: drained(train) for name, train in contestants.items()}
         spins = {"spin 1": spun(1), "spin 2": spun(2)}
-        times = race({"loop": loop, **runs, **spins}, count, rounds)
-        table(f"augment, {size} pixels", times, "loop", batch)
+        pair = {"loop": loop, "one thread": runs["one thread"]}
+        times = race(pair, count // 4, 6 * rounds)
+        table(f"augment, {size} pixels, short turns", times, "loop", batch)
+        times = race({**runs, **spins}, count, rounds)
+        table(f"augment, {size} pixels", times, "one thread", batch)
         summary(times)
         close(contestants)
 
@@ -346,10 +348,13 @@ def from_torch(source, batch, pipeline, count):
 
 def summary(times):
     """The ratios that are wanted."""
-    one = min(times["one thread"])
-    two = {name: one / min(times[name]) for name in ("two threads", "two processes")}
-    two["spin"] = min(times["spin 1"]) / min(times["spin 2"])
-    told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in two.items())
+    pairs = dict.fromkeys(("two threads", "two processes"), "one thread")
+    told = []
+    for name, base in {**pairs, "spin 2": "spin 1"}.items():
+        turns = [b / s for b, s in zip(times[base], times[name], strict=True)]
+        fastest = min(times[base]) / min(times[name])
+        told.append(f"{name} {fastest:.2f} (median {statistics.median(turns):.2f})")
+    told = ", ".join(told)
     print(f"\nx one thread: {told}", flush=True)
 
 
