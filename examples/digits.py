@@ -7,8 +7,9 @@ equal things together, known or not.
 
     python examples/digits.py --out runs/digits
 
-writes `model.keras`, `augmentation.json`, `history.csv`, `figures.csv`, `mining.png`
-and `embedding.png` into that folder, and prints a table. Raw pixels and the untrained
+writes `model.keras`, `augmentation.json`, `history.csv`, `figures.csv`, `mining.png`,
+`embedding.png` and `report.html` (a page on the training, anew after every epoch) into
+that folder, and prints a table. Raw pixels and the untrained
 network stand beside the trained one, because they are the thing to beat; the last row
 averages the embeddings of several augmented views of each digit.
 
@@ -151,6 +152,8 @@ def train(images, names, args):
         "raw pixels": judge(judged, lambda x: x.reshape(len(x), -1)),
         "untrained": judge(judged, lambda x: kerastrip.embed(model, x)),
     }
+    shown = [np.concatenate(part) for part in zip(*judged.values(), strict=True)]
+    guard = kerastrip.CollapseGuard()
     history = model.fit(
         train_set,
         validation_data=val_set,
@@ -163,6 +166,10 @@ def train(images, names, args):
             kerastrip.RetrievalEvaluation(*judged["seen"]),
             keras.callbacks.CSVLogger(args.out / "history.csv"),
             keras.callbacks.LambdaCallback(on_epoch_end=print_epoch),
+            guard,
+            kerastrip.TrainingReport(
+                args.out / "report.html", *shown, guard=guard, title="Digits"
+            ),
         ],
     ).history
     figures["trained"] = judge(judged, lambda x: kerastrip.embed(model, x))
@@ -174,7 +181,6 @@ def train(images, names, args):
     model.save(args.out / "model.keras")
     aug.save(args.out / "augmentation.json")
     kerastrip.plotting.plot_mining(history, path=args.out / "mining.png")
-    shown = [np.concatenate(part) for part in zip(*judged.values(), strict=True)]
     kerastrip.plotting.plot_embeddings(
         kerastrip.embed(model, shown[0]), shown[1], path=args.out / "embedding.png"
     )

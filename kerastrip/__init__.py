@@ -10,11 +10,13 @@ from kerastrip._version import __version__
 from kerastrip.augmentation import Augmentation
 from kerastrip.callbacks import (
     CollapseGuard,
+    EmbeddingProjector,
     EpochSync,
     MarginSchedule,
     MiningSchedule,
     MiningStats,
     RetrievalEvaluation,
+    TrainingReport,
     VerificationEvaluation,
 )
 from kerastrip.inference import embed, search
@@ -33,6 +35,7 @@ from kerastrip.losses import (
     triplet_hard_loss,
     triplet_semihard_loss,
 )
+from kerastrip.memory import EmbeddingMemory
 from kerastrip.metrics import TripletCensus
 from kerastrip.plan import PKPlan, SamplingReport, split_classes, split_samples
 from kerastrip.sampler import PKSampler
@@ -44,6 +47,8 @@ __all__ = [
     "CategoricalFocalLoss",
     "CollapseGuard",
     "ContrastiveLoss",
+    "EmbeddingMemory",
+    "EmbeddingProjector",
     "EpochSync",
     "MarginSchedule",
     "MiningSchedule",
@@ -53,6 +58,7 @@ __all__ = [
     "RetrievalEvaluation",
     "SamplingReport",
     "SparseCategoricalFocalLoss",
+    "TrainingReport",
     "TripletCensus",
     "TripletHardLoss",
     "TripletLoss",

@@ -64,6 +64,13 @@ def one_of(name: str, value: Any, options: Sequence[str]) -> str:
     raise ValueError(message(name, f"one of {words}", value, advice))
 
 
+def boolean(name: str, value: Any) -> bool:
+    """`value` if it is True or False; TypeError for anything else."""
+    if not isinstance(value, bool):
+        raise TypeError(message(name, "True or False", value))
+    return value
+
+
 def integer(name: str, value: Any, minimum: int | None = None, advice: str = "") -> int:
     """`value` as int, at least `minimum`; TypeError for anything but an integer."""
     expected = "an integer" if minimum is None else f"an integer of at least {minimum}"

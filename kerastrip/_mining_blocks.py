@@ -4,6 +4,9 @@ The mining engine works on the batch in the order of its labels. Every class is 
 one stretch of rows, so the positives of a row are known by two numbers, and the
 padding at the end makes all blocks of rows equal. The batch size may be unknown when
 a function is traced: sizes are Python integers or scalar tensors.
+
+Columns of the distance matrix are the rows of the batch, and behind them other rows,
+of a memory, which have positives and negatives in nobody's eyes but the batch's.
 """
 
 from __future__ import annotations
@@ -21,18 +24,40 @@ INFINITE = float("inf")
 TINY = 2e-38  # the least distance of a positive: above every denormal number
 
 
+class OtherRows(NamedTuple):
+    """Rows that are no anchors, ordered by label, then padding."""
+
+    rows: Any  # (more, dim) float32
+    labels: Any  # (more,) integers, those of the padding not below the others
+    size: Any  # () int32: how many rows are real
+    positives: bool  # whether those of an anchor's label are positives, or nothing
+
+
 class Batch(NamedTuple):
-    """Rows ordered by label, then padding."""
+    """Rows ordered by label, then padding; every row is an anchor."""
 
     rows: Any  # (padded, dim) float32, or a (padded, padded) matrix of distances
     labels: Any  # (padded,) integers
     size: Any  # () int32: how many rows are real
+    others: OtherRows | None = None
+
+    def width(self) -> Any:
+        """The number of columns."""
+        padded = ops.shape(self.rows)[0]
+        return padded + (0 if self.others is None else ops.shape(self.others.rows)[0])
+
+    def columns(self) -> Any:
+        """The rows to measure against, (columns, dim): the batch, then the others."""
+        if self.others is None:
+            return self.rows
+        return ops.concatenate([self.rows, self.others.rows])
 
 
 class Anchors(NamedTuple):
     """For every row: where its class lies among the columns, and how many rows match.
 
-    The positives of a row are the columns [start, stop) without `own`.
+    The positives of a row are the columns [start, stop) without `own`, and of the
+    others, where there are any, [other_start, other_stop).
     """
 
     own: Any  # (padded,) int32: the row's own column
@@ -40,6 +65,8 @@ class Anchors(NamedTuple):
     stop: Any  # (padded,) int32
     positives: Any  # (padded,) int32: 0 for padding
     negatives: Any  # (padded,) int32: 0 for padding
+    other_start: Any = None  # (padded,) int32
+    other_stop: Any = None  # (padded,) int32
 
 
 def flag(condition: Any) -> Any:
@@ -86,17 +113,17 @@ def put(buffer: Any, at: tuple, values: Any) -> Any:
     return ops.slice_update(buffer, at, ops.cast(values, buffer.dtype))
 
 
-def order_by_label(labels: Any, size: Any) -> tuple[Any, Any]:
-    """The order of the padded batch by label, and the order that undoes it."""
-    padded = padded_size(size)
-    order = ops.concatenate(
-        [
-            ops.cast(ops.argsort(labels), "int32"),
-            ops.arange(size, padded, dtype="int32"),
-        ]
-    )
+def order_by_label(labels: Any, size: Any, padded: Any) -> Any:
+    """The order of `size` rows by label, and behind them the padding."""
+    order = ops.cast(ops.argsort(labels), "int32")
+    return ops.concatenate([order, ops.arange(size, padded, dtype="int32")])
+
+
+def inverse_order(order: Any) -> Any:
+    """The order that undoes `order`."""
+    padded = ops.shape(order)[0]
     positions = ops.arange(padded, dtype="int32")
-    return order, ops.scatter(order[:, None], positions, (padded,))
+    return ops.scatter(order[:, None], positions, (padded,))
 
 
 def take_padded(x: Any, order: Any) -> Any:
@@ -118,17 +145,46 @@ def find_anchors(batch: Batch) -> Anchors:
     stop = ops.cast(ops.take(ops.cumsum(members), code), "int32")
     members = ops.cast(ops.take(members, code), "int32")
     real = ops.cast(own < batch.size, "int32")
-    return Anchors(
+    anchors = Anchors(
         own, stop - members, stop, real * (members - 1), real * (batch.size - members)
+    )
+    if batch.others is None:
+        return anchors
+    return _among_others(anchors, batch, batch.others)
+
+
+def _among_others(anchors: Anchors, batch: Batch, others: OtherRows) -> Anchors:
+    """The anchors with their positives and negatives among the others."""
+    start, stop = (
+        ops.minimum(
+            ops.cast(ops.searchsorted(others.labels, batch.labels, side), "int32"),
+            others.size,
+        )
+        for side in ("left", "right")
+    )
+    real = ops.cast(anchors.own < batch.size, "int32")
+    positives = stop - start if others.positives else 0
+    return anchors._replace(
+        positives=anchors.positives + real * positives,
+        negatives=anchors.negatives + real * (others.size - (stop - start)),
+        other_start=start + ops.shape(batch.rows)[0],
+        other_stop=stop + ops.shape(batch.rows)[0],
     )
 
 
 def block_of(anchors: Anchors, first: Any, count: Any) -> Anchors:
     """The anchors of the rows [first, first + count)."""
-    return Anchors(*(ops.slice(field, (first,), (count,)) for field in anchors))
+    return Anchors(
+        *(
+            None if field is None else ops.slice(field, (first,), (count,))
+            for field in anchors
+        )
+    )
 
 
-def signed_distances(batch: Batch, anchors: Anchors, first: Any, matrix: bool) -> Any:
+def signed_distances(
+    batch: Batch, columns: Any, anchors: Anchors, first: Any, matrix: bool
+) -> Any:
     """Distances of a block of rows to all columns; the sign tells the kind.
 
     A negative has d >= 0; the row itself and its positives -max(d, TINY) < 0;
@@ -137,28 +193,42 @@ def signed_distances(batch: Batch, anchors: Anchors, first: Any, matrix: bool) -
 
     Args:
         batch: all rows; for `matrix` its rows are distances already.
+        columns: those of the batch.
         anchors: those of the block.
         first: the block's first row.
         matrix: take distances (>= 0) from `batch.rows` instead of squared
             euclidean distances of the rows.
 
     Returns:
-        (count, padded) float32.
+        (count, columns) float32.
     """
     count, width = ops.shape(anchors.own)[0], ops.shape(batch.rows)[1]
     d = ops.slice(batch.rows, (first, 0), (count, width))
     if not matrix:
-        d = squared_distances(d, batch.rows)
-    column = ops.arange(ops.shape(batch.rows)[0], dtype="int32")
+        d = squared_distances(d, columns)
+    column = ops.arange(ops.shape(columns)[0], dtype="int32")
     same = (column >= anchors.start[:, None]) & (column < anchors.stop[:, None])
+    real = column < batch.size
+    if batch.others is not None:
+        again = column >= anchors.other_start[:, None]
+        again = again & (column < anchors.other_stop[:, None])
+        padded = ops.shape(batch.rows)[0]
+        real = real | ((column >= padded) & (column < padded + batch.others.size))
+        if batch.others.positives:
+            same = same | again
+        else:
+            real = real & ~again
     d = ops.where(same, -ops.maximum(d, TINY), d)
-    return ops.where(column < batch.size, d, -INFINITE)
+    return ops.where(real, d, -INFINITE)
 
 
 def positive_column(anchors: Anchors, rank: Any, columns: Any) -> Any:
     """The column of the positive number `rank` of every row, kept below `columns`."""
     at = anchors.start + rank
-    return ops.minimum(at + ops.cast(at >= anchors.own, "int32"), columns - 1)
+    at = at + ops.cast(at >= anchors.own, "int32")
+    if anchors.other_start is not None:
+        at = ops.where(at < anchors.stop, at, anchors.other_start + (at - anchors.stop))
+    return ops.minimum(at, columns - 1)
 
 
 def first_true(mask: Any) -> Any:

@@ -192,16 +192,16 @@ def prepared(function: Callable, rule: Rule) -> Callable:
 
 
 def _distances(
-    rows: Any, labels: Any, size: Any, here: Anchors, first: Any, *, matrix: bool
+    batch: Batch, columns: Any, here: Anchors, first: Any, *, matrix: bool
 ) -> tuple[Any, Any]:
     """Signed distances of a block, and what to sort: inf for all but negatives."""
-    d = signed_distances(Batch(rows, labels, size), here, first, matrix)
+    d = signed_distances(batch, columns, here, first, matrix)
     return d, ops.where(d >= 0, d, INFINITE)
 
 
-def _kept_columns(padded: Any) -> Any:
+def _kept_columns(width: Any) -> Any:
     """How many columns of coefficients are kept: all of them or none."""
-    return flag(padded <= KEPT_ROWS) * padded
+    return flag(width <= KEPT_ROWS) * width
 
 
 def _terms_of_block(
@@ -231,6 +231,7 @@ def _kept_terms(d: Any, order: Any, here: Anchors, margin: Any, *, rule: Rule) -
 
 def _gradient_of_block(
     rows: Any,
+    columns: Any,
     d: Any,
     order: Any,
     here: Anchors,
@@ -239,31 +240,38 @@ def _gradient_of_block(
     *,
     rule: Rule,
 ) -> tuple[Any, Any]:
-    """The block's share in the gradient: of its own rows, and of all columns."""
+    """The block's share in the gradient: of its own rows, and of all rows."""
     terms = _terms_of_block(d, order, here, margin, rule=rule)
     coefficients = terms.coefficients * weights[:, None]
     if rule.matrix:
         return coefficients, ops.zeros((1, 1))
     own = ops.take(rows, here.own, axis=0)
-    back = ops.transpose(coefficients)
+    back = ops.transpose(coefficients[:, : ops.shape(rows)[0]])
     return (
-        row_sum(coefficients)[:, None] * own - ops.matmul(coefficients, rows),
+        row_sum(coefficients)[:, None] * own - ops.matmul(coefficients, columns),
         row_sum(back)[:, None] * rows - ops.matmul(back, own),
     )
 
 
-def _gradient_of_kept(rows: Any, weights: Any, kept: Any, *, matrix: bool) -> Any:
+def _gradient_of_kept(batch: Batch, weights: Any, kept: Any, *, matrix: bool) -> Any:
     """The whole gradient from all coefficients."""
     kept = kept * weights[:, None]
     if matrix:
         return kept
-    kept = kept + ops.transpose(kept)
-    return row_sum(kept)[:, None] * rows - ops.matmul(kept, rows)
+    rows = batch.rows
+    if batch.others is None:
+        kept = kept + ops.transpose(kept)
+        return row_sum(kept)[:, None] * rows - ops.matmul(kept, rows)
+    padded = ops.shape(rows)[0]
+    back = ops.transpose(kept[:, :padded])
+    kept = ops.concatenate([kept[:, :padded] + back, kept[:, padded:]], axis=1)
+    return row_sum(kept)[:, None] * rows - ops.matmul(kept, batch.columns())
 
 
 def _walk(batch: Batch, rule: Rule, piece: Callable, visit: Callable, state: Any):
     """Call visit(d, order, here, first, *state) on the blocks that have work."""
     anchors = find_anchors(batch)
+    columns = batch.columns()
     padded = ops.shape(batch.rows)[0]
     count = block_rows(padded)
 
@@ -271,7 +279,8 @@ def _walk(batch: Batch, rule: Rule, piece: Callable, visit: Callable, state: Any
         here = block_of(anchors, first, count)
 
         def work() -> Any:
-            d, keys = piece(_distances, matrix=rule.matrix)(*batch, here, first)
+            measure = piece(_distances, matrix=rule.matrix)
+            d, keys = measure(batch, columns, here, first)
             order = None
             if _TERMS[rule.mining] is _by_pairs:
                 order = ops.cast(ops.argsort(keys, axis=1), "int32")
@@ -285,14 +294,12 @@ def _walk(batch: Batch, rule: Rule, piece: Callable, visit: Callable, state: Any
     return ops.while_loop(lambda first, *_: first < padded, block, (zero(), *state))[1:]
 
 
-def dense_losses(
-    rows: Any, labels: Any, size: Any, margin: Any, *, rule: Rule, piece: Callable
-) -> Terms:
+def dense_losses(batch: Batch, margin: Any, *, rule: Rule, piece: Callable) -> Terms:
     """The terms of all rows.
 
     Returns:
         `Terms` of (padded,) rows, the coefficients those kept for `dense_gradient`:
-        (padded, padded) or (padded, 0).
+        (padded, columns) or (padded, 0).
     """
 
     def visit(d: Any, order: Any, here: Anchors, first: Any, *state: Any) -> Any:
@@ -300,16 +307,17 @@ def dense_losses(
         corners = (first,), (first,), (first, 0), (0, first), (first,)
         return tuple(map(put, state, corners, found))
 
-    state = no_losses(ops.shape(rows)[0], rule.census)[: 5 if rule.census else 3]
-    return Terms(*_walk(Batch(rows, labels, size), rule, piece, visit, state))
+    state = no_losses(batch, rule.census)[: 5 if rule.census else 3]
+    return Terms(*_walk(batch, rule, piece, visit, state))
 
 
-def no_losses(padded: Any, census: bool) -> Terms:
+def no_losses(batch: Batch, census: bool) -> Terms:
     """What `dense_losses` returns for a batch without any loss."""
+    padded = ops.shape(batch.rows)[0]
     terms = Terms(
         ops.zeros((padded,), "float32"),
         ops.zeros((padded,), "int32"),
-        ops.zeros((padded, _kept_columns(padded)), "float32"),
+        ops.zeros((padded, _kept_columns(batch.width())), "float32"),
     )
     if not census:
         return terms
@@ -319,9 +327,7 @@ def no_losses(padded: Any, census: bool) -> Terms:
 
 
 def dense_gradient(
-    rows: Any,
-    labels: Any,
-    size: Any,
+    batch: Batch,
     margin: Any,
     weights: Any,
     kept: Any,
@@ -329,19 +335,20 @@ def dense_gradient(
     rule: Rule,
     piece: Callable,
 ) -> Any:
-    """Gradient of sum(weights * losses) with respect to `rows`, in their shape.
+    """Gradient of sum(weights * losses) with respect to the rows, in their shape.
 
     Args:
-        rows, labels, size, margin: what `dense_losses` got.
+        batch, margin: what `dense_losses` got.
         weights: (padded,).
         kept: the coefficients that it returned.
         rule, piece: as there.
     """
+    rows, columns = batch.rows, batch.columns()
     width = ops.shape(rows)[1]
 
     def visit(d: Any, order: Any, here: Anchors, first: Any, gradient: Any) -> Any:
         to_rows, to_columns = piece(_gradient_of_block, rule=rule)(
-            rows, d, order, here, margin, ops.take(weights, here.own)
+            rows, columns, d, order, here, margin, ops.take(weights, here.own)
         )
         if rule.matrix:
             return (put(gradient, (first, 0), to_rows),)
@@ -349,22 +356,21 @@ def dense_gradient(
         return (put(gradient, (first, 0), before + to_rows) + to_columns,)
 
     def anew() -> Any:
-        batch = Batch(rows, labels, size)
         return _walk(batch, rule, piece, visit, (ops.zeros_like(rows),))[0]
 
     return choose(
         ops.shape(kept)[1] > 0,
-        lambda: piece(_gradient_of_kept, matrix=rule.matrix)(rows, weights, kept),
+        lambda: piece(_gradient_of_kept, matrix=rule.matrix)(batch, weights, kept),
         anew,
     )
 
 
 def forward(
-    rows: Any, labels: Any, size: Any, margin: Any, *, rule: Rule, piece: Callable
+    batch: Batch, margin: Any, *, rule: Rule, piece: Callable
 ) -> tuple[Terms, Any]:
     """`dense_losses` and the number of units of every row, (padded,) float32."""
-    terms = dense_losses(rows, labels, size, margin, rule=rule, piece=piece)
-    anchors = find_anchors(Batch(rows, labels, size))
+    terms = dense_losses(batch, margin, rule=rule, piece=piece)
+    anchors = find_anchors(batch)
     positives = ops.cast(anchors.positives, "float32")
     negatives = ops.cast(anchors.negatives, "float32")
     units = {

@@ -52,9 +52,7 @@ def _sorted_counts(d: Any, here: Anchors, margin: Any, rooted: bool) -> Any:
 
 
 def sweep(
-    rows: Any,
-    labels: Any,
-    size: Any,
+    batch: Batch,
     margin: Any,
     *,
     mining: str | None,
@@ -64,9 +62,7 @@ def sweep(
     """One walk over all blocks of rows: columns chosen, and the census counted.
 
     Args:
-        rows: (padded, dim) ordered by label.
-        labels: (padded,).
-        size: () int32, how many rows are real.
+        batch: ordered by label.
         margin: () float32.
         mining: what to choose; None for the census alone.
         rooted: whether distances are roots of the squared ones.
@@ -80,15 +76,15 @@ def sweep(
         semi-hard triplets, pairs with a semi-hard one.
         `sums`, with `census`: (2, padded) float32, distances to positives, negatives.
     """
-    batch = Batch(rows, labels, size)
     anchors = find_anchors(batch)
-    padded = ops.shape(rows)[0]
+    rows = batch.columns()
+    padded, width = ops.shape(batch.rows)[0], ops.shape(rows)[0]
     count = block_rows(padded)
     by_pairs = mining in ("semi_hard", "semi_hard_or_hard")
 
     def block(first: Any, found: dict[str, Any]) -> Any:
         here = block_of(anchors, first, count)
-        d = signed_distances(batch, here, first, matrix=False)
+        d = signed_distances(batch, rows, here, first, matrix=False)
         if mining:
             positive, nearest, farthest = extremes(d)
         if mining == "hard":
@@ -97,7 +93,7 @@ def sweep(
         positives = few(here.positives)
 
         def step(rank: Any, columns: Any, counts: Any, distance: Any) -> Any:
-            p = ops.abs(entry(d, positive_column(here, rank, padded)))
+            p = ops.abs(entry(d, positive_column(here, rank, width)))
             bound = add_margin(p, margin, rooted)
             if by_pairs:
                 value, column = nearest_beyond(d, p)
@@ -110,7 +106,7 @@ def sweep(
                 valid = rank < positives
                 # What is not a negative of the row is < 0, so it counts as below.
                 below, within = count_two(d, p, bound)
-                below = below - (padded - here.negatives)
+                below = below - (width - here.negatives)
                 more = ops.stack([below, within, ops.cast(within > 0, "int32")])
                 counts = counts + ops.where(valid, more, 0)
                 p = ops.where(valid, p, 0.0)
@@ -161,14 +157,16 @@ def sweep(
     return ops.while_loop(lambda first, _: first < padded, block, (zero(), found))[1]
 
 
-def _slopes(rows: Any, positive: Any, negative: Any, margin: Any, rooted, soft) -> Any:
+def _slopes(
+    rows: Any, columns: Any, positive: Any, negative: Any, margin: Any, rooted, soft
+) -> Any:
     """Losses (n,) of the triplets (row, positive, negative) and their slopes.
 
     A slope is d loss / d distance, divided by the distance if it is a root (times 2
     if it is a square): what the difference of two rows is multiplied by.
     """
-    dp = ops.sum(ops.square(rows - ops.take(rows, positive, axis=0)), axis=1)
-    dn = ops.sum(ops.square(rows - ops.take(rows, negative, axis=0)), axis=1)
+    dp = ops.sum(ops.square(rows - ops.take(columns, positive, axis=0)), axis=1)
+    dn = ops.sum(ops.square(rows - ops.take(columns, negative, axis=0)), axis=1)
     if rooted:
         dp, dn = safe_sqrt(dp), safe_sqrt(dn)
     loss, slope = loss_and_slope(dp - dn, margin, soft)
@@ -178,9 +176,7 @@ def _slopes(rows: Any, positive: Any, negative: Any, margin: Any, rooted, soft) 
 
 
 def pair_losses(
-    rows: Any,
-    labels: Any,
-    size: Any,
+    batch: Batch,
     margin: Any,
     table: Any,
     *,
@@ -193,14 +189,15 @@ def pair_losses(
         Losses (padded,) float32, active (padded,) int32, and the slopes of the
         positive and the negative distances, (TABLE_RANKS, padded) float32.
     """
-    anchors = find_anchors(Batch(rows, labels, size))
-    padded = ops.shape(rows)[0]
+    anchors = find_anchors(batch)
+    rows, columns = batch.rows, batch.columns()
+    padded, width = ops.shape(rows)[0], ops.shape(columns)[0]
     positives = ops.where(anchors.negatives > 0, few(anchors.positives), 0)
 
     def step(rank: Any, losses: Any, active: Any, pull: Any, push: Any) -> Any:
         valid = rank < positives
-        positive = positive_column(anchors, rank, padded)
-        found = _slopes(rows, positive, table[rank], margin, rooted, soft)
+        positive = positive_column(anchors, rank, width)
+        found = _slopes(rows, columns, positive, table[rank], margin, rooted, soft)
         loss, to_positive, to_negative = (ops.where(valid, x, 0.0) for x in found)
         return (
             rank + 1,
@@ -218,12 +215,20 @@ def pair_losses(
     )[1:]
 
 
-def pair_gradient(
-    rows: Any, labels: Any, size: Any, weights: Any, table: Any, pull: Any, push: Any
-) -> Any:
+def _arrived(batch: Batch, values: Any, columns: Any) -> Any:
+    """For every row the sum of the values meant for its column, (padded, dim)."""
+    padded = ops.shape(batch.rows)[0]
+    if batch.others is None:
+        return ops.segment_sum(values, columns, num_segments=padded)
+    columns = ops.minimum(columns, padded)
+    return ops.segment_sum(values, columns, num_segments=padded + 1)[:padded]
+
+
+def pair_gradient(batch: Batch, weights: Any, table: Any, pull: Any, push: Any) -> Any:
     """Gradient of sum(weights * losses) with respect to the rows, (padded, dim)."""
-    anchors = find_anchors(Batch(rows, labels, size))
-    padded = ops.shape(rows)[0]
+    anchors = find_anchors(batch)
+    rows, columns = batch.rows, batch.columns()
+    padded, width = ops.shape(rows)[0], ops.shape(columns)[0]
     positives = few(anchors.positives)
     pull, push = pull * weights, push * weights
     flat = ops.reshape(pull, (-1,))
@@ -231,15 +236,18 @@ def pair_gradient(
     def step(rank: Any, gradient: Any) -> Any:
         # A row is pulled to its positive p as anchor and as positive of the anchor p:
         # the second slope is read where p has its own line for the row.
-        p = positive_column(anchors, rank, padded)
+        p = positive_column(anchors, rank, width)
         back = anchors.own - anchors.start - ops.cast(anchors.own > p, "int32")
         back = ops.minimum(back, TABLE_RANKS - 1)
-        both = pull[rank] + ops.take(flat, back * padded + p)
+        back = ops.take(flat, back * padded + ops.minimum(p, padded - 1))
+        if batch.others is not None:
+            back = ops.where(p < padded, back, 0.0)
+        both = pull[rank] + back
         both = ops.where(rank < positives, both, 0.0)
-        gradient = gradient + both[:, None] * (rows - ops.take(rows, p, axis=0))
-        away = rows - ops.take(rows, table[rank], axis=0)
+        gradient = gradient + both[:, None] * (rows - ops.take(columns, p, axis=0))
+        away = rows - ops.take(columns, table[rank], axis=0)
         away = push[rank][:, None] * away
-        arrived = ops.segment_sum(away, table[rank], num_segments=padded)
+        arrived = _arrived(batch, away, table[rank])
         return rank + 1, gradient - away + arrived
 
     most = ops.max(positives)
@@ -249,9 +257,7 @@ def pair_gradient(
 
 
 def anchor_losses(
-    rows: Any,
-    labels: Any,
-    size: Any,
+    batch: Batch,
     margin: Any,
     table: Any,
     *,
@@ -259,30 +265,27 @@ def anchor_losses(
     soft: bool,
 ) -> tuple[Any, Any, Any, Any]:
     """`pair_losses` for one triplet per row; all results are (padded,)."""
-    anchors = find_anchors(Batch(rows, labels, size))
+    anchors = find_anchors(batch)
     valid = (anchors.positives > 0) & (anchors.negatives > 0)
-    found = _slopes(rows, table[0], table[1], margin, rooted, soft)
+    found = _slopes(
+        batch.rows, batch.columns(), table[0], table[1], margin, rooted, soft
+    )
     loss, pull, push = (ops.where(valid, x, 0.0) for x in found)
     return loss, ops.cast(loss > 0, "int32"), pull, push
 
 
-def anchor_gradient(rows: Any, weights: Any, table: Any, pull: Any, push: Any) -> Any:
+def anchor_gradient(
+    batch: Batch, weights: Any, table: Any, pull: Any, push: Any
+) -> Any:
     """`pair_gradient` for one triplet per row."""
-    padded = ops.shape(rows)[0]
-    near = (pull * weights)[:, None] * (rows - ops.take(rows, table[0], axis=0))
-    far = (push * weights)[:, None] * (rows - ops.take(rows, table[1], axis=0))
-    return (
-        near
-        - far
-        - ops.segment_sum(near, table[0], num_segments=padded)
-        + ops.segment_sum(far, table[1], num_segments=padded)
-    )
+    rows, columns = batch.rows, batch.columns()
+    near = (pull * weights)[:, None] * (rows - ops.take(columns, table[0], axis=0))
+    far = (push * weights)[:, None] * (rows - ops.take(columns, table[1], axis=0))
+    return near - far - _arrived(batch, near, table[0]) + _arrived(batch, far, table[1])
 
 
 def forward(
-    rows: Any,
-    labels: Any,
-    size: Any,
+    batch: Batch,
     margin: Any,
     *,
     mining: str,
@@ -297,16 +300,14 @@ def forward(
         `units`: (padded,) how many pairs or anchors have a loss, those of rows with
         many positives too; `most`: () the largest number of positives.
     """
-    found = sweep(
-        rows, labels, size, margin, mining=mining, rooted=rooted, census=census
-    )
-    anchors = find_anchors(Batch(rows, labels, size))
+    found = sweep(batch, margin, mining=mining, rooted=rooted, census=census)
+    anchors = find_anchors(batch)
     units = ops.where(anchors.negatives > 0, anchors.positives, 0)
     if mining == "hard":
         units = ops.minimum(units, 1)
     take = anchor_losses if mining == "hard" else pair_losses
     losses, active, pull, push = take(
-        rows, labels, size, margin, found["columns"], rooted=rooted, soft=soft
+        batch, margin, found["columns"], rooted=rooted, soft=soft
     )
     return {
         **found,
@@ -320,9 +321,7 @@ def forward(
 
 
 def backward(
-    rows: Any,
-    labels: Any,
-    size: Any,
+    batch: Batch,
     weights: Any,
     found: dict[str, Any],
     *,
@@ -330,6 +329,5 @@ def backward(
 ) -> Any:
     """Gradient of sum(weights * losses) of `forward` for the rows, (padded, dim)."""
     chosen = found["columns"], found["pull"], found["push"]
-    if mining == "hard":
-        return anchor_gradient(rows, weights, *chosen)
-    return pair_gradient(rows, labels, size, weights, *chosen)
+    gradient = anchor_gradient if mining == "hard" else pair_gradient
+    return gradient(batch, weights, *chosen)

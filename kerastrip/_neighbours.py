@@ -78,7 +78,10 @@ def confusions(
 
 
 def spread_rows(codes: np.ndarray, count: int) -> np.ndarray:
-    """`count` rows evenly spread over the classes, all if there are fewer."""
-    count = min(count, len(codes))
-    places = (2 * np.arange(count) + 1) * len(codes) // (2 * count)
-    return np.argsort(codes, kind="stable")[places]
+    """At most `count` rows, of as many classes as there can be, in their order."""
+    order = np.argsort(codes, kind="stable")
+    _, starts, sizes = np.unique(codes[order], return_index=True, return_counts=True)
+    chosen = np.arange(count) * len(starts) // count
+    nth = np.arange(count) - np.searchsorted(chosen, chosen)
+    rows = np.unique(order[starts[chosen] + nth % sizes[chosen]])
+    return rows[np.argsort(codes[rows], kind="stable")]

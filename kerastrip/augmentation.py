@@ -44,6 +44,9 @@ _HASH_NAME = b"kerastrip-aug-v1"
 # small images take turns. Larger ones stay long enough inside OpenCV, which
 # lets other threads run.
 _SMALL = 160 * 160
+# Generators are set to their states so many at a time. Between two images the caches
+# of the processor have lost the way, and it takes several times as long.
+_AT_ONCE = 64
 _turn = threading.RLock()
 
 
@@ -143,7 +146,7 @@ class Augmentation:
                 )
             )
         self._pipeline = pipeline
-        self._local = threading.local()
+        self._idle: list[_Clone] = []
 
     @classmethod
     def none(cls) -> Augmentation:
@@ -161,11 +164,11 @@ class Augmentation:
         return f"Augmentation({name}, seed={self.seed})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_local"}
+        return {k: v for k, v in self.__dict__.items() if k != "_idle"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._local = threading.local()
+        self._idle = []
 
     # -- one image ---------------------------------------------------------
 
@@ -189,10 +192,24 @@ class Augmentation:
             ValueError: an image of the wrong rank or range, a target that the
                 pipeline does not know.
         """
-        return self._view(image, self._state(key))
+        with self._clone() as clone:
+            self._set(clone.states[0], key)
+            return self._view(clone, clone.states[0], image)
 
-    def _state(self, key: tuple[int, ...]) -> dict[str, Any]:
-        """The state of a generator for one key."""
+    @contextlib.contextmanager
+    def _clone(self) -> Iterator[_Clone]:
+        """A clone that nobody else has: no other thread, and no callable in a call."""
+        try:
+            clone = self._idle.pop()
+        except IndexError:
+            clone = _Clone(self._pipeline, self._seedable)
+        try:
+            yield clone
+        finally:
+            self._idle.append(clone)
+
+    def _set(self, state: Any, key: tuple[int, ...]) -> None:
+        """Sets one of a clone's `states` to a key."""
         try:
             packed = struct.pack(f"<{len(key) + 1}q", self.seed, *key)
         except struct.error:
@@ -200,7 +217,7 @@ class Augmentation:
                 _integer64("key", value, "Write aug(image, epoch, step, position).")
             raise
         words = hashlib.blake2b(packed, digest_size=32, person=_HASH_NAME).digest()
-        return {
+        state.state = {
             "bit_generator": "PCG64",
             "state": {
                 "state": int.from_bytes(words[:16], "little"),
@@ -210,18 +227,12 @@ class Augmentation:
             "uinteger": 0,
         }
 
-    def _view(self, image: Any, state: dict[str, Any], copy: bool = True) -> Any:
+    def _view(
+        self, clone: _Clone, state: np.random.PCG64, image: Any, copy: bool = True
+    ) -> Any:
         """The view; without `copy` the image may be written into, or returned."""
-        try:
-            run, rng = self._local.own
-        except AttributeError:
-            run, rng = self._pipeline, np.random.Generator(np.random.PCG64(0))
-            if self._seedable:
-                run = deepcopy(run)
-                # Not set_random_seed: it gives every transform the same numbers.
-                run.set_random_state(rng, _Random(rng))
-            self._local.own = run, rng
-        rng.bit_generator.state = state
+        run, rng = clone.pipeline, clone.rng
+        rng.__init__(state)  # type: ignore[misc]  # which the transforms hold
         own = _copied if copy else _same
         if not self._seedable:
             result = run(own(image), rng)
@@ -300,12 +311,28 @@ class Augmentation:
             out = {"image": out}
         batch = _targets.Batch(self._pipeline, shape, out)
         indices = list(itertools.product(*map(range, shape)))
-        states = [self._state((*key, first + i, *view)) for i, *view in indices]
-        with _turn if _is_small(samples[0]) else contextlib.nullcontext():
-            for index, state in zip(indices, states, strict=True):
-                result = self._view(samples[index[0]], state, copy)
-                for name, value in ({"image": result} if bare else result).items():
-                    batch.put(index, name, value)
+        # Of an array of uint8 one image is like the other: the first is checked.
+        alike = bare and self._seedable and isinstance(images, np.ndarray)
+        alike = alike and images.dtype == np.uint8
+        turn = _turn if _is_small(samples[0]) else contextlib.nullcontext()
+        with turn, self._clone() as clone:
+            run, rng = clone.pipeline, clone.rng
+            for low in range(0, len(indices), _AT_ONCE):
+                block = indices[low : low + _AT_ONCE]
+                for state, (i, *view) in zip(clone.states, block, strict=False):
+                    self._set(state, (*key, first + i, *view))
+                for state, index in zip(clone.states, block, strict=False):
+                    sample = samples[index[0]]
+                    if alike and any(index):
+                        rng.__init__(state)  # type: ignore[misc]
+                        result = run(image=sample.copy() if copy else sample)["image"]
+                    else:
+                        result = self._view(clone, state, sample, copy)
+                    if bare:
+                        batch.put(index, "image", result)
+                        continue
+                    for name, value in result.items():
+                        batch.put(index, name, value)
         targets = batch.targets()
         return targets["image"] if bare else targets
 
@@ -604,6 +631,27 @@ class Augmentation:
         )
 
 
+class _Clone:
+    """A copy of a pipeline, and the generator from which all of it draws.
+
+    Args:
+        pipeline: of an `Augmentation`.
+        seedable: whether it takes generators.
+
+    Attributes:
+        states: what the generator can be pointed to, one for each image of a block.
+    """
+
+    def __init__(self, pipeline: Any, seedable: bool):
+        self.states = [np.random.PCG64(0) for _ in range(_AT_ONCE)]
+        self.rng = np.random.Generator(self.states[0])
+        self.pipeline = pipeline
+        if seedable:
+            self.pipeline = deepcopy(pipeline)
+            # Not set_random_seed: it gives every transform the same numbers.
+            self.pipeline.set_random_state(self.rng, _Random(self.rng))
+
+
 class _Random(random.Random):
     """Python's random numbers, drawn from a NumPy generator.
 
@@ -613,15 +661,16 @@ class _Random(random.Random):
 
     def __init__(self, rng: np.random.Generator):
         super().__init__(0)
-        self._raw = rng.bit_generator.random_raw
+        self._rng = rng
         self.random = rng.random  # type: ignore[method-assign]
 
     def getrandbits(self, k: int) -> int:
+        raw = self._rng.bit_generator.random_raw
         if k <= 64:
-            return self._raw() >> (64 - k)
+            return raw() >> (64 - k)
         value = 0
         for _ in range(0, k, 64):
-            value = value << 64 | self._raw()
+            value = value << 64 | raw()
         return value >> -k % 64
 
     def gauss(self, mu: float = 0.0, sigma: float = 1.0) -> float:

@@ -328,7 +328,7 @@ def search(
     # A few more than k: float32 may have ordered the last ones wrongly.
     taken = min(k + 8, len(gallery))
     step = max(1, _NUMBERS // (8 * taken * queries.shape[1]))
-    for rows, block in space.blocks():
+    for rows, block in space.blocks(clamp=False):
         candidates = nearest(block, taken)
         for low in range(rows.start, rows.stop, step):
             some = slice(low, min(low + step, rows.stop))
@@ -348,7 +348,7 @@ def nearest(block: np.ndarray, k: int) -> np.ndarray:
     """The columns of the k smallest numbers of every row, in order.
 
     Args:
-        block: (rows, columns) float32, >= 0.
+        block: (rows, columns) float32; what is below 0 counts as 0.
         k: 1 ... columns.
 
     Returns:
@@ -388,9 +388,9 @@ def _nearest(block: np.ndarray, k: int) -> np.ndarray:
 def _sorted_keys(numbers: np.ndarray, columns: np.ndarray, k: int) -> np.ndarray:
     """(rows, k) uint64: the bits of the k smallest numbers over their columns.
 
-    The bits of floats >= 0 have the order of the floats.
+    The bits of floats >= 0 have the order of the floats. (-0.0 + 0.0 is 0.0.)
     """
-    keys = np.abs(numbers).view(np.uint32).astype(np.uint64)  # -0.0 is 0.0
+    keys = (np.maximum(numbers, 0.0) + np.float32(0)).view(np.uint32).astype(np.uint64)
     keys <<= np.uint64(32)
     keys |= columns.astype(np.uint64)
     if k < keys.shape[1]:
@@ -494,14 +494,15 @@ class Space(NamedTuple):
         return cls(queries, gallery, left, right, distance)
 
     def blocks(
-        self, *, upper: bool = False, verbose: bool = False
+        self, *, upper: bool = False, clamp: bool = True, verbose: bool = False
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """Slices of the queries and their (rows, m) distances, in one buffer.
 
-        The numbers are half the squared euclidean or the cosine distance, >= 0.
+        The numbers are half the squared euclidean or the cosine distance.
 
         Args:
             upper: leave out the columns before the first row of a block.
+            clamp: set what rounding took below 0 to 0, which is one more pass.
             verbose: draw a progress bar if it takes long.
         """
         columns = self.right.shape[1]
@@ -513,7 +514,9 @@ class Space(NamedTuple):
             shape = rows.stop - low, columns - low * upper
             block = buffer[: shape[0] * shape[1]].reshape(shape)
             np.matmul(self.left[rows], self.right[:, columns - shape[1] :], out=block)
-            yield rows, np.maximum(block, 0.0, out=block)
+            if clamp:
+                np.maximum(block, 0.0, out=block)
+            yield rows, block
             show(rows.stop)
 
     def distances(self, numbers: np.ndarray) -> np.ndarray:

@@ -9,8 +9,10 @@ import keras
 from keras import ops
 
 from kerastrip import _checks
+from kerastrip._numerics import integer_labels
+from kerastrip._replicas import gathered, whole
 from kerastrip.distances import DISTANCES
-from kerastrip.mining import triplet_census
+from kerastrip.mining import Census, triplet_census
 
 KEYS = (
     "easy",
@@ -59,10 +61,20 @@ def _effective_dim(rows: Any, total: Any) -> Any:
     return 1.0 / ops.maximum(squares, 1e-30)
 
 
-def _measure(labels: Any, embeddings: Any, margin: float, distance: str) -> tuple:
-    """The sums of one batch as two float32 vectors whose sum is exact for counts."""
+def _measure(
+    labels: Any, embeddings: Any, margin: float, distance: str, gather: bool
+) -> tuple:
+    """The sums of one batch as two float32 vectors whose sum is exact for counts.
+
+    With `gather` they are sums over the rows of this replica, whose triplets are those
+    with all rows of the batch.
+    """
     embeddings = ops.stop_gradient(ops.cast(embeddings, "float32"))
+    own_part: Callable[[Any], Any] = whole
+    if gather:
+        labels, embeddings, own_part = gathered(integer_labels(labels), embeddings)
     census = triplet_census(labels, embeddings, margin=margin, distance=distance)
+    census = Census(*(own_part(field) for field in census))
     counts = ops.stack(
         [
             census.positives * census.negatives,
@@ -83,7 +95,8 @@ def _measure(labels: Any, embeddings: Any, margin: float, distance: str) -> tupl
 
     squares = ops.sum(ops.square(embeddings), axis=1)
     centred = embeddings - ops.mean(embeddings, axis=0, keepdims=True)
-    spread = ops.sum(ops.square(centred))
+    apart = ops.sum(ops.square(centred), axis=1)
+    spread = ops.sum(apart)
     # Below the rounding of the mean the rows are one point, of no dimension.
     is_point = spread <= 1e-12 * ops.sum(squares)
     dimension = ops.where(is_point, 0.0, _effective_dim(centred, spread))
@@ -91,8 +104,8 @@ def _measure(labels: Any, embeddings: Any, margin: float, distance: str) -> tupl
         [
             ops.sum(census.pos_dist),
             ops.sum(census.neg_dist),
-            ops.sum(ops.sqrt(squares)),
-            spread,
+            ops.sum(ops.sqrt(own_part(squares))),
+            ops.sum(own_part(apart)),
             dimension,
             ops.ones_like(spread),
         ]
@@ -153,11 +166,13 @@ class TripletCensus(keras.metrics.Metric):
     Counts are exact per batch for the float32 distances used; across batches they
     are added with compensation, so that an epoch may hold any number of triplets.
     Without any triplet every fraction is 0. Sample weights are ignored. Under a
-    `tf.distribute` strategy the triplets are those within each replica.
+    `tf.distribute` strategy the triplets are those within each replica, or with
+    `gather=True` those of the whole batch.
 
     Args:
         margin: float > 0, in units of `distance`. Default 0.2.
         distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`.
+        gather: take the rows of all replicas together, as `TripletLoss` does.
         prefix: str put before every key, to tell two of them apart.
         name: name of the metric.
         dtype: a dtype or policy, kept for Keras; the sums are float32 whatever it is.
@@ -179,6 +194,7 @@ class TripletCensus(keras.metrics.Metric):
         margin: float = 0.2,
         distance: str = "euclidean",
         *,
+        gather: bool = False,
         prefix: str = "",
         name: str = "triplet_census",
         dtype: Any = None,
@@ -186,12 +202,13 @@ class TripletCensus(keras.metrics.Metric):
         super().__init__(name=name, dtype=dtype)
         self.margin = _checks.number("margin", margin, above=0)
         self.distance = _checks.one_of("distance", distance, DISTANCES)
+        self.gather = _checks.boolean("gather", gather)
         if not isinstance(prefix, str):
             raise TypeError(_checks.message("prefix", "a str", prefix))
         self.prefix = prefix
         # Takes this metric's part from whole targets and outputs: MiningStats sets
         # it, because training steps hand every metric all of them.
-        self.take: Callable[[Any], Any] = _whole
+        self.take: Callable[[Any], Any] = whole
         shape = (len(_SUMS),)
         self._total = self.add_variable(shape, "zeros", "float32", name="total")
         self._rest = self.add_variable(shape, "zeros", "float32", name="rest")
@@ -216,8 +233,9 @@ class TripletCensus(keras.metrics.Metric):
         return _figures(self._count(y_true, y_pred), self.prefix)
 
     def _count(self, y_true: Any, y_pred: Any) -> Any:
+        labels, embeddings = self.take(y_true), self.take(y_pred)
         value, rest = _measure(
-            self.take(y_true), self.take(y_pred), self.margin, self.distance
+            labels, embeddings, self.margin, self.distance, self.gather
         )
         error = _rounding_error(self._total, value)
         self._total.assign_add(value)
@@ -234,9 +252,6 @@ class TripletCensus(keras.metrics.Metric):
             **super().get_config(),
             "margin": self.margin,
             "distance": self.distance,
+            "gather": self.gather,
             "prefix": self.prefix,
         }
-
-
-def _whole(structure: Any) -> Any:
-    return structure

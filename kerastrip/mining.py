@@ -18,12 +18,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import keras
+import numpy as np
 from keras import ops
 
 from kerastrip import _checks, _mining_dense, _mining_pairs
 from kerastrip._mining_blocks import (
+    Batch,
+    OtherRows,
     compiled,
+    inverse_order,
     order_by_label,
+    padded_size,
     take_padded,
 )
 from kerastrip._numerics import integer_labels, safe_divide
@@ -31,6 +37,7 @@ from kerastrip.distances import DISTANCES, is_rooted, prepare
 
 __all__ = [
     "Census",
+    "Others",
     "contrastive_losses",
     "triplet_census",
     "triplet_losses",
@@ -39,6 +46,19 @@ __all__ = [
 
 MININGS = ("semi_hard", "semi_hard_or_hard", "hard", "all")
 AVERAGES = ("all", "active")
+
+
+class Others(NamedTuple):
+    """Rows beside the batch that serve its anchors and are no anchors themselves."""
+
+    labels: Any
+    """(rows,) integers."""
+    embeddings: Any
+    """(rows, dim) floats. They get no gradient."""
+    size: Any = None
+    """int32 scalar: only the first `size` rows are there. None: all of them."""
+    positives: bool = True
+    """Whether rows of an anchor's label are positives; if not they are left out."""
 
 
 class Census(NamedTuple):
@@ -68,9 +88,7 @@ class Census(NamedTuple):
 class _Ordered(NamedTuple):
     """What the compiled functions get, and the way back to the order of the batch."""
 
-    rows: Any
-    labels: Any
-    size: Any
+    batch: Batch
     order: Any
     inverse: Any
     given: Any  # the batch size, an integer or a scalar tensor
@@ -84,8 +102,7 @@ def check_choice(mining: str, soft: bool, average_over: str) -> None:
     """Raise for unknown words, and for choices that exclude each other."""
     _checks.one_of("mining", mining, MININGS)
     _checks.one_of("average_over", average_over, AVERAGES)
-    if not isinstance(soft, bool):
-        raise TypeError(_checks.message("soft", "True or False", soft))
+    _checks.boolean("soft", soft)
     if soft and average_over == "active":
         raise ValueError(
             _checks.message(
@@ -122,15 +139,40 @@ def _checked(labels: Any, embeddings: Any) -> tuple[Any, Any]:
     return ops.reshape(labels, (ops.shape(embeddings)[0],)), embeddings
 
 
-def _ordered(labels: Any, rows: Any, matrix: bool = False) -> _Ordered:
+def _ordered(
+    labels: Any,
+    rows: Any,
+    others: Others | None = None,
+    distance: Any = None,
+) -> _Ordered:
     given = ops.shape(rows)[0]
     rows = ops.stop_gradient(rows)
-    order, inverse = order_by_label(labels, given)
+    order = order_by_label(labels, given, padded_size(given))
     rows = take_padded(rows, order)
-    if matrix:
+    if callable(distance):
         rows = ops.transpose(take_padded(ops.transpose(rows), order))
     size = ops.convert_to_tensor(given, "int32")
-    return _Ordered(rows, take_padded(labels, order), size, order, inverse, given)
+    batch = Batch(rows, take_padded(labels, order), size)
+    if others is not None:
+        batch = batch._replace(others=_ordered_others(others, batch, distance))
+    return _Ordered(batch, order, inverse_order(order), given)
+
+
+def _ordered_others(others: Others, batch: Batch, distance: Any) -> OtherRows:
+    labels, rows = _checked(others.labels, others.embeddings)
+    rows = ops.stop_gradient(prepare(rows, distance))
+    padded, given = ops.shape(batch.rows)[0], ops.shape(rows)[0]
+    more = padded_size(padded + given) - padded
+    size = ops.convert_to_tensor(given if others.size is None else others.size, "int32")
+    # What is not there has the largest label: a stable sort leaves it at the end.
+    last = np.iinfo(keras.backend.standardize_dtype(batch.labels.dtype)).max
+    place = ops.arange(more, dtype="int32")
+    real = place[:given] < size
+    rows = ops.where(real[:, None], rows, 0.0)
+    labels = ops.where(real, ops.cast(labels, batch.labels.dtype), last)
+    order = order_by_label(labels, given, more)
+    labels = ops.where(place < given, take_padded(labels, order), last)
+    return OtherRows(take_padded(rows, order), labels, size, others.positives)
 
 
 def _census(found: dict[str, Any], ordered: _Ordered) -> Census:
@@ -150,7 +192,12 @@ def _census(found: dict[str, Any], ordered: _Ordered) -> Census:
 
 
 def triplet_census(
-    labels: Any, embeddings: Any, *, margin: float = 0.2, distance: str = "euclidean"
+    labels: Any,
+    embeddings: Any,
+    *,
+    margin: float = 0.2,
+    distance: str = "euclidean",
+    others: Others | None = None,
 ) -> Census:
     """Count the easy, semi-hard and hard triplets of a batch, exactly.
 
@@ -163,6 +210,7 @@ def triplet_census(
         embeddings: (batch, dim) floats.
         margin: the margin m, > 0, in units of the distance.
         distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`.
+        others: rows that serve as negatives and positives too, but not as anchors.
 
     Returns:
         A `Census` of (batch,) tensors. They carry no gradient.
@@ -185,12 +233,12 @@ def triplet_census(
     _checks.one_of("distance", distance, DISTANCES)
     _checks.number("margin", margin, above=0)
     labels, embeddings = _checked(labels, embeddings)
-    ordered = _ordered(labels, prepare(embeddings, distance))
+    ordered = _ordered(labels, prepare(embeddings, distance), others, distance)
     count = compiled(
         _mining_pairs.sweep, mining=None, rooted=is_rooted(distance), census=True
     )
     margin = ops.convert_to_tensor(margin, "float32")
-    return _census(count(*ordered[:3], margin), ordered)
+    return _census(count(ordered.batch, margin), ordered)
 
 
 def triplet_losses(
@@ -202,15 +250,18 @@ def triplet_losses(
     distance: str | Callable[[Any], Any] = "euclidean",
     soft: bool = False,
     average_over: str = "all",
+    others: Others | None = None,
 ) -> Any:
     """Triplet losses by row, whose mean is the loss of the batch; see `TripletLoss`.
+
+    `others` are rows beside the batch, as in `triplet_census`.
 
     Returns:
         (batch,) float32: the sum of the losses of a row's units (pairs, anchors or
         triplets), times batch / number of units in the batch.
     """
     values, _ = _triplet_losses(
-        labels, embeddings, margin, mining, distance, soft, average_over, False
+        labels, embeddings, margin, mining, distance, soft, average_over, others, False
     )
     return values
 
@@ -224,11 +275,12 @@ def triplet_losses_and_census(
     distance: str = "euclidean",
     soft: bool = False,
     average_over: str = "all",
+    others: Others | None = None,
 ) -> tuple[Any, Census]:
     """`triplet_losses` and `triplet_census` from one pass over the distances."""
     _checks.one_of("distance", distance, DISTANCES)
     return _triplet_losses(
-        labels, embeddings, margin, mining, distance, soft, average_over, True
+        labels, embeddings, margin, mining, distance, soft, average_over, others, True
     )
 
 
@@ -263,56 +315,68 @@ def _triplet_losses(
     distance: Any,
     soft: bool,
     average_over: str,
+    others: Others | None,
     census: bool,
 ) -> tuple[Any, Any]:
     check_choice(mining, soft, average_over)
     _checks.number("margin", margin, above=0)
+    if others is not None and callable(distance):
+        raise ValueError(
+            _checks.message(
+                "distance",
+                "a word where rows beside the batch are given",
+                distance,
+                "A callable makes the matrix of the batch alone.",
+            )
+        )
     labels, embeddings = _checked(labels, embeddings)
     counts = None
     if census and mining == "all":
-        counts = triplet_census(labels, embeddings, margin=margin, distance=distance)
+        counts = triplet_census(
+            labels, embeddings, margin=margin, distance=distance, others=others
+        )
     margin = ops.convert_to_tensor(margin, "float32")
     if mining == "all" or callable(distance):
         values = _dense(
-            labels, embeddings, margin, mining, distance, soft, average_over
+            labels, embeddings, margin, mining, distance, soft, average_over, others
         )
         return values, counts
 
     _checks.one_of("distance", distance, DISTANCES)
     rows = prepare(embeddings, distance)
     rooted = is_rooted(distance)
-    ordered = _ordered(labels, rows)
+    ordered = _ordered(labels, rows, others, distance)
     forward = compiled(
         _mining_pairs.forward, mining=mining, rooted=rooted, soft=soft, census=census
     )
     backward = compiled(_mining_pairs.backward, mining=mining)
-    found = forward(*ordered[:3], margin)
+    found = forward(ordered.batch, margin)
     losses, active = found["losses"], found["active"]
 
     # Rows with more positives than the table holds: a loss of their own.
     rule = _mining_dense.Rule(
         mining, rooted, soft, above=_mining_pairs.TABLE_RANKS, census=census
     )
-    many = mining != "hard" and _can_exceed(ordered.given, rule.above)
+    many = mining != "hard" and _can_exceed(ordered, rule.above)
     if many:
         many_losses = _mining_dense.prepared(_mining_dense.dense_losses, rule)
         many_gradient = _mining_dense.prepared(_mining_dense.dense_gradient, rule)
         extra = ops.cond(
             found["most"] > rule.above,
-            lambda: many_losses(*ordered[:3], margin),
-            lambda: _mining_dense.no_losses(ops.shape(ordered.rows)[0], census),
+            lambda: many_losses(ordered.batch, margin),
+            lambda: _mining_dense.no_losses(ordered.batch, census),
         )
         losses, active = losses + extra.losses, active + extra.active
         if census:
             found = _with_many(found, extra)
 
     def gradient(weights: Any) -> Any:
-        result = backward(*ordered[:3], weights, found)
+        result = backward(ordered.batch, weights, found)
         if not many:
             return result
         return result + ops.cond(
             found["most"] > rule.above,
-            lambda: many_gradient(*ordered[:3], margin, weights, extra.coefficients),
+            lambda: many_gradient(ordered.batch, margin, weights, extra.coefficients),
             lambda: ops.zeros_like(result),
         )
 
@@ -331,8 +395,11 @@ def _with_many(found: dict[str, Any], extra: _mining_dense.Terms) -> dict[str, A
     }
 
 
-def _can_exceed(size: Any, ranks: int) -> bool:
+def _can_exceed(ordered: _Ordered, ranks: int) -> bool:
     """Whether a class of a batch of this size, if known, can have more positives."""
+    size, others = ordered.given, ordered.batch.others
+    if others is not None and others.positives:
+        size += ops.shape(others.rows)[0]
     return not isinstance(size, int) or size > ranks + 1
 
 
@@ -344,6 +411,7 @@ def _dense(
     distance: Any,
     soft: bool,
     average_over: str,
+    others: Others | None = None,
 ) -> Any:
     """The losses by coefficients, for distance words and for callables."""
     matrix = callable(distance)
@@ -356,14 +424,14 @@ def _dense(
     else:
         _checks.one_of("distance", distance, DISTANCES)
         rows, rooted = prepare(embeddings, distance), is_rooted(distance)
-    ordered = _ordered(labels, rows, matrix)
+    ordered = _ordered(labels, rows, others, distance)
     rule = _mining_dense.Rule(mining, rooted, soft, matrix)
     forward = _mining_dense.prepared(_mining_dense.forward, rule)
-    terms, units = forward(*ordered[:3], margin)
+    terms, units = forward(ordered.batch, margin)
     backward = _mining_dense.prepared(_mining_dense.dense_gradient, rule)
 
     def gradient(weights: Any) -> Any:
-        result = backward(*ordered[:3], margin, weights, terms.coefficients)
+        result = backward(ordered.batch, margin, weights, terms.coefficients)
         return ordered.restore(result, axis=1) if matrix else result
 
     units = units if average_over == "all" else terms.active
@@ -402,7 +470,7 @@ def _attach(
         gradient: from (padded,) weights by row to the gradient of the ordered rows.
     """
     units = ops.sum(ops.cast(units, "float32"))
-    scale = safe_divide(ops.cast(ordered.size, "float32"), units)
+    scale = safe_divide(ops.cast(ordered.batch.size, "float32"), units)
     values = ordered.restore(losses) * scale
 
     @ops.custom_gradient

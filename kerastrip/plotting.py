@@ -148,17 +148,22 @@ def plot_embeddings(
         )
     figure, ax = _figure(ax, (6.0, 5.0))
     points = _principal_plane(embeddings)
-    distinct = np.unique(labels)
+    distinct, codes = np.unique(labels, return_inverse=True)
     colours = _class_colours(len(distinct))
-    for position, label in enumerate(distinct):
-        rows = labels == label
-        name = str(label) if names is None else names[position]
-        x, y = points[rows].T
-        ax.scatter(x, y, s=10, color=colours[position], label=name)
+    if len(distinct) > 20:
+        ax.scatter(points[:, 0], points[:, 1], s=10, color=colours[codes])
+    else:
+        for code, label in enumerate(distinct):
+            name = str(label) if names is None else names[code]
+            x, y = points[codes == code].T
+            ax.scatter(x, y, s=10, color=colours[code], label=name)
+        legend = ax.legend(
+            markerscale=2, ncols=1 + (len(distinct) > 10), fontsize="small"
+        )
+        for text in legend.get_texts():  # a name is no formula
+            text.set_parse_math(False)
     ax.set(xlabel="1st principal component", ylabel="2nd principal component")
     ax.set_aspect("equal", "datalim")
-    if len(distinct) <= 20:
-        ax.legend(markerscale=2, ncols=1 + (len(distinct) > 10), fontsize="small")
     return _written(figure, path)
 
 
@@ -203,7 +208,7 @@ def plot_batch(
         for column, ax in enumerate(grid[row]):
             _picture(ax, images[start + column] if column < count else None)
         name = str(labels[start]) if names is None else names[row]
-        grid[row][0].set_ylabel(name, rotation=0, ha="right", va="center")
+        _side_label(grid[row][0], name)
     return _written(figure, path)
 
 
@@ -394,12 +399,10 @@ def plot_confusions(
                 drawn[column] if column < len(shown) else None,
                 DIFFERENT if column % 2 else None,
             )
-        line[0].set_ylabel(
+        _side_label(
+            line[0],
             f"{names[one.code]} taken for {names[one.taken_for]}\n"
             f"{len(one.queries)} of {one.total}",
-            rotation=0,
-            ha="right",
-            va="center",
         )
     return _written(figure, path)
 
@@ -460,7 +463,7 @@ def plot_neighbours(
     grid = figure.subplots(*shown.shape, squeeze=False)
     for ax, row, picture in zip(grid.ravel(), shown.ravel(), drawn, strict=True):
         _picture(ax, picture)
-        ax.set_title(names[codes[row]], fontsize="small")
+        ax.set_title(names[codes[row]], fontsize="small", parse_math=False)
     for i, query in enumerate(asked):
         for ax, row, far in zip(grid[i, 1:], nearest[i], distances[i], strict=True):
             name, right = names[codes[row]], codes[row] == codes[query]
@@ -506,6 +509,10 @@ def _picture(ax: Axes, picture: np.ndarray | None, frame: str | None = None) -> 
         ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
         if frame is not None:
             _frame(ax, frame)
+
+
+def _side_label(ax: Axes, text: str) -> None:
+    ax.set_ylabel(text, rotation=0, ha="right", va="center", parse_math=False)
 
 
 def _frame(ax: Axes, colour: str) -> None:

@@ -42,12 +42,11 @@ def distance_matrix(embeddings, word):
     ).reshape(n, n)
 
 
-def census(labels, embeddings, margin=0.2, word="euclidean", matrix=None):
+def census(labels, embeddings, margin=0.2, word="euclidean", matrix=None, **beside):
     """One dict per anchor with the keys of the package's Census."""
     d = distance_matrix(embeddings, word) if matrix is None else matrix
     result = []
-    for a in range(len(labels)):
-        positives, negatives = _others(labels, a)
+    for a, positives, negatives in _anchors(labels, **beside):
         kinds = {"easy": 0, "semi_hard": 0, "hard": 0}
         pairs = 0
         for p in positives:
@@ -74,11 +73,34 @@ def census(labels, embeddings, margin=0.2, word="euclidean", matrix=None):
     return result
 
 
-def chosen_triplets(labels, d, margin, mining):
+def census_figures(batches, margin=0.2, word="euclidean"):
+    """What TripletCensus reports after some batches (labels, embeddings)."""
+    anchors, shapes = [], []
+    for labels, embeddings in batches:
+        x = np.asarray(embeddings, np.float64)
+        anchors += census(labels, x, margin, word)
+        variances = np.linalg.eigvalsh(np.cov(x.T, bias=True).reshape(x.shape[1], -1))
+        spread = variances.sum()
+        shapes.append((len(x) * spread, spread**2 / (variances**2).sum()))
+    total = {key: sum(anchor[key] for anchor in anchors) for key in anchors[0]}
+    triplets = max(total["easy"] + total["semi_hard"] + total["hard"], 1)
+    return {
+        **{key: total[key] / triplets for key in ("easy", "semi_hard", "hard")},
+        "active": (total["semi_hard"] + total["hard"]) / triplets,
+        "pairs_with_semi_hard": total["pairs_with_semi_hard"] / total["positives"],
+        "anchors_without_positive": np.mean([a["positives"] == 0 for a in anchors]),
+        "pos_dist": total["pos_dist"] / total["positives"],
+        "neg_dist": total["neg_dist"] / total["negatives"],
+        "norm": np.mean([np.linalg.norm(row) for _, rows in batches for row in rows]),
+        "spread": sum(spread for spread, _ in shapes) / len(anchors),
+        "effective_dim": np.mean([dimension for _, dimension in shapes]),
+    }
+
+
+def chosen_triplets(labels, d, margin, mining, **beside):
     """The triplets (a, p, n) that a mining word takes from a distance matrix."""
     triplets = []
-    for a in range(len(labels)):
-        positives, negatives = _others(labels, a)
+    for a, positives, negatives in _anchors(labels, **beside):
         if not positives or not negatives:
             continue
         if mining == "all":
@@ -110,12 +132,19 @@ def triplet_loss(
     soft=False,
     average_over="all",
     weights=None,
+    batch=None,
+    positives=True,
 ):
-    """Per-row values, and the gradient of sum(weights * values)."""
+    """Per-row values, and the gradient of sum(weights * values).
+
+    With `batch`, only so many rows are anchors and get a gradient; of the rows beyond
+    those of the anchor's label serve with `positives`, else they are left out.
+    """
     x = np.asarray(embeddings, np.float64)
     d = distance_matrix(x, word)
     units = []
-    for a, p, n in chosen_triplets(labels, d, margin, mining):
+    beside = {"batch": batch, "shared": positives}
+    for a, p, n in chosen_triplets(labels, d, margin, mining, **beside):
         gap = d[a, p] - d[a, n]
         if soft:
             loss, slope = np.logaddexp(0, gap), 1 / (1 + math.exp(-gap))
@@ -126,8 +155,10 @@ def triplet_loss(
             _, to_a, to_other = distance_and_slopes(x[a], x[other], word)
             gradient[a] = gradient[a] + sign * to_a
             gradient[other] = gradient[other] + sign * to_other
-        units.append((a, loss, gradient))
-    return _collect(units, x, average_over, weights)
+        units.append(
+            (a, loss, {k: v for k, v in gradient.items() if k < len(x[:batch])})
+        )
+    return _collect(units, x[:batch], average_over, weights)
 
 
 def contrastive_loss(
@@ -156,12 +187,16 @@ def contrastive_loss(
     return _collect(units, x, average_over, weights)
 
 
-def _others(labels, a):
-    rows = [j for j in range(len(labels)) if j != a]
-    return (
-        [j for j in rows if labels[j] == labels[a]],
-        [j for j in rows if labels[j] != labels[a]],
-    )
+def _anchors(labels, batch=None, shared=True):
+    """Every anchor with its positives and its negatives."""
+    rows = range(len(labels))
+    for a in rows[:batch]:
+        same = [j for j in rows if j != a and labels[j] == labels[a]]
+        yield (
+            a,
+            [j for j in same if shared or j in rows[:batch]],
+            [j for j in rows if labels[j] != labels[a]],
+        )
 
 
 def _collect(units, x, average_over, weights):

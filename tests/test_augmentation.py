@@ -152,12 +152,42 @@ def test_parts_of_a_batch_are_the_whole(aug, images, views):
     np.testing.assert_array_equal(np.concatenate(parts), views)
 
 
+def test_generators_set_a_few_at_a_time(aug, images, views, monkeypatch):
+    three = aug.batch(images, 4, 2, views=3)
+    monkeypatch.setattr(augmentation, "_AT_ONCE", 5)
+    again = pickle.loads(pickle.dumps(aug))
+    np.testing.assert_array_equal(again.batch(images, 4, 2), views)
+    np.testing.assert_array_equal(again.batch(images, 4, 2, views=3), three)
+    np.testing.assert_array_equal(again(images[3], 4, 2, 3), views[3])
+
+
 def test_other_seed_epoch_step_position_give_other_views(aug, images):
     image = images[0]
     keys = list(itertools.product(range(3), repeat=3))
     all_views = [aug(image, *key).tobytes() for key in keys]
     all_views += [Augmentation(compose(), seed=12)(image, *k).tobytes() for k in keys]
     assert len(set(all_views)) == len(all_views)
+
+
+def test_a_callable_may_call_the_augmentation_it_is_part_of():
+    def brighter(image, rng):
+        noise = rng.integers(0, 100, image.shape, image.dtype)
+        if image.flat[0] == 0:
+            outer(np.ones_like(image), 7)  # disturbs nothing
+        return noise + rng.integers(0, 100, image.shape, image.dtype)
+
+    outer = Augmentation(brighter)
+    images = np.zeros((3, 4, 4), np.uint8)
+    views = outer.batch(images, 0)
+    alone = [outer(image, 0, i) for i, image in enumerate(images)]
+    plain = Augmentation(
+        lambda image, rng: (
+            rng.integers(0, 100, image.shape, image.dtype)
+            + rng.integers(0, 100, image.shape, image.dtype)
+        )
+    )
+    np.testing.assert_array_equal(views, alone)
+    np.testing.assert_array_equal(views, plain.batch(images, 0))
 
 
 def test_a_repeated_sample_gets_another_view(aug, images):
@@ -282,6 +312,16 @@ def test_flips_are_independent():
     assert np.bincount(corners, minlength=4).min() > 420
     assert correlation(horizontal, vertical) < 0.09
     assert correlation(horizontal[1:], horizontal[:-1]) < 0.09
+
+
+def test_a_nested_seed_has_no_say():
+    flips = [A.HorizontalFlip(), A.VerticalFlip()]
+    seeded = Augmentation(A.Compose([A.Compose(flips, seed=3)]))
+    plain = Augmentation(A.Compose([A.Compose(flips)]))
+    image = np.arange(4, dtype="uint8").reshape(2, 2)
+    corners = [seeded(image, k)[0, 0] for k in range(400)]
+    assert corners == [plain(image, k)[0, 0] for k in range(400)]
+    assert np.bincount(corners, minlength=4).min() > 65  # 100 expected, 4 sigma
 
 
 def test_rotation_and_brightness_are_independent():

@@ -8,6 +8,7 @@ else than its default fails `test_every_argument_is_exercised`.
 import inspect
 import itertools
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ LOSSES = {
         "label",
         (
             {"margin": 0.3, "mining": "hard", "distance": "cosine"},
-            {"average_over": "active"},
+            {"average_over": "active", "gather": True},
             {"soft": True},
         ),
     ),
@@ -70,23 +71,26 @@ LOSSES = {
                 "negative_margin": 0.8,
                 "distance": "cosine",
                 "average_over": "active",
+                "gather": True,
             },
         ),
     ),
     "TripletSemiHardLoss": Trained(
-        "embedding", "label", ({"margin": 0.5, "distance_metric": "squared-L2"},)
+        "embedding",
+        "label",
+        ({"margin": 0.5, "distance_metric": "squared-L2", "gather": True},),
     ),
     "TripletHardLoss": Trained(
         "embedding",
         "label",
-        ({"margin": 0.5, "distance_metric": "angular"}, {"soft": True}),
+        ({"margin": 0.5, "distance_metric": "angular", "gather": True}, {"soft": True}),
     ),
 }
 METRICS = {
     "TripletCensus": Trained(
         "embedding",
         "label",
-        ({"margin": 0.4, "distance": "cosine", "prefix": "emb_"},),
+        ({"margin": 0.4, "distance": "cosine", "prefix": "emb_", "gather": True},),
     ),
 }
 
@@ -112,6 +116,9 @@ CALLBACKS = {
         lambda sampler, x, y: [kerastrip.CollapseGuard(), kerastrip.MiningStats()],
         triplet=True,
     ),
+    "EmbeddingProjector": Called(
+        lambda sampler, x, y: [kerastrip.EmbeddingProjector(tempfile.mkdtemp(), x, y)]
+    ),
     "EpochSync": Called(lambda sampler, x, y: [kerastrip.EpochSync(sampler)]),
     "MarginSchedule": Called(
         lambda sampler, x, y: [kerastrip.MarginSchedule({0: 0.3, 1: 0.2})],
@@ -132,12 +139,17 @@ CALLBACKS = {
         lambda sampler, x, y: [kerastrip.RetrievalEvaluation(x, y)],
         ("val_recall@1", "val_map@r"),
     ),
+    "TrainingReport": Called(
+        lambda sampler, x, y: [
+            kerastrip.TrainingReport(f"{tempfile.mkdtemp()}/report.html", x, y)
+        ]
+    ),
     "VerificationEvaluation": Called(
         lambda sampler, x, y: [kerastrip.VerificationEvaluation(x, y)],
         ("val_auc", "val_eer"),
     ),
 }
-LAYERS: dict[str, Any] = {}
+LAYERS = {"EmbeddingMemory": {"size": 24, "warmup": 1, "positives": True}}
 
 TABLES = {
     keras.losses.Loss: LOSSES,
@@ -150,6 +162,8 @@ SHARED = {
     keras.losses.Loss: {"name": "mine", "reduction": "sum", "dtype": "bfloat16"},
     keras.metrics.Metric: {"name": "mine", "dtype": "bfloat16"},
 }
+# Layers of the model that is trained: they have tests of their own.
+OF_A_MODEL = {"memory"}
 SERIALISABLE = [
     pytest.param(kind, name, case, id=name)
     for kind in SHARED
@@ -240,7 +254,8 @@ def test_every_public_class_has_an_entry(kind):
 def test_every_argument_is_exercised(kind, name, case):
     parameters = arguments(getattr(kerastrip, name))
     given = [*case.settings, SHARED[kind]]
-    assert {word for settings in given for word in settings} == set(parameters)
+    used = {word for settings in given for word in settings}
+    assert used == set(parameters) - OF_A_MODEL
     for settings in given:
         for word, value in settings.items():
             assert value != parameters[word].default, word
@@ -403,6 +418,28 @@ def test_a_metric_forgets_when_it_is_reset(name):
         metric.update_state(y, rows)
         results.append({key: float(v) for key, v in metric.result().items()})
     assert results[0] == results[2] != results[1]
+
+
+# Layers
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_trained_and_saved_with_its_model(name, set_policy, tmp_path):
+    settings = LAYERS[name]
+    set_policy("mixed_bfloat16")
+    layer = make(name, settings)
+    assert set(arguments(type(layer))) == {*settings, "options"}
+    assert settings.items() <= json.loads(json.dumps(layer.get_config())).items()
+    x, y = data(LOSSES["TripletLoss"])
+    model = keras.Sequential([network("embedding"), layer])
+    model.compile("sgd", cheap_loss())
+    model.fit(x, y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.layers[-1].get_config() == layer.get_config()
+    found, expected = (one.predict(x, verbose=0) for one in (loaded, model))
+    assert found.dtype == "float32"
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 # Callbacks

@@ -1,12 +1,10 @@
-"""EpochSync: the epoch of `fit`, replicas, and training that was killed."""
+"""EpochSync: the epoch of `fit`, replicas, restored weights, random numbers.
 
-import json
-import os
-import pathlib
-import signal
-import subprocess
-import sys
+Trainings that are killed and resumed: see test_resume.py.
+"""
+
 import types
+import warnings
 
 import keras
 import numpy as np
@@ -17,12 +15,6 @@ from kerastrip.sampler import PKSampler
 
 LABELS = np.repeat(np.arange(6), 6)
 SHAPE = {"classes_per_batch": 4, "samples_per_class": 2, "batches_per_epoch": 5}
-MODES = {
-    "0": {"workers": 0},
-    "1": {"workers": 1},
-    "2": {"workers": 2},
-    "processes": {"workers": 2, "use_multiprocessing": True},
-}
 
 
 def sampler(**arguments):
@@ -73,79 +65,62 @@ def test_replicas_are_checked_when_training_begins():
     model.fit(sampler(), callbacks=[EpochSync(sampler())], shuffle=False, verbose=0)
 
 
-def run(arguments, timeout=240):
-    root = pathlib.Path(__file__).parents[1]
-    return subprocess.run(
-        [sys.executable, __file__, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+def small_model(*layers):
+    model = keras.Sequential([keras.Input((3,)), *layers, keras.layers.Dense(6)])
+    model.compile(loss="sparse_categorical_crossentropy")
+    return model
 
 
-EPOCHS, KILLED_IN = 4, 2
+class Restore(keras.callbacks.Callback):
+    """Sets the steps that the optimizer has taken, as a backup would."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+
+    def on_train_begin(self, logs=None):
+        self.model.optimizer.iterations.assign(self.steps)
 
 
-def main(mode, folder, kill):
-    """Trains, noting each batch; with `kill` it ends in the middle of an epoch."""
-
-    class Model(keras.Model):
-        def train_step(self, data):
-            with open(folder / "log", "a") as log:
-                log.write(json.dumps([part.numpy().tolist() for part in data]) + "\n")
-            return super().train_step(data)
-
-    class Kill(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            self.epoch = epoch
-
-        def on_train_batch_end(self, batch, logs=None):
-            if kill and (self.epoch, batch) == (KILLED_IN, 2):
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    train = sampler(**MODES[mode])
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((3,))
-    model = Model(inputs, keras.layers.Dense(6, activation="softmax")(inputs))
-    model.compile("adam", "sparse_categorical_crossentropy", run_eagerly=True)
-    backup = keras.callbacks.BackupAndRestore(folder / "backup", save_freq="epoch")
-    model.fit(
-        train,
-        epochs=EPOCHS,
-        shuffle=False,
-        verbose=0,
-        callbacks=[EpochSync(train), backup, Kill()],
-    )
-
-
-@pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="one backend will do"
-)
 @pytest.mark.parametrize(
-    "mode",
-    [
-        pytest.param(mode, marks=() if mode == "processes" else pytest.mark.slow)
-        for mode in MODES
-    ],
+    ("restored", "epoch", "told"),
+    [(10, 2, 0), (15, 2, 5), (5, 0, 5), (12, 2, 2), (16, 2, 0)],
 )
-def test_a_killed_training_goes_on_with_the_same_batches(tmp_path, mode):
-    killed = run([mode, tmp_path, "kill"])
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    before = (tmp_path / "log").read_text().splitlines()
-    assert len(before) == KILLED_IN * 5 + 3
-    resumed = run([mode, tmp_path, ""])
-    assert resumed.returncode == 0, resumed.stderr
-    after = (tmp_path / "log").read_text().splitlines()[len(before) :]
-    assert len(after) == (EPOCHS - KILLED_IN) * 5
-    train = sampler()
-    for lines, first in ((before, 0), (after, KILLED_IN)):
-        for index, line in enumerate(lines):
-            x, y = train.batch(index % 5, first + index // 5)
-            seen_x, seen_y = json.loads(line)
-            np.testing.assert_array_equal(np.float32(seen_x), x)
-            assert seen_y == y.tolist()
+def test_restored_weights_that_are_ahead_are_told(restored, epoch, told):
+    train = sampler(workers=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        small_model().fit(
+            train,
+            initial_epoch=epoch,
+            epochs=epoch + 2,
+            shuffle=False,
+            verbose=0,
+            callbacks=[EpochSync(train), Restore(restored)],
+        )
+    messages = [str(each.message) for each in caught if each.category is UserWarning]
+    assert len(messages) == bool(told)
+    assert not told or f"seen {told} steps of epoch {epoch}" in messages[0]
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], pathlib.Path(sys.argv[2]), bool(sys.argv[3]))
+@pytest.mark.backend
+def test_random_layers_go_on_from_the_epoch():
+    model = small_model(keras.layers.Dropout(0.5), keras.layers.GaussianNoise(0.5))
+    train, states = sampler(workers=0), {}
+
+    def note(epoch, logs):
+        states[epoch] = [
+            keras.ops.convert_to_numpy(variable + 0).tolist()
+            for variable in model.non_trainable_variables
+        ]
+
+    callbacks = [EpochSync(train), keras.callbacks.LambdaCallback(on_epoch_begin=note)]
+    options = {"shuffle": False, "verbose": 0, "callbacks": callbacks}
+    model.fit(train, epochs=3, **options)
+    whole = dict(states)
+    (one, start), (other, same) = whole[0]
+    assert one != other
+    assert start == same == 0
+    assert len({count for epoch in whole for _, count in whole[epoch]}) == 3
+    model.fit(train, epochs=3, initial_epoch=2, **options)
+    assert states[2] == whole[2]

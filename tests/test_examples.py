@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import pathlib
 
+import cv2
 import keras
 import numpy as np
 import pytest
@@ -75,3 +76,89 @@ def test_digits_composes_classes_of_their_own():
     for image in more[more_names == "3 over 5"]:
         assert image[:4].tobytes() in upper
         assert image[4:].tobytes() in lower
+
+
+def test_image_folder_learns_from_any_folder_of_class_folders(tmp_path):
+    images, names = load_example("digits").load()
+    for row, (image, name) in enumerate(zip(images[:300], names[:300], strict=True)):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / f"{row:03}.png"), image)
+    photos, out = str(tmp_path / "photos"), tmp_path / "out"
+    options = [
+        "--size",
+        "16",
+        "--color",
+        "gray",
+        "--epochs",
+        "4",
+        "--classes-per-batch",
+        "8",
+    ]
+    figures = load_example("image_folder").main([photos, "--out", str(out), *options])
+    assert figures["trained"]["map@r"] > figures["untrained"]["map@r"] + 0.1
+    with open(out / "history.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 4
+    model = keras.models.load_model(out / "model.keras")
+    augmentation = kerastrip.Augmentation.load(out / "augmentation.json")
+    assert model.output_shape == [(None, 8), (None, 64)]
+    assert augmentation(np.zeros((16, 16, 1), "uint8"), 0).shape == (16, 16, 1)
+
+
+def rows_of_table(text):
+    """{first cell: other cells} of Markdown tables."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line]
+    return {first: rest for first, *rest in rows}
+
+
+def test_scale_shows_that_hosts_share_nothing(capsys):
+    example = load_example("benchmarks/scale")
+    example.main(
+        [
+            "--samples",
+            "20000",
+            "--classes",
+            "500",
+            "--hosts",
+            "4",
+            "--classes-per-host",
+            "8",
+        ]
+    )
+    rows = rows_of_table(capsys.readouterr().out)
+    assert rows["steps with a shared row"] == ["0", "0"]
+    assert rows["steps with a shared class"] == ["0", "0"]
+    assert rows["seen"][1] == "100.00%"
+    least, most = map(int, rows["draws of a class"][0].split(" to "))
+    assert most - least <= 1
+
+
+def test_scale_sees_what_is_shared():
+    hosts = np.array([[[1, 2], [3, 3]], [[2, 4], [5, 6]]])
+    assert load_example("benchmarks/scale").shared(hosts) == 1
+
+
+def test_gpu_can_measure_the_processor(capsys, monkeypatch):
+    example = load_example("benchmarks/gpu")
+    monkeypatch.setattr(example, "accelerator", lambda: None)
+    example.main([])
+    assert capsys.readouterr().out.startswith("no accelerator")
+    example.main(["--cpu", "--sizes", "8", "--seconds", "0", "--models", "dense"])
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    for line, jit in zip(lines, ("on", "off"), strict=True):
+        name, *of, plain, triplet, census, _, _ = line.strip("| ").split(" | ")
+        assert (name, of) == ("dense", [jit, "8"])
+        assert min(float(plain), float(triplet), float(census)) > 0
+
+
+def test_gpu_goes_on_where_memory_is_short():
+    race = load_example("benchmarks/gpu").race
+
+    def fail(words):
+        raise RuntimeError(words)
+
+    best = race({"large": lambda: fail("OOM when allocating"), "small": int}, 0)
+    assert np.isnan(best["large"])
+    assert best["small"] >= 0
+    with pytest.raises(RuntimeError, match="shape"):
+        race({"wrong": lambda: fail("shape")}, 0)

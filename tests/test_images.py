@@ -391,6 +391,22 @@ def test_a_spawned_process_reads_the_same(folder):
     np.testing.assert_array_equal(there, source.take(rows))
 
 
+def test_the_cache_file_is_read_instead(folder):
+    pytest.importorskip("kerastrip.sources.cache")
+    path = folder.parent / "cache"
+    source = ImageFolder(folder, size=8)
+    cached = ImageFolder(folder, size=8, cache=path)
+    for name in ("ant", "bee"):  # no longer needed
+        (folder / name / "0.png").write_bytes(b"")
+    rows = [20, 3, 3]
+    np.testing.assert_array_equal(cached.take(rows), source.take(rows))
+    assert told(pickle.loads(pickle.dumps(cached)).take([0]), 0) == 0
+    with pytest.raises(BrokenSamples):
+        source.take([0])
+    with pytest.raises(BrokenSamples, match="find_broken"):
+        skipping(folder, cache=folder.parent / "other")
+
+
 # -- subsets -------------------------------------------------------------------
 
 

@@ -4,12 +4,14 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from reference import census_figures
 
 from kerastrip import metrics
 from kerastrip.metrics import KEYS, TripletCensus
 from kerastrip.mining import Census
 
-pytestmark = pytest.mark.backend
+# Few shapes in all that runs on every backend: JAX compiles for each anew.
+backend = pytest.mark.backend
 
 
 def figures(census):
@@ -22,55 +24,8 @@ def count(labels, embeddings, **options):
     return figures(census)
 
 
-def expected(labels, embeddings, margin, distance="euclidean"):
-    """Loops over every triplet, in float64."""
-    x = np.asarray(embeddings, "float64")
-    n = len(x)
-    if distance == "cosine":
-        x = x / np.linalg.norm(x, axis=1, keepdims=True)
-    d = ((x[:, None] - x[None]) ** 2).sum(-1)
-    d = {"euclidean": np.sqrt(d), "cosine": d / 2}.get(distance, d)
-    easy = semi = hard = pairs = seen = negatives = 0
-    pos, neg = [], []
-    for a in range(n):
-        others = [j for j in range(n) if labels[j] != labels[a]]
-        neg += [d[a, j] for j in others]
-        for p in range(n):
-            if p == a or labels[p] != labels[a]:
-                continue
-            pairs += 1
-            pos.append(d[a, p])
-            is_hard = [d[a, j] <= d[a, p] for j in others]
-            is_semi = [d[a, p] < d[a, j] < d[a, p] + margin for j in others]
-            hard += sum(is_hard)
-            semi += sum(is_semi)
-            easy += len(others) - sum(is_hard) - sum(is_semi)
-            seen += any(is_semi)
-    negatives = len(neg)
-    triplets = max(easy + semi + hard, 1)
-    centred = embeddings - np.mean(embeddings, axis=0)
-    eigenvalues = np.linalg.eigvalsh(
-        np.atleast_2d(np.cov(np.asarray(embeddings, "float64").T))
-    )
-    return {
-        "easy": easy / triplets,
-        "semi_hard": semi / triplets,
-        "hard": hard / triplets,
-        "active": (semi + hard) / triplets,
-        "pairs_with_semi_hard": seen / max(pairs, 1),
-        "anchors_without_positive": np.mean(
-            [list(labels).count(c) == 1 for c in labels]
-        ),
-        "pos_dist": np.mean(pos) if pairs else 0.0,
-        "neg_dist": np.mean(neg) if negatives else 0.0,
-        "norm": np.linalg.norm(embeddings, axis=1).mean(),
-        "spread": (centred**2).sum(1).mean(),
-        "effective_dim": eigenvalues.sum() ** 2 / (eigenvalues**2).sum(),
-    }
-
-
 @pytest.mark.parametrize("margin", [0.2, 1.0])
-@pytest.mark.parametrize("case", range(8))
+@pytest.mark.parametrize("case", [*range(7), pytest.param(7, marks=backend)])
 def test_counts_equal_the_golden_census(case, margin, triplet_golden):
     labels = triplet_golden[f"c{case}_labels"]
     embeddings = triplet_golden[f"c{case}_embeddings"]
@@ -90,22 +45,25 @@ def test_counts_equal_the_golden_census(case, margin, triplet_golden):
         assert found[key] == np.float32(exact / whole), key
 
 
+@backend
 @pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
 def test_every_figure_equals_the_loops(distance, rng):
     labels = np.array([3, 3, 3, 7, 7, 1, 9, 9, 9, 9, -2])
     embeddings = rng.normal(size=(11, 5)).astype("float32")
     found = count(labels, embeddings, margin=0.6, distance=distance)
-    wanted = expected(labels, embeddings, 0.6, distance)
+    wanted = census_figures([(labels, embeddings)], 0.6, distance)
     assert list(found) == list(KEYS)
     for key in KEYS:
         assert found[key] == pytest.approx(wanted[key], rel=1e-5), key
 
 
+@backend
 def test_ties_fall_on_the_side_the_words_say():
     # On a line with integer places the distances are exact: ties are real ties.
     labels = np.array([0, 0, 1, 1, 2, 2, 2])
-    places = np.array([0, 2, 2, 4, 3, 6, 0])[:, None]
-    found, wanted = count(labels, places, margin=2.0), expected(labels, places, 2.0)
+    places = np.array([0, 2, 2, 4, 3, 6, 0])[:, None] * np.eye(5)[0]
+    found = count(labels, places, margin=2.0)
+    wanted = census_figures([(labels, places)], 2.0)
     for key in ("easy", "semi_hard", "hard", "pairs_with_semi_hard"):
         assert found[key] == np.float32(wanted[key]), key
     assert found["easy"] + found["semi_hard"] + found["hard"] == pytest.approx(1)
@@ -119,11 +77,14 @@ def test_the_order_of_the_rows_does_not_matter(rng):
     assert one == pytest.approx(two, rel=1e-5)
 
 
+@backend
 @pytest.mark.parametrize(
-    ("labels", "without_positive"), [([1, 2, 3], 1.0), ([4, 4, 4], 0.0), ([5], 1.0)]
+    ("labels", "without_positive"),
+    [(np.arange(7), 1.0), (np.full(7, 4), 0.0), ([5], 1.0)],
+    ids=["no pair", "one class", "one row"],
 )
 def test_no_triplets_give_zeros_not_nan(labels, without_positive):
-    found = count(labels, np.eye(3)[: len(labels)])
+    found = count(labels, np.eye(7, 5)[: len(labels)])
     for key in ("easy", "semi_hard", "hard", "active", "pairs_with_semi_hard"):
         assert found[key] == 0
     assert found["anchors_without_positive"] == without_positive
@@ -134,21 +95,17 @@ def test_before_any_batch_all_is_zero():
     assert set(figures(TripletCensus()).values()) == {0.0}
 
 
+@backend
 def test_batches_add_up_as_ratios_of_sums(rng):
     census = TripletCensus(margin=0.5)
-    weights, parts = [], []
-    for size in (12, 30, 7):
-        labels = rng.integers(0, 3, size)
-        embeddings = rng.normal(size=(size, 4)).astype("float32")
-        census.update_state(labels, embeddings)
-        same = labels[:, None] == labels
-        weights.append(((same.sum(1) - 1) * (size - same.sum(1))).sum())
-        parts.append(expected(labels, embeddings, 0.5))
-    for key in ("easy", "semi_hard", "hard", "active"):
-        wanted = np.average([part[key] for part in parts], weights=weights)
-        assert figures(census)[key] == pytest.approx(wanted, rel=1e-5)
-    mean = np.mean([part["effective_dim"] for part in parts])
-    assert figures(census)["effective_dim"] == pytest.approx(mean, rel=1e-4)
+    batches = [
+        (rng.integers(0, 3, size), rng.normal(size=(size, 5)).astype("float32"))
+        for size in (11, 7, 11)
+    ]
+    for batch in batches:
+        census.update_state(*batch)
+    wanted = census_figures(batches, 0.5)
+    assert figures(census) == pytest.approx(wanted, rel=1e-4)
     census.reset_state()
     assert set(figures(census).values()) == {0.0}
 
@@ -165,9 +122,10 @@ def test_labels_in_every_shape(label_shape, rng):
     assert count(shaped, embeddings) == count(labels, embeddings)
 
 
+@backend
 def test_half_precision_embeddings_are_counted_in_float32(rng):
-    embeddings = rng.normal(size=(24, 8)).astype("float16")
-    labels = np.arange(24) % 4
+    embeddings = rng.normal(size=(11, 5)).astype("float16")
+    labels = np.arange(11) % 4
     census = TripletCensus()
     census.update_state(labels, embeddings)
     assert figures(census) == count(labels, embeddings.astype("float32"))
@@ -198,6 +156,7 @@ def fake_census(positives, negatives, hard, rows):
     )
 
 
+@backend
 def test_one_batch_beyond_int32_is_exact(monkeypatch):
     # 3000 anchors with 10^9 triplets each: 3 * 10^12, an int32 sum would wrap.
     monkeypatch.setattr(
@@ -208,6 +167,7 @@ def test_one_batch_beyond_int32_is_exact(monkeypatch):
     assert found["easy"] == pytest.approx(1 - 7e-9, rel=2e-7)
 
 
+@backend
 def test_an_epoch_of_more_than_2_31_triplets_keeps_its_small_parts(monkeypatch):
     # After a batch of 4 * 10^12 triplets, 100 batches of 10^5: each alone is under
     # half the float32 resolution of the total (2^18), a plain sum would lose it.
@@ -225,6 +185,7 @@ def test_an_epoch_of_more_than_2_31_triplets_keeps_its_small_parts(monkeypatch):
     assert (4 * 10**12) / triplets != pytest.approx(1, rel=2e-6)
 
 
+@backend
 def test_compensation_survives_the_compiler(rng):
     """XLA must not simplify (a + b) - a: run the update compiled."""
 
@@ -261,7 +222,8 @@ def test_compensation_survives_the_compiler(rng):
 # --- spread and effective dimension ----------------------------------------------
 
 
-@pytest.mark.parametrize(("rows", "dim"), [(40, 6), (6, 40)])
+@backend
+@pytest.mark.parametrize(("rows", "dim"), [(11, 5), (7, 20)])
 def test_effective_dim_is_the_participation_ratio(rows, dim, rng):
     embeddings = rng.normal(size=(rows, dim)) * rng.uniform(0.1, 3, dim)
     eigenvalues = np.linalg.svd(embeddings - embeddings.mean(0), compute_uv=False) ** 2
@@ -279,9 +241,10 @@ def test_effective_dim_does_not_depend_on_the_scale(scale):
     assert count([0, 0, 1, 1], line)["effective_dim"] == pytest.approx(1, rel=1e-5)
 
 
-@pytest.mark.parametrize("point", [[0.0, 0.0, 0.0], [0.1, 0.7, -0.3], [1e5, 0.1, 3.0]])
+@backend
+@pytest.mark.parametrize("point", [[0.0], [0.1, 0.7, -0.3], [1e5, 0.1, 3.0]])
 def test_a_point_has_no_spread_and_no_dimension(point):
-    found = count([0, 0, 1, 1, 2], np.tile(point, (5, 1)))
+    found = count([0, 0, 1, 1, 2, 2, 3], np.tile(np.resize(point, 5), (7, 1)))
     assert found["effective_dim"] == 0
     assert found["spread"] == pytest.approx(0, abs=1e-6 * np.square(point).sum())
     assert found["hard"] == 1
@@ -303,13 +266,12 @@ def two_outputs(metric):
     return model
 
 
+@backend
 def test_compiled_saved_and_reloaded(rng, tmp_path):
     prefix = "emb_"
     x = rng.normal(size=(40, 6)).astype("float32")
     y = np.arange(40, dtype="int32") % 4
     model = two_outputs(TripletCensus(0.4, "cosine", prefix=prefix))
-    history = model.fit(x, (y, y), batch_size=20, epochs=2, verbose=0).history
-    assert {f"{prefix}{key}" for key in KEYS} <= set(history)
     before = model.evaluate(x, (y, y), verbose=0, return_dict=True, batch_size=40)
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
@@ -321,7 +283,8 @@ def test_compiled_saved_and_reloaded(rng, tmp_path):
         }  # fmt: skip
 
     assert flat(after) == pytest.approx(flat(before), rel=1e-5)
-    wanted = expected(y, model.predict(x, verbose=0)[1], 0.4, "cosine")
+    embeddings = model.predict(x, verbose=0)[1]
+    wanted = census_figures([(y, embeddings)], 0.4, "cosine")
     assert flat(after)[f"{prefix}semi_hard"] == pytest.approx(wanted["semi_hard"])
 
 

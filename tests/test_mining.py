@@ -1,3 +1,5 @@
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -154,6 +156,57 @@ def test_padding_is_little_and_takes_few_values():
     assert tensors == padded[::97]
 
 
+# Rows beside the batch ----------------------------------------------------------------
+
+
+def with_others(rng, size=40, more=60, large=70, dim=3):
+    """A batch, and others of which `more` are there and five are not."""
+    labels = rng.integers(0, 12, size + more)
+    if large:  # more positives than the table of pairs holds
+        labels[size - 4 : size - 4 + large] = 3
+    rows = rng.normal(size=(size + more, dim)).astype(np.float32) / 2
+    void = np.full((5, dim), np.nan, np.float32)
+    others = np.r_[labels[size:], [3] * 5], np.concatenate([rows[size:], void])
+    return labels, rows, (labels[:size], rows[:size]), (*others, more)
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize(("large", "positives"), [(0, False), (62, True)])
+def test_others_in_the_census(positives, large, rng):
+    labels, rows, batch, others = with_others(rng, more=60 + large, large=large)
+    others = mining.Others(*others, positives)
+    got = census_of(*batch, others=others)
+    size = len(batch[0])
+    expected = reference.census(labels, rows, batch=size, shared=positives)
+    for key, values in got.items():
+        np.testing.assert_allclose(
+            values, [row[key] for row in expected], rtol=1e-4, atol=1e-4, err_msg=key
+        )
+
+
+def every_way():
+    """All combinations, most of them for `pytest -m slow`."""
+    quick = {("semi_hard", 62, True), ("hard", 0, False), ("all", 0, True)}
+    for way in itertools.product(mining.MININGS, (0, 62), (True, False)):
+        yield pytest.param(*way, marks=() if way in quick else pytest.mark.slow)
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize(("word", "large", "positives"), list(every_way()))
+def test_others_in_the_losses(word, large, positives, rng):
+    labels, rows, (y, x), others = with_others(rng, more=60 + large, large=large)
+    others = mining.Others(*others, positives)
+    options = {"margin": 0.3, "mining": word, "average_over": "active"}
+    got = reference.value_and_gradient(
+        lambda x: mining.triplet_losses(y, x, others=others, **options), x
+    )
+    expected = reference.triplet_loss(
+        labels, rows, batch=len(x), positives=positives, **options
+    )
+    np.testing.assert_allclose(got[0], expected[0], atol=1e-4)
+    np.testing.assert_allclose(got[1], expected[1], atol=1e-3)
+
+
 # Errors -------------------------------------------------------------------------------
 
 
@@ -172,6 +225,13 @@ def test_bad_input_is_named():
         mining.triplet_census([0, 0, 1, 1], rows, margin=0.0)
     with pytest.raises(ValueError, match=r"Did you mean 'semi_hard'"):
         mining.triplet_losses([0, 0, 1, 1], rows, mining="semihard")
+    with pytest.raises(ValueError, match=r"distance.*a word where rows beside"):
+        mining.triplet_losses(
+            [0, 0, 1, 1],
+            rows,
+            distance=lambda x: x @ x.T,
+            others=mining.Others([0], rows[:1]),
+        )
     with pytest.raises(ValueError, match=r"average_over"):
         mining.triplet_losses([0, 0, 1, 1], rows, soft=True, average_over="active")
 

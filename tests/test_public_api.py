@@ -13,7 +13,9 @@ import sys
 import textwrap
 import tokenize
 
+import cv2
 import keras
+import numpy as np
 import pytest
 
 import kerastrip
@@ -33,16 +35,17 @@ BELOW = {
     "_targets": set(),
     "_workers": set(),
     "_numerics": set(),
+    "_replicas": set(),
     "distances": {"_numerics"},
     "_mining_blocks": {"distances"},
     "_mining_dense": {"_mining_blocks"},
     "_mining_pairs": {"_mining_blocks"},
     "mining": {"_mining_dense", "_mining_pairs"},
-    "memory": {"_numerics"},
-    "metrics": {"mining"},
-    "losses._label_loss": {"_numerics"},
+    "memory": {"mining"},
+    "metrics": {"mining", "_replicas"},
+    "losses._label_loss": {"_numerics", "_replicas"},
     "losses.focal": {"losses._label_loss"},
-    "losses": {"mining", "memory", "losses._label_loss"},
+    "losses": {"memory", "_replicas", "losses._label_loss"},
     "_schedule": {"_permutation"},
     "plan": {"_schedule", "_labels"},
     "sources": set(),
@@ -65,6 +68,8 @@ OPTIONAL = {"albumentations", "cv2", "faiss", "matplotlib", "sklearn", "tensorbo
 BACKENDS = {"jax", "tensorflow", "torch"}
 # The one private name of Keras, and the standard library's way out of a process.
 FOREIGN_PRIVATE = {"_metrics", "_exit"}
+# What a NamedTuple offers to everybody.
+NAMED_TUPLE = {"_replace"}
 TOP_LEVEL = {
     "LICENSE",
     "README.md",
@@ -362,7 +367,7 @@ def test_private_names_are_our_own():
                 and is_private(node.value)
             ):  # getattr(model, "_metrics") is the same thing
                 used.setdefault(node.value, set()).add(module)
-    defined |= {name.rpartition(".")[2] for name in PATHS}
+    defined |= {name.rpartition(".")[2] for name in PATHS} | NAMED_TUPLE
     foreign = {name: places for name, places in used.items() if name not in defined}
     assert set(foreign) <= FOREIGN_PRIVATE, foreign
     for name, places in foreign.items():
@@ -511,8 +516,19 @@ def test_readme_has_python_blocks():
     assert readme_sections()
 
 
+@pytest.fixture
+def photos(tmp_path):
+    """The folder of class folders that the README speaks of."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 5, 40, 30, 3), np.uint8)
+    for number, of_class in enumerate(images):
+        folder = tmp_path / "photos" / f"class {number}"
+        folder.mkdir(parents=True)
+        for name, image in enumerate(of_class):
+            cv2.imwrite(str(folder / f"{name}.jpg"), image)
+
+
 @pytest.mark.parametrize("blocks", readme_sections())
-def test_readme_blocks_run(blocks, tmp_path, monkeypatch):
+def test_readme_blocks_run(blocks, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "readme"}
     with contextlib.redirect_stdout(io.StringIO()):

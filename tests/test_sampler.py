@@ -8,11 +8,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import keras
 import numpy as np
 import pytest
 
+from kerastrip import _batch
 from kerastrip.augmentation import Augmentation
 from kerastrip.callbacks import EpochSync
 from kerastrip.plan import PKPlan
@@ -81,6 +84,33 @@ def test_a_batch_is_what_plan_source_and_augmentation_make(images, labels, mode)
         x = [augment(images[row], 5, epoch, step, i) for i, row in enumerate(rows)]
         equal(sampler.batch(step, epoch), (np.stack(x), plan.codes[rows]))
     sampler.close()
+
+
+def test_large_images_are_read_in_parts_and_the_batch_is_the_same(
+    images, labels, monkeypatch
+):
+    class Source:
+        labels, reads = None, ()
+
+        def __len__(self):
+            return len(images)
+
+        def take(self, indices):
+            self.reads += (len(indices),)
+            return {"image": images[indices], "index": np.asarray(indices)}
+
+    def batch():
+        source = Source()
+        sampler = PKSampler(source, labels, **SHAPE, augment={"image": noise}, seed=5)
+        source.reads = ()
+        return sampler.batch(1, 2), source.reads
+
+    whole, reads = batch()
+    assert reads == (P * K,)
+    monkeypatch.setattr(_batch, "_AT_ONCE", 5 * (images[0].nbytes + 8))
+    parts, reads = batch()
+    assert reads == (5,) * (P * K // 5) + (P * K % 5,) * (P * K % 5 > 0)
+    equal(whole, parts)
 
 
 @backend
@@ -511,6 +541,27 @@ def watched(classes=6):
         run_eagerly=True,
     )
     return model
+
+
+class Stop(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.stop_training = batch == 3
+
+
+@backend
+def test_a_stopped_fit_leaves_no_threads(images, labels):
+    """Keras' own workers would stay, and the batches in their queue."""
+    train = PKSampler(
+        images, labels, **SHAPE, targets=("one_hot", "label"), batches_per_epoch=20
+    )
+    watched().fit(train, verbose=0, callbacks=[Stop()])
+    end = time.monotonic() + 30
+    before = threading.active_count()
+    for _ in range(2):
+        watched().fit(train, verbose=0, callbacks=[Stop()])
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert threading.active_count() <= before
 
 
 @backend

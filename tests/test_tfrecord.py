@@ -142,7 +142,7 @@ def test_gray_and_resized(tmp_path, images):
     ]
     path = write(tmp_path / "x", records)
     source = TFRecordSource(path, color="gray", size=(3, 2))
-    assert source.take([0, 1]).shape == (2, 3, 2)
+    assert source.take([0, 1]).shape == (2, 3, 2, 1)
     with pytest.raises(ValueError, match=r"record\[1\].*resize"):
         TFRecordSource(path).take([1])
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -227,35 +228,50 @@ def test_look_ahead_answers_like_the_function():
             raise ValueError("step 5")
         return step, epoch
 
-    ahead = LookAhead()
-
-    def ask(step, epoch, start):
-        run = [(step, epoch), (step + 1, epoch), (step + 2, epoch)]
-        return ahead(make, run, start)
-
-    assert [ask(step, 0, step == 0) for step in range(5)] == [(s, 0) for s in range(5)]
+    ahead = LookAhead(steps=50, ahead=2, endless=True)
+    assert [ahead(make, step, 0) for step in range(5)] == [(s, 0) for s in range(5)]
     with pytest.raises(ValueError, match="step 5"):
-        ask(5, 0, False)
+        ahead(make, 5, 0)
     # In order nothing is made twice; out of order nothing is made ahead.
     time.sleep(0.1)
     assert len(calls) == len(set(calls))
     made = len(calls)
-    assert ask(40, 0, False) == (40, 0)
+    assert ahead(make, 40, 0) == (40, 0)
     assert len(calls) == made + 1
-    assert ask(0, 1, True) == (0, 1)
+    assert ahead(make, 0, 1) == (0, 1)
 
 
-def test_look_ahead_is_ahead():
-    started = threading.Event()
+@pytest.mark.parametrize("endless", [True, False])
+def test_look_ahead_is_ahead_of_order_and_shuffle(endless):
+    """Every batch but the first is made elsewhere, and no more than are needed."""
+    calls, here = [], threading.get_ident()
 
-    def make(step):
-        if step == 1:
-            started.set()
-        return step
+    def make(step, epoch):
+        calls.append((step, epoch))
+        assert threading.get_ident() != here
+        return step, epoch
 
-    ahead = LookAhead()
-    assert ahead(make, [(0,), (1,)], True) == 0
-    assert started.wait(10)
+    ahead, chance = LookAhead(steps=9, ahead=2, endless=endless), random.Random(1)
+    for epoch in (0, 1) if endless else (0, 0):
+        for step in range(9):
+            assert ahead(make, step, epoch) == (step, epoch)
+    time.sleep(0.1)
+    assert set(calls[-2:]) == {(0, 2 * endless), (1, 2 * endless)}
+    calls.clear()
+    random.seed(chance.random())
+    for epoch in (4, 5):
+        order = list(range(9))
+        ahead.expect_shuffle()
+        random.shuffle(order)
+        assert [ahead(make, step, epoch)[0] for step in order] == order
+    assert len(calls) == len(set(calls)) == 2 * 9
+
+
+def test_look_ahead_may_be_asked_by_many_threads():
+    ahead = LookAhead(steps=40, ahead=3, endless=True)
+    with ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(ahead, lambda *key: key, s % 40, 0) for s in range(800)]
+    assert [each.result() for each in asked] == [(s % 40, 0) for s in range(800)]
 
 
 def test_in_flight_waits_for_calls_and_refuses_new_ones():

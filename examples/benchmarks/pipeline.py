@@ -1,8 +1,8 @@
 """From samples to batches: the sampler beside bare loops, Keras, tf.data and PyTorch.
 
-    python examples/benchmarks/pipeline.py [augment] [jpeg] [transport] [peers]
+    python examples/benchmarks/pipeline.py [--only augment jpeg transport peers]
 
-Batches of 128 images (JPEG: 64). Four tables; all of them without names:
+Batches of 128 images, or of 64 JPEGs. Four tables:
 
 - augment: RandomResizedCrop, HorizontalFlip and ColorJitter of images in memory. The
   loop makes the same calls of albumentations and writes into a batch. Wanted: one
@@ -10,8 +10,8 @@ Batches of 128 images (JPEG: 64). Four tables; all of them without names:
   pixels and 1.8 x at 224.
 - jpeg: the same after decoding JPEGs of 512 pixels, at 224. Wanted: 1.8 x one thread.
 - transport: `fit` of a model that does nothing on batches that are ready, 128x64x64x3;
-  milliseconds a batch. "in place" makes them where Keras asks for them. Wanted: at
-  most 6 from worker processes.
+  milliseconds a batch, those of `fit` itself included: "one thread" makes them where
+  Keras asks for them. Wanted: at most 6 from worker processes.
 - peers: JPEGs of 512 pixels decoded, cropped to 224, flipped and made brighter by two
   threads or processes, beside a tf.data pipeline and a PyTorch DataLoader. Wanted: at
   least as fast. tf.data can also decode no more than the crop, which OpenCV cannot.
@@ -27,6 +27,7 @@ import itertools
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import time
 
@@ -41,13 +42,15 @@ import numpy as np
 from kerastrip import PKSampler
 
 SAMPLES, CLASSES, K = 256, 32, 4
+LABELS = np.arange(SAMPLES) % CLASSES
+SHAPE = (512, 512, 3)  # of the decoded JPEGs
 
 
 def photo(rng, size):
     """Smooth noise of every scale: as a JPEG about as large as a photograph."""
     image = np.zeros((size, size, 3))
     for scale in (4, 16, 64, 256):
-        noise = rng.normal(size=(scale, scale, 3)) / scale**0.75
+        noise = rng.normal(size=(scale, scale, 3)) / scale**0.54
         image += cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
     image = 128 + 48 * image / image.std()
     return np.clip(image, 0, 255).astype("uint8")
@@ -56,13 +59,15 @@ def photo(rng, size):
 class Jpegs:
     """A source that decodes; it keeps the files in memory."""
 
-    def __init__(self, size=512):
+    def __init__(self):
         rng = np.random.default_rng(0)
         self.files = [
-            cv2.imencode(".jpg", photo(rng, size), [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+            cv2.imencode(".jpg", photo(rng, SHAPE[0]), [cv2.IMWRITE_JPEG_QUALITY, 90])[
+                1
+            ]
             for _ in range(SAMPLES)
         ]
-        self.labels = np.arange(SAMPLES) % CLASSES
+        self.labels = LABELS
 
     def __len__(self):
         return len(self.files)
@@ -71,14 +76,17 @@ class Jpegs:
         return cv2.imdecode(self.files[index], cv2.IMREAD_COLOR_RGB)
 
     def take(self, indices):
-        return np.stack([self.decode(index) for index in indices])
+        batch = np.empty((len(indices), *SHAPE), "uint8")
+        for image, index in zip(batch, indices, strict=True):
+            image[...] = self.decode(index)
+        return batch
 
 
 class Ready:
     """A source whose batches are made already."""
 
     def __init__(self, batch):
-        self.batch, self.labels = batch, np.arange(SAMPLES) % CLASSES
+        self.batch, self.labels = batch, LABELS
 
     def __len__(self):
         return len(self.labels)
@@ -108,7 +116,6 @@ def sampler(x, batch, steps=10**6, **options):
     )
 
 
-LABELS = np.arange(SAMPLES) % CLASSES
 MODES = {
     "one thread": {"workers": 0},
     "two threads": {"workers": 2},
@@ -116,13 +123,14 @@ MODES = {
 }
 
 
-def drained(batches):
+def drained(train):
     """A contestant: makes so many batches, as fast as they come."""
-    steps = itertools.count()
+    epochs = itertools.count(step=2)  # what was made ahead last time is of no use
 
     def run(count):
-        for _ in range(count):
-            batches[next(steps)]
+        train.set_epoch(next(epochs))
+        for step in range(count):
+            train[step]
 
     return run
 
@@ -151,22 +159,17 @@ def spin(steps):
 
 
 def spun(processes):
+    """A contestant: counts down, in processes that share nothing."""
+    pool = multiprocessing.get_context("fork").Pool(processes)
+
     def run(count):
-        each = count * 10**5 // processes
-        workers = [
-            multiprocessing.get_context("fork").Process(target=spin, args=(each,))
-            for _ in range(processes)
-        ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        pool.map(spin, [2 * 10**7 // processes] * processes, chunksize=1)
 
     return run
 
 
 def race(contestants, count, rounds):
-    """Seconds of every repetition, in turns; the first is not counted."""
+    """Seconds a batch of every repetition, in turns; the first is not counted."""
     times = {name: [] for name in contestants}
     for turn in range(-1, rounds):
         for name in list(contestants)[:: 1 if turn % 2 else -1]:
@@ -174,6 +177,7 @@ def race(contestants, count, rounds):
             contestants[name](count)
             if turn >= 0:
                 times[name].append((time.perf_counter() - begun) / count)
+            time.sleep(0.3)  # batches made ahead are finished
     return times
 
 
@@ -184,6 +188,8 @@ def table(title, times, base, batch=None):
     print(f"| | {unit} | median | x {base} | median |")
     print("|---|---|---|---|---|")
     for name, seconds in times.items():
+        if name.startswith("spin"):
+            continue
         picks = [min(seconds), statistics.median(seconds)]
         ratios = [
             pick(times[base]) / pick(seconds) for pick in (min, statistics.median)
@@ -229,7 +235,7 @@ def jpeg(rounds):
     }
     runs = {name: drained(train) for name, train in contestants.items()}
     spins = {"spin 1": spun(1), "spin 2": spun(2)}
-    times = race({**runs, **spins}, 12, rounds)
+    times = race({**runs, **spins}, 16, rounds)
     table(f"jpeg, {size / 1e3:.0f} kB each", times, "one thread", batch)
     summary(times)
     close(contestants)
@@ -250,7 +256,7 @@ class Plain(keras.utils.PyDataset):
 
 
 def transport(rounds):
-    steps = 200
+    steps = 100
     for dtype in ("uint8", "float32"):
         batch = np.zeros((128, 64, 64, 3), dtype)
         contestants = {}
@@ -263,7 +269,7 @@ def transport(rounds):
 
 
 def peers(rounds):
-    source, batch, size = Jpegs(), 64, 224
+    source, batch, size, count = Jpegs(), 64, 224, 12
     contestants = {
         name: sampler(source, batch, augment=brighter(size), **mode)
         for name, mode in MODES.items()
@@ -272,9 +278,9 @@ def peers(rounds):
     for fused in (False, True):
         name = "tf.data, decoding the crop only" if fused else "tf.data"
         runs[name] = from_tf_data(source.files, batch, size, fused)
-    if loader := from_torch(source, batch, brighter(size)):
+    if loader := from_torch(source, batch, brighter(size), count):
         runs["DataLoader, two workers"] = loader
-    times = race(runs, 12, rounds)
+    times = race(runs, count, rounds)
     table("peers", times, "two processes", batch)
     close(contestants)
 
@@ -284,7 +290,7 @@ def from_tf_data(files, batch, size, fused):
 
     def load(data):
         if fused:
-            corner = tf.random.uniform((2,), maxval=512 - size + 1, dtype=tf.int32)
+            corner = tf.random.uniform((2,), maxval=SHAPE[0] - size + 1, dtype=tf.int32)
             window = tf.concat([corner, (size, size)], axis=0)
             image = tf.io.decode_and_crop_jpeg(data, window, channels=3)
         else:
@@ -306,36 +312,35 @@ def from_tf_data(files, batch, size, fused):
 class Torch:
     """The dataset of a DataLoader."""
 
-    def __init__(self, source, pipeline):
-        self.source, self.pipeline, self.length = source, pipeline, len(source)
+    def __init__(self, source, pipeline, length):
+        self.source, self.pipeline, self.length = source, pipeline, length
 
     def __len__(self):
-        return 10**9
+        return self.length
 
     def __getitem__(self, index):
-        index %= len(self.source)
-        return self.pipeline(image=self.source.decode(index))["image"], index
+        image = self.source.decode(index % len(self.source))
+        return self.pipeline(image=image)["image"], index
 
 
-def from_torch(source, batch, pipeline):
+def from_torch(source, batch, pipeline, count):
     try:
         from torch.utils.data import DataLoader
     except ImportError:
         return None
+    loader = DataLoader(
+        Torch(source, pipeline, count * batch),
+        batch_size=batch,
+        num_workers=2,
+        persistent_workers=True,
+        multiprocessing_context="fork",
+        worker_init_fn=lambda _: cv2.setNumThreads(0),
+    )
 
     def run(count):
-        for _ in range(count):
-            next(batches)
+        for _ in loader:
+            pass
 
-    batches = iter(
-        DataLoader(
-            Torch(source, pipeline),
-            batch_size=batch,
-            num_workers=2,
-            multiprocessing_context="fork",
-            worker_init_fn=lambda _: cv2.setNumThreads(0),
-        )
-    )
     return run
 
 
@@ -359,12 +364,16 @@ PARTS = {"augment": augment, "jpeg": jpeg, "transport": transport, "peers": peer
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []])
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if len(options.only) > 1:  # each in a process of its own, untouched by the others
+        for part in options.only:
+            command = [__file__, "--only", part, "--rounds", str(options.rounds)]
+            subprocess.run([sys.executable, *command], check=True)
+        return
     print(f"{os.cpu_count()} cores, {keras.backend.backend()}")
-    for part in options.parts or PARTS:
-        PARTS[part](options.rounds)
+    PARTS[options.only[0]](options.rounds)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
 
 from kerastrip import _checks
+
+# Places between two epochs in a stream of random numbers: more than one epoch uses.
+_DRAWS = 2**20
 
 
 class EpochSync(keras.callbacks.Callback):
@@ -14,8 +18,14 @@ class EpochSync(keras.callbacks.Callback):
 
     With it, `fit(initial_epoch=k)` and a training resumed by
     `BackupAndRestore(save_freq="epoch")` see, from the next epoch on, the batches of
-    the training that was not interrupted (with `shuffle=False`). It also checks that
-    the replicas of the model's distribution strategy get whole classes.
+    the training that was not interrupted (with `shuffle=False`). It also
+
+    - sets the random numbers of Dropout and similar layers to a place that depends on
+      the epoch, as Keras does not save how far they have come (on PyTorch they come
+      from a generator of its own, left alone);
+    - warns if restored weights have gone beyond the beginning of the epoch: then the
+      process was killed between the two files of a backup, which Keras cannot see;
+    - checks that the replicas of the model's distribution strategy get whole classes.
 
     Args:
         *samplers: `PKSampler`s, or anything with `set_epoch(epoch)`. Validation
@@ -56,6 +66,19 @@ class EpochSync(keras.callbacks.Callback):
                     )
                 )
         self.samplers = samplers
+        self._taken: int | None = None
+
+    # Before any callback restores a backup.
+    def set_model(self, model: Any) -> None:
+        super().set_model(model)
+        self._taken = self._iterations()
+
+    def _iterations(self) -> int:
+        """Steps that the optimizer has taken."""
+        optimizer = getattr(self.model, "optimizer", None)
+        if optimizer is None:
+            return 0
+        return int(optimizer.iterations + 0)  # a tensor, under a strategy too
 
     def on_train_begin(self, logs: Any = None) -> None:
         strategy = getattr(self.model, "distribute_strategy", None)
@@ -64,8 +87,28 @@ class EpochSync(keras.callbacks.Callback):
             if hasattr(sampler, "check_replicas"):
                 sampler.check_replicas(replicas)
 
-    # Callbacks run before Keras starts the workers of the epoch. The on_epoch_begin of
-    # the dataset itself runs after that: too late.
+    # Callbacks run before Keras asks for the first batch of an epoch. It does not tell
+    # the dataset which epoch that is.
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if self._taken is not None:
+            self._check_restored(epoch, self._iterations() - self._taken)
+            self._taken = None
+        for variable in getattr(self.model, "non_trainable_variables", ()):
+            if variable.name == "seed_generator_state":
+                seed = int((variable + 0)[0])
+                variable.assign([seed, epoch * _DRAWS % 2**31])
         for sampler in self.samplers:
             sampler.set_epoch(epoch)
+
+    def _check_restored(self, epoch: int, restored: int) -> None:
+        steps = (self.params or {}).get("steps") or 0
+        ahead = restored - epoch * steps
+        if 0 < ahead <= steps:
+            warnings.warn(
+                f"The restored weights have seen {ahead} steps of epoch {epoch}, which "
+                "now begins: the training will not be that which was not interrupted. "
+                "The backup was cut short while it was written, or made inside an "
+                'epoch. `BackupAndRestore(save_freq="epoch", double_checkpoint=True)` '
+                "keeps the backup before: rename its `*.bkp` files.",
+                stacklevel=2,
+            )

@@ -27,7 +27,9 @@ class MiningStats(keras.callbacks.Callback):
     `pairs_with_semi_hard`, `anchors_without_positive`, `pos_dist`, `neg_dist`,
     `norm`, `spread`, `effective_dim`. They are computed from the embeddings of the
     training step itself, at the margin and distance of the compiled loss, which
-    they follow when a callback changes it.
+    they follow when a callback changes it. Under a `tf.distribute` strategy they are
+    those within each replica, or those of the whole batch if the loss has
+    `gather=True`.
 
     It is detached when the run ends; after an exception or Ctrl-C it stays until
     the next run with a `MiningStats` replaces it, or until `detach()`. Saving the
@@ -125,6 +127,7 @@ class MiningStats(keras.callbacks.Callback):
             self.census = TripletCensus(
                 margin,
                 distance,
+                gather=getattr(self._where.loss, "gather", False),
                 prefix=self.prefix,
                 name=f"{self.prefix}triplet_census",
             )
@@ -143,11 +146,14 @@ class MiningStats(keras.callbacks.Callback):
         given = getattr(self, name)
         value = getattr(self._where.loss, name, None) if given is None else given
         if value is None or callable(value):
+            loss = self._where.loss
+            loss = getattr(loss, "name", None) or getattr(loss, "__name__", loss)
+            has = "none" if value is None else "a callable"
             raise ValueError(
                 _checks.message(
                     name,
-                    f"a compiled loss that tells it, or MiningStats({name}=...)",
-                    _checks.Told(f"the loss {self._where.loss!r} with {value!r}"),
+                    f"a loss with a {name}, as TripletLoss, or MiningStats({name}=...)",
+                    _checks.Told(f"the loss {loss!r}, which has {has}"),
                 )
             )
         return value

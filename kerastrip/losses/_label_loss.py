@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from kerastrip._numerics import integer_labels
+from kerastrip._replicas import gathered
 
 
 class _Bound(keras.losses.Loss):
@@ -18,7 +19,10 @@ class _Bound(keras.losses.Loss):
         self._labels = labels
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        return self._loss.call(self._labels, y_pred)
+        if not self._loss.gather:
+            return self._loss.call(self._labels, y_pred)
+        labels, y_pred, own_part = gathered(self._labels, y_pred)
+        return own_part(self._loss.call(labels, y_pred))
 
 
 class LabelLoss(keras.losses.Loss):
@@ -26,7 +30,12 @@ class LabelLoss(keras.losses.Loss):
 
     Keras casts `y_true` to the dtype of the loss before `call`: in float32 class
     ids above 2^24 collide. Here the labels go round that cast.
+
+    With a true `gather`, `call` gets the batch of all replicas, and of the values it
+    returns each replica keeps those of its own rows.
     """
+
+    gather = False
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         labels = integer_labels(y_true)

@@ -38,6 +38,8 @@ class ContrastiveLoss(LabelLoss):
             callable from (batch, dim) float32 embeddings to the (batch, batch) matrix
             (meant for batches up to 4,096).
         average_over: `"all"` pairs, or the `"active"` ones, those with a loss > 0.
+        gather: under a `tf.distribute` strategy, take the pairs of the batch of all
+            replicas, as in `TripletLoss`. Default False.
         name: name of the loss.
         reduction: of the (batch,) values, as in `keras.losses.Loss`.
         dtype: as in `keras.losses.Loss`. Distances are float32 in any case.
@@ -69,6 +71,7 @@ class ContrastiveLoss(LabelLoss):
         negative_margin: float = 1.0,
         distance: str | Callable[[Any], Any] = "euclidean",
         average_over: str = "all",
+        gather: bool = False,
         *,
         name: str = "contrastive_loss",
         reduction: str | None = "sum_over_batch_size",
@@ -83,6 +86,7 @@ class ContrastiveLoss(LabelLoss):
         )
         self.distance = checked_distance(distance)
         self.average_over = _checks.one_of("average_over", average_over, AVERAGES)
+        self.gather = _checks.boolean("gather", gather)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """(batch,) values; see the class."""
@@ -103,4 +107,5 @@ class ContrastiveLoss(LabelLoss):
             "negative_margin": self.negative_margin,
             "distance": serialized_distance(self.distance),
             "average_over": self.average_over,
+            "gather": self.gather,
         }

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras import ops
 
 from kerastrip import _checks
+from kerastrip._replicas import replicas
 from kerastrip.distances import checked_distance, serialized_distance
 from kerastrip.losses._label_loss import LabelLoss
+from kerastrip.memory import EmbeddingMemory
 from kerastrip.mining import check_choice, triplet_losses
 
 _TFA_DISTANCES = {
@@ -59,6 +62,12 @@ class TripletLoss(LabelLoss):
         soft: take the softplus instead of the hinge. Default False.
         average_over: `"all"` units, or the `"active"` ones, those with a loss > 0.
             The softplus is always > 0, so `soft=True` wants `"all"`.
+        gather: under a `tf.distribute` strategy, mine over the batch of all replicas;
+            the update is then that of one device with the whole batch. False mines
+            within each replica. Elsewhere (one device, `keras.distribution` on JAX)
+            the loss sees the whole batch anyway. Default False.
+        memory: an `EmbeddingMemory` layer of the model, to mine in past batches too.
+            A saved model is then loaded with `compile=False` and compiled anew.
         name: name of the loss.
         reduction: of the (batch,) values, as in `keras.losses.Loss`.
         dtype: as in `keras.losses.Loss`. Distances are float32 in any case.
@@ -97,6 +106,8 @@ class TripletLoss(LabelLoss):
         distance: str | Callable[[Any], Any] = "euclidean",
         soft: bool = False,
         average_over: str = "all",
+        gather: bool = False,
+        memory: EmbeddingMemory | None = None,
         *,
         name: str = "triplet_loss",
         reduction: str | None = "sum_over_batch_size",
@@ -109,9 +120,25 @@ class TripletLoss(LabelLoss):
         self.distance = checked_distance(distance)
         self.soft = soft
         self.average_over = average_over
+        self.gather = _checks.boolean("gather", gather)
+        self.memory = _checked_memory(memory, self.distance)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """(batch,) values; see the class."""
+        others = None
+        if self.memory is not None:
+            if not self.gather and replicas() > 1:
+                raise ValueError(
+                    _checks.message(
+                        "gather",
+                        f"True for a loss with a memory on {replicas()} replicas",
+                        self.gather,
+                        "They remember the same rows, those of all replicas.",
+                    )
+                )
+            y_true = ops.cast(y_true, "int32")  # as the memory keeps them
+            self.memory.add(y_true, y_pred)
+            others = self.memory.others(ops.shape(y_pred)[0])
         return triplet_losses(
             y_true,
             y_pred,
@@ -120,10 +147,12 @@ class TripletLoss(LabelLoss):
             distance=self.distance,
             soft=self.soft,
             average_over=self.average_over,
+            others=others,
         )
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments of the constructor."""
+        """The arguments of the constructor; of a memory only the name."""
+        memory = self.memory
         return {
             **super().get_config(),
             "margin": self.margin,
@@ -131,7 +160,37 @@ class TripletLoss(LabelLoss):
             "distance": serialized_distance(self.distance),
             "soft": self.soft,
             "average_over": self.average_over,
+            "gather": self.gather,
+            "memory": memory if memory is None else memory.name,
         }
+
+
+def _checked_memory(memory: Any, distance: Any) -> EmbeddingMemory | None:
+    if isinstance(memory, str):  # out of a saved configuration
+        raise ValueError(
+            _checks.message(
+                "memory",
+                "the layer itself",
+                memory,
+                "A saved loss does not hold its memory. Load the model with "
+                f"compile=False, then compile it with TripletLoss(memory=model."
+                f"get_layer({memory!r})).",
+            )
+        )
+    if memory is None:
+        return None
+    if not isinstance(memory, EmbeddingMemory):
+        raise TypeError(_checks.message("memory", "an EmbeddingMemory or None", memory))
+    if callable(distance):
+        raise ValueError(
+            _checks.message(
+                "distance",
+                "a word in a loss with a memory",
+                distance,
+                "A callable makes the matrix of the batch alone.",
+            )
+        )
+    return memory
 
 
 def _tfa_distance(distance_metric: Any) -> Any:
@@ -242,6 +301,7 @@ class TripletSemiHardLoss(LabelLoss):
         margin: > 0. Default 1.
         distance_metric: `"L2"` (euclidean), `"squared-L2"`, `"angular"` (1 - cos), or
             a callable as in `TripletLoss`.
+        gather: as in `TripletLoss`.
         name: name of the loss.
         reduction: of the (batch,) values, as in `keras.losses.Loss`.
         dtype: as in `keras.losses.Loss`. Distances are float32 in any case.
@@ -267,6 +327,7 @@ class TripletSemiHardLoss(LabelLoss):
         margin: float = 1.0,
         distance_metric: str | Callable[[Any], Any] = "L2",
         *,
+        gather: bool = False,
         name: str = "triplet_semihard_loss",
         reduction: str | None = "sum_over_batch_size",
         dtype: Any = None,
@@ -275,6 +336,7 @@ class TripletSemiHardLoss(LabelLoss):
         self.margin = _checks.number("margin", margin, above=0)
         self.distance = _tfa_distance(distance_metric)
         self.distance_metric = distance_metric
+        self.gather = _checks.boolean("gather", gather)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """(batch,) values; see the class."""
@@ -288,6 +350,7 @@ class TripletSemiHardLoss(LabelLoss):
             **super().get_config(),
             "margin": self.margin,
             "distance_metric": serialized_distance(self.distance_metric),
+            "gather": self.gather,
         }
 
 
@@ -302,6 +365,7 @@ class TripletHardLoss(LabelLoss):
         soft: take the softplus instead of the hinge.
         distance_metric: `"L2"` (euclidean), `"squared-L2"`, `"angular"` (1 - cos), or
             a callable as in `TripletLoss`.
+        gather: as in `TripletLoss`.
         name: name of the loss.
         reduction: of the (batch,) values, as in `keras.losses.Loss`.
         dtype: as in `keras.losses.Loss`. Distances are float32 in any case.
@@ -327,6 +391,7 @@ class TripletHardLoss(LabelLoss):
         soft: bool = False,
         distance_metric: str | Callable[[Any], Any] = "L2",
         *,
+        gather: bool = False,
         name: str = "triplet_hard_loss",
         reduction: str | None = "sum_over_batch_size",
         dtype: Any = None,
@@ -337,6 +402,7 @@ class TripletHardLoss(LabelLoss):
         self.soft = soft
         self.distance = _tfa_distance(distance_metric)
         self.distance_metric = distance_metric
+        self.gather = _checks.boolean("gather", gather)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """(batch,) values; see the class."""
@@ -356,4 +422,5 @@ class TripletHardLoss(LabelLoss):
             "margin": self.margin,
             "soft": self.soft,
             "distance_metric": serialized_distance(self.distance_metric),
+            "gather": self.gather,
         }

@@ -7,6 +7,7 @@ in an archive are in `kerastrip.sources.archives`.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,9 +18,7 @@ from kerastrip import _checks
 from kerastrip._checks import Told, message
 from kerastrip.sources.arrays import BrokenSamples
 
-EXTENSIONS = (
-    (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm") + (".tif", ".tiff", ".webp")
-)  # fmt: skip
+EXTENSIONS = ("bmp", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
 CHANNELS = {"rgb": 3, "gray": 1}
 REDUCE = ("auto", "never")
 ON_ERROR = ("raise", "skip")
@@ -101,7 +100,7 @@ class ImageFiles:
         if self.labels is not None and len(self.labels) != len(self.paths):
             expected = f"{len(self.paths)} labels, one per path"
             raise ValueError(message("labels", expected, self.labels))
-        self._size = _checked_size(size)
+        self._size = checked_size(size)
         self._color = _checks.one_of("color", color, tuple(CHANNELS))
         self._reduce = _checks.one_of("reduce", reduce, REDUCE) == "auto"
         self._skip = _checks.one_of("on_error", on_error, ON_ERROR) == "skip"
@@ -187,13 +186,6 @@ class ImageFiles:
             found = enumerate(pool.map(load, range(len(self))))
             return {row: why for row, why in found if why}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the rows in memory: another process has its own."""
-        state = self.__dict__.copy()
-        if self._memory is not None:
-            state["_memory"] = _Memory(self._memory.rows.shape)
-        return state
-
     def __repr__(self) -> str:
         height, width, _ = self._shape
         told = f"{len(self)} images, {height}x{width} {self._color}"
@@ -203,7 +195,10 @@ class ImageFiles:
 
 
 class _Memory:
-    """Decoded rows and whether they are there; pages are taken when written."""
+    """Decoded rows and whether they are there. It is pickled without them.
+
+    The system gives an array its pages when they are first written.
+    """
 
     def __init__(self, shape: Sequence[int]):
         self.rows = np.empty(shape, np.uint8)
@@ -307,12 +302,12 @@ def labelled_images(
         told = f"images ({', '.join(EXTENSIONS)}) in class folders"
         raise ValueError(message(name, told, Told("none")))
     if callable(label_from):
-        labels = [label_from(path) for path in images]
-        images = [path for path, label in zip(images, labels, strict=True) if label is not None]  # fmt: skip
-        labels = [label for label in labels if label is not None]
-        if not images:
+        pairs = [(path, label_from(path)) for path in images]
+        pairs = [(path, label) for path, label in pairs if label is not None]
+        if not pairs:
             expected = "a label for some of the images"
             raise ValueError(message("label_from", expected, Told("None for all")))
+        images, labels = [list(part) for part in zip(*pairs, strict=True)]
     else:
         labels = [_folder_label(name, path, label_from) for path in images]
     if len(set(labels)) < 2:
@@ -357,7 +352,7 @@ def _folder_label(name: str, path: str, word: str | None) -> str:
 def is_image(path: str) -> bool:
     """Whether a path has the extension of an image and no hidden part."""
     hidden = any(part.startswith(".") for part in path.split("/"))
-    return path.lower().endswith(EXTENSIONS) and not hidden
+    return path.lower().rpartition(".")[2] in EXTENSIONS and not hidden
 
 
 def read_file(path: str) -> bytes:
@@ -367,13 +362,17 @@ def read_file(path: str) -> bytes:
 
 
 def decode_image(
-    data: bytes, size: tuple[int, int], *, color: str = "rgb", reduce: bool = True
+    data: bytes,
+    size: tuple[int, int] | None,
+    *,
+    color: str = "rgb",
+    reduce: bool = True,
 ) -> np.ndarray:
     """An encoded image as (height, width, channels) uint8 array: see `ImageFiles`.
 
     Args:
         data: the bytes of the file.
-        size: (height, width) of the result.
+        size: (height, width) of the result, or None for that of the image.
         color: "rgb" (default) or "gray".
         reduce: whether large JPEGs may be decoded at a fraction of their size.
 
@@ -387,7 +386,7 @@ def decode_image(
 
     if not data:
         raise ValueError("the file is empty")
-    factor = _reduction(data, max(size)) if reduce else 1
+    factor = _reduction(data, max(size)) if size and reduce else 1
     kind = "GRAYSCALE" if color == "gray" else "COLOR"
     flag = f"IMREAD_REDUCED_{kind}_{factor}" if factor > 1 else f"IMREAD_{kind}"
     try:
@@ -396,8 +395,8 @@ def decode_image(
         raise ValueError(f"OpenCV does not decode it: {error}") from error
     if image is None:
         raise ValueError("it is cut short, damaged, or no image that OpenCV decodes")
-    height, width = size
-    if image.shape[:2] != size:
+    if size and image.shape[:2] != size:
+        height, width = size
         shrinks = height < image.shape[0] or width < image.shape[1]
         way = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         image = cv2.resize(image, (width, height), interpolation=way)
@@ -421,10 +420,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     while at + 9 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            number = int.from_bytes
-            return number(data[at + 5 : at + 7], "big"), number(
-                data[at + 7 : at + 9], "big"
-            )
+            return struct.unpack_from(">HH", data, at + 5)
         if marker == 0xFF:  # filling
             at += 1
         else:
@@ -432,7 +428,8 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def _checked_size(size: Any) -> tuple[int, int]:
+def checked_size(size: Any) -> tuple[int, int]:
+    """(height, width) of what `size=` got: such a pair, or one integer for both."""
     if isinstance(size, (tuple, list)) and len(size) == 2:
         height, width = (_checks.integer("size", side, 1) for side in size)
         return height, width

@@ -24,6 +24,7 @@ import numpy as np
 
 from kerastrip._checks import Told, message, one_of
 from kerastrip.sources.arrays import RowSource
+from kerastrip.sources.images import checked_size, decode_image
 
 _VERSION = 1
 _HEAD, _FRAME = 12, 16  # bytes before the data; before and after it
@@ -35,8 +36,8 @@ class TFRecordSource:
     The records are `tf.train.Example` messages, of which one feature is the sample,
     or whatever `parse` understands. A feature is one of
 
-    - an encoded picture (JPEG, PNG and what else OpenCV reads), turned as its EXIF
-      data say, as uint8 (height, width, 3), or (height, width) with `color="gray"`;
+    - an encoded picture, decoded to uint8 (height, width, channels) as by
+      `ImageFiles`;
     - with `shape=`, raw bytes of `dtype` or a list of numbers.
 
     Pictures of several sizes need `size=`; models of several inputs need `parse`.
@@ -60,8 +61,8 @@ class TFRecordSource:
         shape: shape of a feature that is no picture. Default None.
         dtype: its dtype. Default "uint8".
         color: "rgb" (default) or "gray".
-        size: (height, width) that pictures are resized to, by area. Default: as
-            they are.
+        size: (height, width) that pictures are resized to, or one integer for both.
+            Default: as they are.
         index: True (default) keeps the index beside the files, a directory keeps it
             there, False in memory only.
 
@@ -104,7 +105,7 @@ class TFRecordSource:
         shape: Sequence[int] | None = None,
         dtype: Any = "uint8",
         color: str = "rgb",
-        size: tuple[int, int] | None = None,
+        size: int | tuple[int, int] | None = None,
         index: bool | str | os.PathLike[str] = True,
     ):
         one_of("color", color, ("rgb", "gray"))
@@ -114,6 +115,7 @@ class TFRecordSource:
         if not files:
             raise ValueError(message("paths", "at least one file", paths))
         if parse is None:
+            size = None if size is None else checked_size(size)
             parse = partial(_picture, feature, color, size)
             if shape is not None:
                 parse = partial(_numbers, feature, shape, np.dtype(dtype))
@@ -394,19 +396,12 @@ def _numbers(
 def _picture(
     name: str, color: str, size: tuple[int, int] | None, record: bytes
 ) -> np.ndarray:
-    import cv2
-
     data = _single(name, record)
     if not isinstance(data, bytes):
         raise ValueError(f"{name!r} is no picture but numbers: pass their shape=")
-    flag = cv2.IMREAD_GRAYSCALE if color == "gray" else cv2.IMREAD_COLOR
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
-    if image is None:
+    try:
+        return decode_image(data, size, color=color)
+    except ValueError as error:
         raise ValueError(
-            f"{name!r} is no picture that OpenCV knows. Raw pixels need shape="
-        )
-    if color == "rgb":
-        cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
-    if size is not None and image.shape[:2] != tuple(size):
-        image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-    return image
+            f"{name!r} is no picture: {error}. Raw pixels need shape="
+        ) from error

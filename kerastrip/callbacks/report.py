@@ -1,0 +1,231 @@
+"""TrainingReport: what the training does, in one HTML file."""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+import time
+from typing import Any
+
+import keras
+import numpy as np
+
+from kerastrip import _checks
+from kerastrip._outputs import embedding_output
+from kerastrip.callbacks import _page
+from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
+from kerastrip.callbacks._files import write_whole
+from kerastrip.callbacks._images import thumbnails_of
+from kerastrip.callbacks._report_parts import (
+    Look,
+    alarms_section,
+    held_out_section,
+    lead,
+    logs_section,
+    look,
+    mining_section,
+    tiles,
+)
+from kerastrip.callbacks.collapse import CollapseGuard
+from kerastrip.distances import DISTANCES
+from kerastrip.verification import check_codes
+
+
+class TrainingReport(keras.callbacks.Callback):
+    """Write a page on the training, anew after every epoch.
+
+    One HTML file without scripts that loads nothing, for desk and phone:
+
+    - the fractions of easy, semi-hard and hard triplets stacked over the epochs, with
+      the loss (with `MiningStats`, for training and validation);
+    - the alarms of a `CollapseGuard`;
+    - of held-out data: a table of retrieval and verification figures (first, best and
+      latest), the distances of positives and negatives with the margin, the
+      embeddings in their principal plane, the classes that nearest neighbours
+      confuse most and the neighbours of some samples, both with thumbnails;
+    - every figure of the logs as a small curve.
+
+    The file is replaced in one step: who opens it, or interrupts the training, finds
+    it whole. Reports of a training that goes on (`initial_epoch`) go on. List it
+    last, so that it sees what the other callbacks add. It needs matplotlib.
+
+    Args:
+        path: the HTML file to write; folders are made if missing.
+        x: held-out data, as for `RetrievalEvaluation`. Default None: a report on the
+            logs alone. All pairs are looked at: give some thousands of samples.
+        y: labels, likewise.
+        images: an image for each sample, as an array `(n, height, width)` or
+            `(n, height, width, 1 or 3)`, or a source of such; integers in 0..255, or
+            floats, drawn between their least and greatest value when they leave 0..1.
+            Default None: x itself, if it holds images.
+        guard: the `CollapseGuard` of the same training, whose alarms to show.
+        title: heading of the page. Default "Training report".
+        every: epochs from one measurement of x to the next, at least 1. Default 1.
+        pairs: pairs of confused classes to show at most. Default 6.
+        queries: samples to show the neighbours of, spread over the classes. Default 6.
+        k: neighbours of each. Default 5.
+        distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`. Default None:
+            that of the compiled loss, `"euclidean"` where it has none.
+        output: name or position of the embedding among the outputs of the model.
+            None takes the output whose loss has a `distance`, or the only one.
+        batch_size: rows per call of the model. Default 128.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+        TypeError, ValueError: if the arguments do not fit each other.
+
+    Example:
+
+    >>> import keras, numpy as np, os, tempfile
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    >>> model.compile("sgd", "mse")
+    >>> path = os.path.join(tempfile.mkdtemp(), "report.html")
+    >>> x, y = np.eye(3)[[0, 0, 1, 1, 2, 2]], [0, 0, 1, 1, 2, 2]
+    >>> history = model.fit(x, np.zeros((6, 2)), verbose=0,
+    ...                     callbacks=[TrainingReport(path, x, y, title="Three points")])
+    >>> "<h1>Three points</h1>" in open(path).read()
+    True
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        x: Any = None,
+        y: Any = None,
+        *,
+        images: Any = None,
+        guard: CollapseGuard | None = None,
+        title: str = "Training report",
+        every: int = 1,
+        pairs: int = 6,
+        queries: int = 6,
+        k: int = 5,
+        distance: str | None = None,
+        output: int | str | None = None,
+        batch_size: int = 128,
+    ):
+        import matplotlib  # noqa: F401  (missing it shows now, not after an epoch)
+
+        super().__init__()
+        self._path = pathlib.Path(path)
+        if guard is not None and not isinstance(guard, CollapseGuard):
+            raise TypeError(_checks.message("guard", "a CollapseGuard", guard))
+        self._guard = guard
+        self._title = str(title)
+        self._counts = {
+            "pairs": _checks.integer("pairs", pairs, 1),
+            "queries": _checks.integer("queries", queries, 1),
+            "k": _checks.integer("k", k, 1),
+        }
+        if distance is not None:
+            _checks.one_of("distance", distance, DISTANCES)
+        self._distance = distance
+        self._output = output
+        self._thumbnails = None
+        self._evaluation: EpochEvaluation | None = None
+        if x is None:
+            for name, value in (("y", y), ("images", images)):
+                if value is not None:
+                    raise ValueError(_checks.message(name, "`x` with it", value))
+        else:
+            data = HeldOut(x, y)
+            if data.table is not None:
+                check_codes("y", data.table.codes)
+            self._thumbnails = thumbnails_of(x, images)
+            self._evaluation = EpochEvaluation(
+                self,
+                [data],
+                keys=(),
+                measure=self._measure,
+                every=every,
+                prefix="",
+                output=output,
+                batch_size=batch_size,
+                verbose=None,
+            )
+        self._logs: dict[int, dict[str, float]] = {}
+        self._results = {} if self._evaluation is None else self._evaluation.results
+        self._latest: Look | None = None
+        self._begun = 0.0
+        self._first: int | None = None
+        self._ended = False
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._begun, self._ended, self._first = time.monotonic(), False, None
+        if self._evaluation is not None:
+            self._evaluation.begin()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if self._first is not None:
+            return
+        self._first = epoch
+        if epoch == 0:
+            self._latest = None
+        # What an earlier run has left of the epochs to come is not of this one.
+        for kept in (self._logs, self._results):
+            for old in [e for e in kept if e >= epoch]:
+                del kept[old]
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._logs[epoch] = {
+            name: float(value)
+            for name, value in (logs or {}).items()
+            if np.ndim(value) == 0 and not isinstance(value, str)
+        }
+        if self._evaluation is not None:
+            self._evaluation.end(epoch, None)
+        self._write()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self._ended = True
+        self._write()
+
+    def _measure(
+        self, embeddings: np.ndarray, labels: Any, *, verbose: bool
+    ) -> dict[str, float]:
+        loss = embedding_output(self.model, self._output).loss
+        margin, word = (getattr(loss, name, None) for name in ("margin", "distance"))
+        self._latest = look(
+            embeddings,
+            labels,
+            distance=self._distance or (word if word in DISTANCES else "euclidean"),
+            margin=margin if isinstance(margin, float) and margin > 0 else None,
+            thumbnails=self._thumbnails,
+            verbose=verbose,
+            **self._counts,
+        )
+        return self._latest.figures
+
+    def _write(self) -> None:
+        epochs = sorted(self._logs)
+        names = dict.fromkeys(name for e in epochs for name in self._logs[e])
+        history = {
+            name: [self._logs[e].get(name, math.nan) for e in epochs] for name in names
+        }
+        bodies = [
+            _page.header(
+                self._title,
+                self._state(len(epochs)),
+                lead(history, self._results, self._latest),
+                tiles(history, self._results, self._guard),
+            ),
+            alarms_section(self._guard),
+            mining_section([e + 1 for e in epochs], history),
+        ]
+        if self._evaluation is not None:
+            bodies.append(held_out_section(self._latest, self._results))
+        if self._latest is not None:
+            bodies.append(self._latest.neighbours)
+        bodies.append(logs_section(history))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self._path, _page.page(self._title, bodies))
+
+    def _state(self, epochs: int) -> str:
+        """How far the training is, how long it has run, and when that was."""
+        total = (self.params or {}).get("epochs")
+        minutes, seconds = divmod(round(time.monotonic() - self._begun), 60)
+        return (
+            f"{'Ended after' if self._ended else 'Running:'} {epochs} of {total} epochs, "
+            f"{minutes}:{seconds:02} minutes; written {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        )

@@ -1,0 +1,184 @@
+"""Several devices against one: the same weights and the same census.
+
+Every strategy runs in a process of its own, this file as a script: logical devices
+are made once per process, and a collective that fails leaves nothing to go on with.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import kerastrip
+from kerastrip import metrics
+
+BACKEND = keras.backend.backend()
+on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
+on_jax = pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")
+
+STEPS, CLASSES, EACH = 10, 8, 2
+LOSSES = {
+    "semi_hard": ("TripletLoss", {}),
+    "semi_hard_or_hard": ("TripletLoss", {"mining": "semi_hard_or_hard"}),
+    "hard": ("TripletLoss", {"mining": "hard"}),
+    "all": ("TripletLoss", {"mining": "all"}),
+    "active": ("TripletLoss", {"average_over": "active"}),
+    "hard active": ("TripletLoss", {"mining": "hard", "average_over": "active"}),
+    "all active": ("TripletLoss", {"mining": "all", "average_over": "active"}),
+    "soft cosine": ("TripletLoss", {"soft": True, "distance": "cosine"}),
+    "TFA semi-hard": ("TripletSemiHardLoss", {}),
+    "TFA hard": ("TripletHardLoss", {}),
+    "contrastive": ("ContrastiveLoss", {"average_over": "active"}),
+    "memory": ("TripletLoss", {"average_over": "active", "memory": 48}),
+}
+
+
+def trained(name, gather, scope=contextlib.nullcontext, quick=False):
+    """Weights after ten steps with a loss, and the logs of the last epoch."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(96) % 12
+    centres = rng.normal(size=(12, 6))
+    x = (centres[labels] + rng.normal(size=(96, 6))).astype("float32")
+    train = kerastrip.PKSampler(
+        x,
+        labels,
+        classes_per_batch=CLASSES,
+        samples_per_class=EACH,
+        batches_per_epoch=STEPS // 2,
+        seed=1,
+    )
+    keras.utils.set_random_seed(0)
+    loss, options = LOSSES[name]
+    with scope():
+        memory = kerastrip.EmbeddingMemory(options.get("memory", 1), positives=True)
+        if "memory" in options:
+            options = {**options, "memory": memory}
+        model = keras.Sequential(
+            [
+                keras.Input((6,)),
+                keras.layers.Dense(8, activation="tanh"),
+                keras.layers.Dense(4),
+                keras.layers.UnitNormalization(dtype="float32"),
+                memory,
+            ]
+        )
+        model.compile(
+            keras.optimizers.SGD(0.5),
+            getattr(kerastrip, loss)(**options, gather=gather),
+        )
+    callbacks = [kerastrip.EpochSync(train), kerastrip.MiningStats(margin=0.2)]
+    history = model.fit(
+        train,
+        validation_data=None if quick else (x[:16], labels[:16].astype("int32")),
+        epochs=2,
+        shuffle=False,
+        callbacks=callbacks,
+        verbose=0,
+    ).history
+    weights = np.concatenate([w.ravel() for w in model.get_weights()])
+    return weights, {key: values[-1] for key, values in history.items()}
+
+
+def mirrored(devices):
+    """The scope of a MirroredStrategy over logical CPU devices."""
+    import tensorflow as tf
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * devices,
+    )
+    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(devices)]).scope
+
+
+@contextlib.contextmanager
+def data_parallel():
+    """All devices that JAX sees."""
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    yield
+    # fit, which comes after, runs under it as well
+
+
+def main(devices, quick, *names):
+    """Prints, for every loss, one device, several that gather, several that do not."""
+    quick = quick == "True"
+    scope = mirrored(int(devices)) if BACKEND == "tensorflow" else data_parallel
+    alone = [trained(name, True, quick=quick) for name in names]
+    for name, single in zip(names, alone, strict=True):
+        results = [single, trained(name, True, scope, quick)]
+        if not quick:
+            results.append(trained(name, False, scope))
+        weights = [weights.tolist() for weights, _ in results]
+        line = json.dumps([weights, [logs for _, logs in results]])
+        sys.stdout.write(f"{line}\n")
+
+
+def run(devices, names, quick=False, timeout=540):
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, __file__, str(devices), str(quick), *names],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(root),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        },
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "["]
+    return dict(zip(names, lines, strict=True))
+
+
+def difference(a, b):
+    """Relative difference of two lists of weights."""
+    return np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b)
+
+
+def assert_same_figures(logs, wanted):
+    assert {"loss", *metrics.KEYS} <= set(logs) == set(wanted)
+    for key, value in wanted.items():
+        assert logs[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+@on_tensorflow
+def test_two_replicas_that_gather_train_as_one_device():
+    (weights, logs) = run(2, ["active"], quick=True)["active"]
+    assert difference(weights[1], weights[0]) < 1e-5
+    assert_same_figures(logs[1], logs[0])
+
+
+@on_tensorflow
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_every_loss_gathers(devices):
+    for name, (weights, logs) in run(devices, list(LOSSES)).items():
+        single, gathered, apart = weights
+        assert difference(gathered, single) < 1e-5, name
+        assert difference(apart, single) > 1e-3, name
+        assert_same_figures(logs[1], logs[0])
+        # Without gather every replica has whole classes.
+        assert logs[2]["anchors_without_positive"] == 0
+
+
+@on_jax
+@pytest.mark.slow
+@pytest.mark.backend
+@pytest.mark.parametrize("devices", [2, 4])
+def test_data_parallel_trains_as_one_device(devices):
+    """On JAX a loss sees the whole batch, whatever `gather` says."""
+    for name, (weights, logs) in run(devices, list(LOSSES)).items():
+        single, gathered, plain = weights
+        assert difference(gathered, single) < 1e-5, name
+        assert difference(plain, single) < 1e-5, name
+        assert_same_figures(logs[1], logs[0])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

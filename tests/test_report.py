@@ -1,0 +1,417 @@
+"""TrainingReport: one whole, safe, self-contained page, and it tells the truth."""
+
+import base64
+import html.parser
+import json
+import os
+import re
+import shutil
+import subprocess
+import warnings
+from html import escape
+
+import cv2
+import keras
+import numpy as np
+import pytest
+
+from kerastrip.callbacks import CollapseGuard, TrainingReport, _report_parts
+from kerastrip.callbacks._images import thumbnails_of
+from kerastrip.callbacks.collapse import Alarm
+from kerastrip.evaluation import retrieval_metrics
+from kerastrip.inference import embed, search
+from kerastrip.losses import TripletLoss
+from kerastrip.verification import verification_curve
+
+NASTY = "<script>alert('x')</script>&\" $\\frac$"
+VOID = {"meta", "link", "img", "br", "wbr", "path"}
+LOGS = [
+    {
+        "loss": 1.0 / n,
+        "easy": 1 - 0.6 / n,
+        "semi_hard": 0.4 / n,
+        "hard": 0.2 / n,
+        "val_loss": 2.0 / n,
+        "a_nasty_<key>": 12345.0,
+    }
+    for n in (1, 2, 4)
+]
+LOSSES = [{"loss": one["loss"]} for one in LOGS]  # no charts of the mining
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((5, 7)), keras.layers.Flatten(), keras.layers.Dense(3)]
+    )
+    model.compile("sgd", TripletLoss(margin=0.25, distance="cosine"))
+    return model
+
+
+@pytest.fixture
+def data(rng):
+    y = np.arange(24) % 4
+    centres = rng.normal(size=(4, 5, 7))
+    x = np.clip(128 + 20 * centres[y] + 30 * rng.normal(size=(24, 5, 7)), 0, 255)
+    return x.astype("uint8"), y
+
+
+def run(report, model, logs=LOGS, first=0, end=True):
+    """The hooks of a training with these logs, without training."""
+    report.set_model(model)
+    report.set_params({"epochs": first + len(logs), "verbose": 0})
+    report.on_train_begin()
+    for epoch, figures in enumerate(logs, first):
+        report.on_epoch_begin(epoch)
+        report.on_epoch_end(epoch, dict(figures))
+    if end:
+        report.on_train_end()
+
+
+class Page(html.parser.HTMLParser):
+    """A parsed page; fails where tags do not match."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = path.read_text("utf-8")
+        self.tags, self.open, self.text = [], [], []
+        self.feed(self.source)
+        assert not self.open
+        assert self.source.endswith("</html>\n")
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def words(self):
+        return " ".join(" ".join(self.text).split())
+
+
+def decoded(source):
+    kind, _, data = source.partition(",")
+    assert kind == "data:image/png;base64"
+    image = np.frombuffer(base64.b64decode(data), np.uint8)
+    return cv2.imdecode(image, cv2.IMREAD_UNCHANGED)
+
+
+def test_the_page_is_self_contained_and_for_phones(model, data, tmp_path):
+    path = tmp_path / "new" / "report.html"
+    run(TrainingReport(path, *data), model)
+    page = Page(path)
+    metas = page.all("meta")
+    assert {
+        "name": "viewport",
+        "content": "width=device-width, initial-scale=1",
+    } in metas
+    assert any("default-src 'none'" in meta["content"] for meta in metas[1:])
+    assert not re.search(r"https?:|url\(|@import|<script", page.source)
+    images = page.all("img")
+    assert sum(image.get("class") == "chart" for image in images) == 3
+    for image in images:
+        assert image["alt"]
+        assert decoded(image["src"]).size
+    for drawing in page.all("svg"):
+        assert drawing["role"] == "img"
+        assert drawing["aria-label"]
+    assert len(page.source) < 500_000
+    assert os.listdir(path.parent) == ["report.html"]
+
+
+def test_the_figures_are_those_of_the_model(model, data, tmp_path):
+    x, y = data
+    names = np.array(["ant", "bee", "cat", "dog"])[y]
+    path = tmp_path / "report.html"
+    run(TrainingReport(path, x, names, title="Insects?", k=3, queries=4), model)
+    words = Page(path).words()
+    embeddings = embed(model, x)
+    figures = retrieval_metrics(embeddings, y, distance="cosine")
+    curve = verification_curve(embeddings, y, distance="cosine")
+    for name, value in (
+        ("map@r", figures["map@r"]),
+        ("mrr", figures["mrr"]),
+        ("eer", curve.eer),
+    ):
+        assert f"{name} {value:.3g} {value:.3g} (1) {value:.3g}" in words
+    assert words.startswith("Insects? Insects? Ended after 3 of 3 epochs")
+    assert "5.0% of the triplets of the last epoch are hard and 85.0% easy" in words
+    assert f"{figures['recall@1']:.1%} have a nearest neighbour" in words
+    assert "loss 1 0.25 0.5" in words  # first, latest, validation
+
+    _, nearest = search(embeddings, embeddings, 2, distance="cosine")
+    assert (nearest[:, 0] == np.arange(24)).all()
+    taken = y[nearest[:, 1]]
+    wrong = taken != y
+    assert wrong.any()
+    told = re.findall(r"(\w+) taken for (\w+) (\d+) of 6", words)
+    assert len(told) == min(6, len(set(zip(y[wrong], taken[wrong], strict=True))))
+    for name, other, count in told:
+        code, taken_for = (["ant", "bee", "cat", "dog"].index(n) for n in (name, other))
+        assert int(count) == ((y == code) & (taken == taken_for)).sum()
+    for row in range(4):  # a query of each class, with its neighbours
+        _, others = search(embeddings[[row]], embeddings, 4, distance="cosine")
+        right = (y[others[0, 1:]] == y[row]).sum()
+        assert f"{names[row]}, sample {row} {right} of 3 right" in words
+
+
+def test_thumbnails_show_the_samples(model, data, tmp_path):
+    x, y = data
+    path = tmp_path / "report.html"
+    run(TrainingReport(path, x, y), model, LOSSES[:1])
+    shown = {image["alt"]: image for image in Page(path).all("img")}
+    image = shown["sample 0 of 0"]
+    assert image["class"] == "tiny"  # enlarged pixel by pixel
+    np.testing.assert_array_equal(decoded(image["src"]), x[0])
+
+    colours = np.zeros((24, 300, 150, 3), np.float32)
+    colours[..., 2] = np.arange(24)[:, None, None] - 23.0  # -23 is black, 0 white
+    run(TrainingReport(path, x, y, images=colours), model, LOSSES[:1])
+    shown = {image["alt"]: image for image in Page(path).all("img")}
+    image = decoded(shown["sample 0 of 0"]["src"])
+    assert image.shape == (96, 48, 3)
+    assert image[0, 0].tolist() == [0, 255, 255]  # blue is black, BGR
+
+    plain = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    run(TrainingReport(path, embed(model, x), y), plain, LOSSES[:1])
+    page = Page(path)
+    assert len(page.all("img")) == 2  # the charts alone
+    assert "1, sample 1" in page.words()
+
+
+def test_thumbnails_share_one_scale():
+    images = np.arange(-10.0, 10.0)[:, None, None] * np.ones((4, 4))
+    shown = thumbnails_of(images, None)
+    for row in (0, 5, 19):  # each taken alone
+        assert (shown.take([row], 96)[0] == round(255 * row / 19)).all()
+
+
+def test_the_best_value_and_its_epoch():
+    results = {
+        epoch: dict.fromkeys((*_report_parts._RETRIEVAL, "auc", "eer"), value)
+        | {"queries": 9, "lone_queries": 2}
+        for epoch, value in ((0, 0.5), (3, 0.25), (5, 0.75), (6, 0.625))
+    }
+    section = _report_parts.held_out_section(
+        _report_parts.Look(results[6], "", "", ""), results
+    )
+    rows = re.findall(r'row">(.*?)</th>.*</td><td>(.*?) <small>\((.*?)\)', section)
+    assert ("eer", "0.25", "4") in rows  # the least
+    assert ("mrr", "0.75", "6") in rows  # the greatest
+    assert "9 queries, and 2 without a partner, left out" in section
+
+
+def test_text_of_the_user_is_escaped(model, data, tmp_path):
+    x, y = data
+    path = tmp_path / "report.html"
+    guard = CollapseGuard()
+    guard.alarms.append(Alarm(2, "collapsed", f"Epoch 3: {NASTY}"))
+    names = np.array([NASTY, "b", "c", "d"])[y]
+    run(TrainingReport(path, x, names, guard=guard, title=NASTY), model, LOGS[:1])
+    page = Page(path)
+    assert not page.all("script")
+    assert f"Epoch 3: {NASTY}" in page.words()
+    assert page.words().startswith(f"{NASTY} {NASTY} Ended")
+    assert "a_nasty_<key>" in "".join(page.text)
+    assert f"{NASTY}, sample 0" in page.words()
+    assert any(NASTY in image["alt"] for image in page.all("img"))
+
+
+def test_the_alarms_of_the_guard(model, tmp_path):
+    path, guard = tmp_path / "report.html", CollapseGuard()
+    report = TrainingReport(path, guard=guard)
+    run(report, model, LOSSES, end=False)
+    assert "Alarms None from CollapseGuard so far." in Page(path).words()
+    guard.alarms.append(Alarm(2, "idle", "Epoch 3: nothing to learn."))
+    report.on_train_end()
+    assert "Epoch 3: nothing to learn." in Page(path).words()
+    assert "alarms 1" in Page(path).words()
+
+
+def test_logs_alone_without_mining(model, tmp_path):
+    path = tmp_path / "report.html"
+    run(TrainingReport(path), model, [{"loss": np.float32(0.5), "word": "x"}])
+    words = Page(path).words()
+    assert "loss 0.5 0.5" in words
+    for absent in ("Mining", "Held-out", "Alarms", "Nearest", "word"):
+        assert absent not in words
+
+
+def test_a_training_that_goes_on(model, data, tmp_path):
+    path = tmp_path / "report.html"
+    report = TrainingReport(path, *data, every=9)
+    run(report, model, LOSSES[:2])
+    run(report, model, LOSSES[2:], first=2)
+    assert "Ended after 3 of 3 epochs" in Page(path).words()
+    assert "loss 1 0.25" in Page(path).words()
+    assert re.search(r"curve epoch 1 best epoch 3 recall@1", Page(path).words())
+    run(report, model, LOSSES[2:])  # a new one
+    assert re.search(r"curve epoch 1 best epoch 1 recall@1", Page(path).words())
+    assert "Ended after 1 of 1 epochs" in Page(path).words()
+    assert "loss 0.25 0.25" in Page(path).words()
+
+
+def test_an_interrupted_training_leaves_the_last_page_whole(
+    model, data, tmp_path, monkeypatch
+):
+    path = tmp_path / "report.html"
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 1:
+                raise KeyboardInterrupt
+
+    cheap = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    cheap.compile("sgd", "mse")
+    with pytest.raises(KeyboardInterrupt):
+        cheap.fit(
+            np.ones((4, 2)),
+            np.ones(4),
+            epochs=5,
+            verbose=0,
+            callbacks=[TrainingReport(path), Interrupt()],
+        )
+    before = path.read_text("utf-8")
+    assert "Running: 2 of 5 epochs" in Page(path).words()
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stop)  # all is written, nothing is in place
+    with pytest.raises(KeyboardInterrupt):
+        run(TrainingReport(path), cheap)
+    assert path.read_text("utf-8") == before
+
+
+def test_a_diverged_model_is_told(data, tmp_path):
+    path = tmp_path / "report.html"
+    model = keras.Sequential(
+        [keras.Input((5, 7)), keras.layers.Flatten(), keras.layers.Dense(3)]
+    )
+    report = TrainingReport(path, *data)
+    run(report, model, LOSSES[:1], end=False)
+    model.set_weights([np.full_like(w, np.nan) for w in model.get_weights()])
+    with pytest.warns(UserWarning, match="diverged"):
+        report.on_epoch_end(1, LOSSES[1])
+    words = Page(path).words()
+    assert "After epoch 2 the embeddings were not finite" in words
+    assert "recall@1" in words  # of the first epoch
+    with pytest.warns(UserWarning, match="diverged"):
+        run(report, model, LOSSES[:1])
+    assert "recall@1" not in Page(path).words()
+
+
+def test_held_out_data_every_few_epochs(model, data, tmp_path):
+    path = tmp_path / "report.html"
+    report = TrainingReport(path, *data, every=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(report, model, LOSSES * 2)
+    assert list(report._evaluation.results) == [0, 1, 3, 5]
+
+
+def test_bad_arguments(data, tmp_path):
+    x, y = data
+    for arguments, error, words in (
+        ({"y": y}, ValueError, "`y`.*`x` with it"),
+        ({"images": x}, ValueError, "`images`.*`x` with it"),
+        ({"x": x}, ValueError, "`y`"),
+        ({"x": x, "y": np.arange(24)}, ValueError, "`y`.*0 same"),
+        ({"x": x, "y": y, "images": x[:4]}, ValueError, "`images`.*24 images"),
+        ({"x": x, "y": y, "distance": "l2"}, ValueError, "`distance`"),
+        ({"x": x, "y": y, "k": 0}, ValueError, "`k`"),
+        ({"x": x, "y": y, "every": 0}, ValueError, "`every`"),
+        ({"guard": []}, TypeError, "`guard`.*CollapseGuard"),
+    ):
+        with pytest.raises(error, match=words):
+            TrainingReport(tmp_path / "report.html", **arguments)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PROBE = """<!doctype html><meta charset="utf-8">
+<iframe id="phone" width="390" height="800" srcdoc="{report}"></iframe><pre></pre>
+<script>
+onload = () => {{
+  const page = document.getElementById("phone").contentDocument;
+  document.querySelector("pre").textContent = JSON.stringify({{
+    images: [...page.images].map(image => image.naturalWidth),
+    charts: [...page.querySelectorAll(".chart")].map(image => image.clientWidth),
+    curves: [...page.querySelectorAll(".spark")].map(curve => curve.clientHeight),
+    width: page.documentElement.scrollWidth,
+    font: parseFloat(getComputedStyle(page.body).fontSize),
+  }});
+}};
+</script>
+"""
+
+
+def browse(path, profile, *options):
+    """What Chromium prints of a page, and what it logs."""
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--enable-logging=stderr",
+            f"--user-data-dir={profile}",
+            *options,
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_it_opens_in_a_browser(model, data, tmp_path):
+    path, guard = tmp_path / "report.html", CollapseGuard()
+    guard.alarms.append(Alarm(2, "collapsed", "Epoch 3: " + "a long sentence " * 30))
+    logs = [{**one, **{f"val_{k}": one[k] for k in list(one)[:4]}} for one in LOGS]
+    run(TrainingReport(path, *data, guard=guard), model, logs)
+    tree, console = browse(path, tmp_path / "profile", "--dump-dom")
+    assert console == []
+    assert "Nearest neighbours" in tree
+
+    wrapper = tmp_path / "wrapper.html"
+    wrapper.write_text(PROBE.format(report=escape(path.read_text("utf-8"))), "utf-8")
+    tree, console = browse(wrapper, tmp_path / "profile", "--dump-dom")
+    assert console == []
+    seen = json.loads(re.search("<pre>(.*)</pre>", tree)[1])
+    assert len(seen["images"]) == len(Page(path).all("img")) > 40
+    assert min(seen["images"]) > 0  # every image was decoded
+    assert len(seen["charts"]) == 4
+    assert min(seen["charts"]) > 320
+    assert len(seen["curves"]) == len(Page(path).all("svg"))
+    assert min(seen["curves"]) > 10
+    assert seen["width"] <= 390  # nothing to scroll sideways on a phone
+    assert seen["font"] >= 16
+
+    shot = tmp_path / "shot.png"
+    browse(path, tmp_path / "profile", f"--screenshot={shot}", "--window-size=1200,900")
+    colours = np.unique(cv2.imread(str(shot)).reshape(-1, 3), axis=0)
+    for name in ("#f2a541", "#c8413b"):  # semi-hard, hard
+        bgr = [int(name[i : i + 2], 16) for i in (5, 3, 1)]
+        assert (np.abs(colours.astype(int) - bgr).max(axis=1) <= 3).any()

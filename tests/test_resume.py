@@ -1,0 +1,248 @@
+"""A training that was killed ends with the weights of the one that was not."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from kerastrip import PKSampler, SparseCategoricalFocalLoss, TripletLoss
+from kerastrip.callbacks import EpochSync, MiningStats
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="one backend will do"
+)
+EPOCHS, STEPS = 4, 5
+WORKERS = {
+    "0": {"workers": 0},
+    "1": {"workers": 1},
+    "2": {"workers": 2},
+    "processes": {"workers": 2, "use_multiprocessing": True},
+}
+
+
+# -- the training, in a process of its own ----------------------------------------
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillAt(keras.callbacks.Callback):
+    """Ends the process after a batch."""
+
+    def __init__(self, epoch, step):
+        super().__init__()
+        self.at, self.epoch = (epoch, step), None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.epoch, batch) == self.at:
+            kill()
+
+
+class Fragile(keras.layers.Layer):
+    """An identity whose weights are saved `intact` times; then the process ends."""
+
+    intact = None
+
+    def build(self, _):
+        self.weight = self.add_weight(shape=(4,))
+
+    def call(self, x):
+        return x
+
+    def save_own_variables(self, store):
+        if self.intact == 0:
+            kill()
+        super().save_own_variables(store)
+        if self.intact:
+            self.intact -= 1
+
+
+def kill_while_saving(model, part, intact):
+    """Ends the process in a part of a backup, after `intact` whole ones."""
+    if part == "weights":
+        model.get_layer("fragile").intact = intact
+        return
+    if part == "between":
+        owner, name = model, "save_weights"
+    else:
+        owner, name = json, "dumps"  # the file is open, and empty
+    original, calls = getattr(owner, name), []
+
+    def function(*arguments, **options):
+        calls.append(None)
+        last = len(calls) > intact
+        if last and part == "metadata":
+            kill()
+        result = original(*arguments, **options)
+        if last:
+            kill()
+        return result
+
+    setattr(owner, name, function)
+
+
+def jitter(row, rng):
+    return row + rng.random(row.shape, "float32")
+
+
+def build_model():
+    layers = keras.layers
+    x = inputs = keras.Input((16,))
+    for size in (32, 16):
+        x = layers.Dense(size, use_bias=False)(x)
+        x = layers.ReLU()(layers.BatchNormalization()(x))
+    x = Fragile(name="fragile")(layers.Dropout(0.2)(x))
+    embedding = layers.UnitNormalization(name="embedding")(layers.Dense(8)(x))
+    return keras.Model(inputs, [layers.Dense(8, name="logits")(x), embedding])
+
+
+def train(folder, out, workers="0", at=None, part=None, double=False):
+    """One training; `out` receives weights, optimizer and history.
+
+    With `at` it is killed after that (epoch, step), with `part` in that part of the
+    backup at the end of epoch 2.
+    """
+    import tensorflow as tf
+
+    keras.utils.set_random_seed(0)
+    tf.config.experimental.enable_op_determinism()
+    labels = np.repeat(np.arange(8), 12)
+    x = np.random.default_rng(0).random((96, 16), "float32") + np.eye(8, 16)[labels]
+    sampler = PKSampler(
+        x.astype("float32"),
+        labels,
+        classes_per_batch=4,
+        samples_per_class=4,
+        batches_per_epoch=STEPS,
+        targets=("label", "label"),
+        augment=jitter,
+        **WORKERS[workers],
+    )
+    model = build_model()
+    model.compile(
+        "adam", loss=[SparseCategoricalFocalLoss(from_logits=True), TripletLoss()]
+    )
+    if part:
+        kill_while_saving(model, part, intact=2)
+    backup = keras.callbacks.BackupAndRestore(
+        os.path.join(folder, "backup"), save_freq="epoch", double_checkpoint=double
+    )
+    history = model.fit(
+        sampler,
+        epochs=EPOCHS,
+        shuffle=False,
+        verbose=0,
+        callbacks=[EpochSync(sampler), MiningStats(), backup]
+        + ([KillAt(*at)] if at else []),
+    ).history
+    variables = [*model.variables, *model.optimizer.variables]
+    arrays = {f"{i} {v.path}": np.asarray(v) for i, v in enumerate(variables)}
+    np.savez(out, **arrays, **{f"history {key}": v for key, v in history.items()})
+    sampler.close()
+
+
+if __name__ == "__main__":
+    for each in json.loads(sys.argv[1]):
+        train(**each)
+
+
+# -- the tests --------------------------------------------------------------------
+
+
+def run(*trainings):
+    """Trainings one after the other in one new process."""
+    root = pathlib.Path(__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, __file__, json.dumps(trainings)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def killed(folder, **options):
+    process = run({"folder": str(folder), "out": str(folder / "killed.npz"), **options})
+    assert process.returncode == -signal.SIGKILL, process.stderr
+
+
+def finished(folder, **options):
+    """The results of a training that is not killed, or goes on after it was."""
+    out = folder / "finished.npz"
+    process = run({"folder": str(folder), "out": str(out), **options})
+    assert process.returncode == 0, process.stderr
+    return dict(np.load(out)), process.stderr
+
+
+def assert_same(results, whole):
+    """Bit for bit; the history as far as it goes back."""
+    assert list(results) == list(whole)
+    for name, value in results.items():
+        wanted = whole[name]
+        if name.startswith("history"):
+            wanted = wanted[-len(value) :]
+        np.testing.assert_array_equal(value, wanted, name)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a training that nobody killed ends with."""
+    results, _ = finished(tmp_path_factory.mktemp("whole"))
+    assert len(results["history loss"]) == EPOCHS
+    return results
+
+
+def test_a_killed_training_ends_with_the_same_weights(tmp_path, whole):
+    killed(tmp_path, workers="processes", at=(2, 3))
+    results, stderr = finished(tmp_path, workers="processes")
+    assert len(results["history loss"]) == EPOCHS - 2
+    assert_same(results, whole)
+    assert "restored weights" not in stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(10))
+def test_ten_kills_at_random_steps(tmp_path, whole, number):
+    rng = np.random.default_rng(number)
+    at = int(rng.integers(EPOCHS)), int(rng.integers(STEPS))
+    workers = list(WORKERS)[number % len(WORKERS)]
+    killed(tmp_path, workers=workers, at=at)
+    results, _ = finished(tmp_path, workers=workers)
+    assert len(results["history loss"]) == EPOCHS - at[0]
+    assert_same(results, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("part", ["weights", "between", "metadata"])
+def test_a_kill_while_the_backup_is_written(tmp_path, whole, part, double):
+    killed(tmp_path, part=part, double=double)
+    backup = tmp_path / "backup"
+    assert len(list(backup.iterdir())) == (4 if double else 2)
+    if part == "weights" and double:  # Keras takes the backup before by itself
+        assert_same(finished(tmp_path, double=double)[0], whole)
+        return
+    process = run(
+        {"folder": str(tmp_path), "out": str(tmp_path / "out"), "double": double}
+    )
+    if part == "between":  # nothing that Keras could see
+        assert process.returncode == 0
+        assert f"restored weights have seen {STEPS} steps of epoch 2" in process.stderr
+        return
+    assert process.returncode == 1
+    error = {"weights": "OSError", "metadata": "JSONDecodeError"}[part]
+    assert error in process.stderr
+    if double:
+        for file in backup.glob("*.bkp"):
+            file.rename(file.with_suffix(""))
+        assert_same(finished(tmp_path, double=double)[0], whole)
