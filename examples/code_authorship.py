@@ -64,7 +64,9 @@ def load(root, seed, fewest=60, most=150):
 
 def encode(pieces):
     """(pieces, LENGTH) int32 codes of the characters."""
-    codes = collections.defaultdict(int, zip(CHARACTERS, range(1, 1 + len(CHARACTERS))))
+    codes = collections.defaultdict(
+        int, zip(CHARACTERS, range(1, 1 + len(CHARACTERS)), strict=True)
+    )
     return np.array([[codes[c] for c in piece] for piece in pieces], np.int32)
 
 

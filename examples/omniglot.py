@@ -15,11 +15,12 @@ The folder gets `model.keras`, `augmentation.json`, `history.csv` and `report.ht
 """
 
 import argparse
+import functools
 import hashlib
+import http.client
 import math
 import pathlib
 import time
-import urllib.error
 import urllib.request
 import zipfile
 
@@ -47,6 +48,7 @@ OTHER = {"small1": "small2", "small2": "small1"}
 SIZE = 32
 WAYS = 20
 DIM = 128
+BATCHES = 100  # of an epoch
 
 
 # Data ---------------------------------------------------------------------------------
@@ -60,7 +62,7 @@ def fetch(name, folder, address=ADDRESS):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             download(address + file, part, size)
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise SystemExit(
                 f"{address}{file} could not be downloaded ({error}). Run this again to "
                 f"go on from where it stopped, or put the file into {folder} yourself."
@@ -68,33 +70,30 @@ def fetch(name, folder, address=ADDRESS):
         part.rename(path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != digest:
-        path.rename(path.with_suffix(".damaged"))
+        aside = path.rename(path.with_suffix(".damaged"))
         raise SystemExit(
             f"{path} is not the published file (SHA-256 {found}, expected {digest}). It "
-            f"was set aside as {path.with_suffix('.damaged').name}; run this again."
+            f"was set aside as {aside.name}; run this again."
         )
     return path
 
 
 def download(url, part, size):
-    """Loads what is missing of a file of a known size."""
+    """Loads what `part` still lacks of a file of `size` bytes."""
     done = part.stat().st_size if part.exists() else 0
-    if done > size:
-        part.unlink()
-        done = 0
-    if done == size:
-        return
+    if done >= size:
+        return  # whole, or not what it should be: the checksum tells
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"})
-    bar = keras.utils.Progbar(size, unit_name="byte")
     with urllib.request.urlopen(request, timeout=30) as answer:
         goes_on = answer.status == 206  # else the server begins at the beginning
         done = done if goes_on else 0
+        bar = keras.utils.Progbar(size, unit_name="byte")
         with open(part, "ab" if goes_on else "wb") as file:
-            while chunk := answer.read(1 << 16):
+            while done < size and (chunk := answer.read(1 << 16)):
                 file.write(chunk)
                 done += len(chunk)
                 bar.update(min(done, size))
-    if done != size:
+    if done < size:
         raise OSError(f"it ended after {done} of {size} bytes")
 
 
@@ -212,16 +211,15 @@ class CosineTime(keras.callbacks.Callback):
 # Judging ------------------------------------------------------------------------------
 
 
-def one_shot_errors(embed, trained, tested):
-    """Which of the `tested` drawings have another nearest one than their own.
+def one_shot_error(trained, tested):
+    """Share of the tested embeddings with another nearest one than their own.
 
     Args:
-        embed: from drawings to embeddings.
-        trained: one drawing of each character.
-        tested: another drawing of each, in the same order.
+        trained: embeddings of one drawing of each character.
+        tested: embeddings of another drawing of each, in the same order.
     """
-    _, nearest = kerastrip.search(embed(tested), embed(trained), k=1)
-    return nearest[:, 0] != np.arange(len(tested))
+    _, nearest = kerastrip.search(tested, trained, k=1)
+    return np.mean(nearest[:, 0] != np.arange(len(tested)))
 
 
 def episodes(images, labels, count, seed):
@@ -249,41 +247,43 @@ def episodes(images, labels, count, seed):
 
 def validation_error(embed, images, labels, count, seed):
     """Mean error over episodes, and half the width of its 95 % interval."""
-    # Every drawing is embedded once, the episodes pick from that.
-    rows = embed(images)
-    errors = [
-        one_shot_errors(lambda x: x, *pair).mean()
-        for pair in episodes(rows, labels, count, seed)
-    ]
-    return np.mean(errors), 1.96 * np.std(errors) / math.sqrt(len(errors))
+    rows = embed(images)  # once for all: an episode picks from them
+    errors = [one_shot_error(*pair) for pair in episodes(rows, labels, count, seed)]
+    return np.mean(errors), 1.96 * np.std(errors) / math.sqrt(count)
 
 
 def official_runs(path):
     """Pairs of drawings (20 training, 20 test) from the archive of published runs."""
+    drawings = kerastrip.sources.ZipImages(
+        path, size=SIZE, color="gray", label_from="path"
+    )
+    rows = {  # "runNN/test/itemXX.png": row
+        "/".join(drawing.split("/")[-3:]): row
+        for row, drawing in enumerate(drawings.paths)
+    }
     with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        lists = sorted(name for name in names if name.endswith("class_labels.txt"))
+        lists = sorted(n for n in archive.namelist() if n.endswith("/class_labels.txt"))
         if not lists:
             raise SystemExit(f"{path} holds no runNN/class_labels.txt.")
-
-        def drawing(name):
-            data = np.frombuffer(archive.read(name), np.uint8)
-            image = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
-            return cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
-
         for name in lists:
-            root = name[: -len("runNN/class_labels.txt")]
-            pairs = [line.split() for line in archive.read(name).decode().splitlines()]
-            trained, tested = (
-                np.stack([drawing(root + pair[side]) for pair in pairs if pair])
-                for side in (1, 0)
+            words = archive.read(name).decode().split()
+            if missing := [word for word in words if word not in rows]:
+                raise SystemExit(f"{path} lacks {missing[0]}, named in {name}.")
+            tested, trained = words[::2], words[1::2]
+            yield tuple(
+                drawings.take([rows[word] for word in side])
+                for side in (trained, tested)
             )
-            yield trained[..., None], tested[..., None]
 
 
 def official_error(embed, path):
     """Mean error over the published runs."""
-    return np.mean([one_shot_errors(embed, *run).mean() for run in official_runs(path)])
+    return np.mean(
+        [
+            one_shot_error(embed(trained), embed(tested))
+            for trained, tested in official_runs(path)
+        ]
+    )
 
 
 # The whole ----------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def train(args, images, labels, judged):
         labels,
         classes_per_batch=args.classes_per_batch,
         samples_per_class=args.samples_per_class,
-        batches_per_epoch=100,
+        batches_per_epoch=BATCHES,
         targets=("one_hot", "label"),
         augment=aug,
         seed=args.seed,
@@ -329,10 +329,17 @@ def train(args, images, labels, judged):
             CosineTime(args.minutes),
             kerastrip.EpochSync(sampler),
             kerastrip.MiningStats(),
-            guard,
             kerastrip.RetrievalEvaluation(*judged, every=5),
             keras.callbacks.CSVLogger(args.out / "history.csv"),
             keras.callbacks.LambdaCallback(on_epoch_end=print_epoch),
+            guard,
+            kerastrip.TrainingReport(
+                args.out / "report.html",
+                *judged,
+                guard=guard,
+                title="Omniglot",
+                every=5,
+            ),
         ],
     )
     return model, aug, time.monotonic() - start
@@ -383,17 +390,16 @@ def main(argv=None):
     model.save(args.out / "model.keras")
     aug.save(args.out / "augmentation.json")
 
-    views = {"one view": {}}
-    if args.views > 1:
-        views[f"{args.views} views"] = {"augmentation": aug, "views": args.views}
     print(f"\ntrained for {seconds:.0f} s")
-    for name, options in views.items():
-
-        def embed(x, options=options):
-            return kerastrip.embed(model, x, **options)
-
+    for views in sorted({1, args.views}):
+        embed = functools.partial(
+            kerastrip.embed,
+            model,
+            augmentation=aug if views > 1 else None,
+            views=views,
+        )
         error, half = validation_error(embed, *judged, args.episodes, args.seed)
-        print(f"{name}: validation error {error:.1%} +- {half:.1%}")
+        print(f"views {views:>2}: validation error {error:.1%} +- {half:.1%}")
     print(f"\nvalidation error: {100 * error:.1f} %")
     if args.runs:
         print(f"official error: {100 * official_error(embed, args.runs):.1f} %")
