@@ -14,7 +14,7 @@ what is installed. It writes `model.keras`, `history.csv` and `report.html`.
 Style, not topic: names, comments and texts would tell a package at once. So imports
 and the comments at the top of a file are cut out, and every word but the keywords of
 Python is blotted: `def getItem(self, item_2):  # a Text` becomes
-`def xXx(x, x_x):  # x Xx`. What is left is layout, punctuation and syntax.
+`def xXx(x, x_2):  # x Xx`. What is left is layout, punctuation and syntax.
 
 To learn from, there are not enough packages, but many folders in them: a class is a
 folder, or a single module. A view of a file is a window into it, drawn anew each time
