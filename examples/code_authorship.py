@@ -19,6 +19,17 @@ Python is blotted: `def getItem(self, item_2):  # a Text` becomes
 To learn from, there are not enough packages, but many folders in them: a class is a
 folder, or a single module. A view of a file is a window into it, drawn anew each time
 like any other augmentation; several views of one file are averaged in the end.
+
+What one run gave (seed 0, 313 files of 10 unseen packages, 210 s on two busy cores):
+
+| | AUC | EER | recall@1 | MAP@R |
+|---|---|---|---|---|
+| one window, trigrams | 0.671 | 0.366 | 0.748 | 0.238 |
+| one window, network | 0.725 | 0.333 | 0.575 | 0.224 |
+| whole file, trigrams | 0.752 | 0.303 | 0.927 | 0.475 |
+| whole file, network | 0.776 | 0.289 | 0.786 | 0.363 |
+
+The network verifies better, by a little on whole files; trigrams retrieve better.
 """
 
 import argparse
