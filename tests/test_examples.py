@@ -162,3 +162,56 @@ def test_gpu_goes_on_where_memory_is_short():
     assert best["small"] >= 0
     with pytest.raises(RuntimeError, match="shape"):
         race({"wrong": lambda: fail("shape")}, 0)
+
+
+def style(rng, quote, indent, comment):
+    """A file of code in one of the ways to write it."""
+    lines = []
+    for _ in range(60):
+        one, two = (
+            "".join(rng.choice(list("abcdefgh"), rng.integers(2, 6))) for _ in range(2)
+        )
+        lines += [
+            f"def {one}({two}):",
+            f"{indent}{comment} {one} {two}",
+            f"{indent}return {quote}{two}{quote}",
+        ]
+    return "import os\n" + "\n".join(lines)
+
+
+def test_code_authorship_hears_style_and_no_words(tmp_path):
+    example = load_example("code_authorship")
+    text = (
+        "# Licence\n\nimport os\nfrom a import (\n    b,\n)\n# Own\nif getItem2(x_1):\n"
+    )
+    assert example.blotted(text) == "# Xx\nif xXx(x_1):\n"
+    rng = np.random.default_rng(0)
+    ways = [(q, i, c) for q in "'\"" for i in ("  ", "    ", "\t") for c in ("#", "##")]
+    for number, way in enumerate(ways * 2):
+        folder = tmp_path / "packages" / f"p{number:02}"
+        folder.mkdir(parents=True)
+        for file in range(example.FEWEST if number < len(ways) else 4):
+            (folder / f"m{file}.py").write_text(style(rng, *way))
+    (tmp_path / "more").mkdir()
+    options = {
+        "packages": tmp_path / "packages",
+        "more": tmp_path / "more",
+        "out": tmp_path / "out",
+        "epochs": 1,
+        "classes-per-batch": 8,
+        "batches-per-epoch": 4,
+        "width": 8,
+    }
+    figures = example.main([f"--{name}={value}" for name, value in options.items()])
+    assert all(figures[row]["AUC"] > 0.8 for row in figures)
+    assert "<h1>Code authorship</h1>" in (tmp_path / "out/report.html").read_text()
+    assert keras.models.load_model(tmp_path / "out/model.keras").count_params() > 0
+
+
+@pytest.mark.slow
+def test_code_authorship_verifies_windows_better_than_trigrams(tmp_path):
+    """Verification alone: at retrieval the trigrams are better."""
+    figures = load_example("code_authorship").main(["--out", str(tmp_path)])
+    trigrams, network = (figures["one window", by] for by in ("trigrams", "network"))
+    assert network["AUC"] > trigrams["AUC"] + 0.02
+    assert network["EER"] < trigrams["EER"]

@@ -1,0 +1,409 @@
+"""One-shot recognition on Omniglot: learn five alphabets, tell apart others.
+
+Omniglot (Lake, Salakhutdinov, Tenenbaum 2015) has characters of many alphabets, each
+drawn once by 20 people. The "minimal" challenge learns from five alphabets only. Then
+it meets alphabets it never saw: from one drawing of each of 20 characters it has to
+name 20 drawings of another person. People make 4.5 % errors.
+
+    python examples/omniglot.py --minutes 15 --out runs/omniglot
+
+downloads the two archives (3 MB) into `--data`, trains on one set, and judges on the
+alphabets of the other that are in neither the training set nor the challenge. With
+`--runs all_runs.zip` (of the same repository) the 20 published runs are judged too.
+
+The folder gets `model.keras`, `augmentation.json`, `history.csv` and `report.html`.
+"""
+
+import argparse
+import functools
+import hashlib
+import http.client
+import math
+import pathlib
+import time
+import urllib.request
+import zipfile
+
+import keras
+import numpy as np
+
+import kerastrip  # isort: skip  (before albumentations: it keeps that off the network)
+import albumentations as A
+import cv2
+
+ADDRESS = "https://github.com/brendenlake/omniglot/raw/master/python/"
+ARCHIVES = {  # set: file, bytes, SHA-256
+    "small1": (
+        "images_background_small1.zip",
+        1_319_022,
+        "f38eb80f801274ac2b4dff5b24289016bfaba4a7d5bb50deebf27104ad6cb8a4",
+    ),
+    "small2": (
+        "images_background_small2.zip",
+        1_580_917,
+        "3ccaa407515a8778e5d0861875af38b17e418f301ad5bb3b5a6b65d901a41c7f",
+    ),
+}
+OTHER = {"small1": "small2", "small2": "small1"}
+SIZE = 32
+WAYS = 20
+DIM = 128
+BATCHES = 100  # of an epoch
+
+
+# Data ---------------------------------------------------------------------------------
+
+
+def fetch(name, folder, address=ADDRESS):
+    """The path of an archive; downloaded, or continued, if it is not there whole."""
+    file, size, digest = ARCHIVES[name]
+    path, part = folder / file, folder / f"{file}.part"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            download(address + file, part, size)
+        except (OSError, http.client.HTTPException) as error:
+            raise SystemExit(
+                f"{address}{file} could not be downloaded ({error}). Run this again to "
+                f"go on from where it stopped, or put the file into {folder} yourself."
+            ) from error
+        part.rename(path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != digest:
+        aside = path.rename(path.with_suffix(".damaged"))
+        raise SystemExit(
+            f"{path} is not the published file (SHA-256 {found}, expected {digest}). It "
+            f"was set aside as {aside.name}; run this again."
+        )
+    return path
+
+
+def download(url, part, size):
+    """Loads what `part` still lacks of a file of `size` bytes."""
+    done = part.stat().st_size if part.exists() else 0
+    if done >= size:
+        return  # whole, or not what it should be: the checksum tells
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        goes_on = answer.status == 206  # else the server begins at the beginning
+        done = done if goes_on else 0
+        bar = keras.utils.Progbar(size, unit_name="byte")
+        with open(part, "ab" if goes_on else "wb") as file:
+            while done < size and (chunk := answer.read(1 << 16)):
+                file.write(chunk)
+                done += len(chunk)
+                bar.update(min(done, size))
+    if done < size:
+        raise OSError(f"it ended after {done} of {size} bytes")
+
+
+def load(path):
+    """Drawings (n, SIZE, SIZE, 1) uint8 and their "alphabet/character" labels."""
+    drawings = kerastrip.sources.ZipImages(
+        path, size=SIZE, color="gray", label_from="path"
+    )
+    return drawings.take(np.arange(len(drawings))), drawings.labels
+
+
+def alphabets(labels):
+    return np.array([label.split("/")[0] for label in labels])
+
+
+def turned(images, labels, turns):
+    """The drawings and their quarter turns, which are characters of their own."""
+    images = [np.rot90(images, turn, axes=(1, 2)) for turn in range(turns)]
+    labels = [np.char.add(labels, f" turned {turn}") for turn in range(turns)]
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def composed(images, labels, count, seed):
+    """`count` characters of the upper half of one and the lower half of another."""
+    rng = np.random.default_rng(seed)
+    names = np.unique(labels)
+    rows = {name: np.flatnonzero(labels == name) for name in names}
+    half = SIZE // 2
+    made, made_labels = [images[:0]], [labels[:0]]
+    for number in range(count):
+        first, second = rng.choice(names, 2, replace=False)
+        upper, lower = (
+            images[rng.permutation(rows[name])[:20]] for name in (first, second)
+        )
+        made.append(np.concatenate([upper[:, :half], lower[:, half:]], axis=1))
+        made_labels.append([f"composed {number}"] * len(upper))
+    return np.concatenate(made), np.concatenate(made_labels)
+
+
+# Training -----------------------------------------------------------------------------
+
+
+def augmentation(strength, seed):
+    """What hands do to a character, 1 being the usual strength."""
+    s = strength
+    return kerastrip.Augmentation(
+        A.Compose(
+            [
+                A.Affine(
+                    rotate=(-15 * s, 15 * s),
+                    shear=(-15 * s, 15 * s),
+                    scale=(1 - 0.2 * s, 1 + 0.2 * s),
+                    translate_percent=(-0.1 * s, 0.1 * s),
+                    fill=255,
+                    p=1.0,
+                ),
+                A.ElasticTransform(
+                    alpha=20 * s,
+                    sigma=4,
+                    fill=255,
+                    border_mode=cv2.BORDER_CONSTANT,
+                    p=0.7,
+                ),
+            ]
+        ),
+        seed=seed,
+    )
+
+
+def build_model(classes, width):
+    """Drawings -> [logits, embedding]; the logits are read from the embedding."""
+    layers = keras.layers
+    drawings = keras.Input((SIZE, SIZE, 1))
+    x = layers.Rescaling(-1 / 255, offset=1.0)(drawings)  # ink is 1
+    for filters in (width, width, 2 * width, 2 * width):
+        x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
+        x = layers.ReLU()(layers.BatchNormalization()(x))
+        x = layers.MaxPooling2D()(x)
+    x = layers.Dense(DIM)(layers.Flatten()(x))
+    embedding = layers.UnitNormalization(dtype="float32", name="embedding")(x)
+    logits = layers.Dense(classes, name="character")(layers.Rescaling(10.0)(embedding))
+    return keras.Model(drawings, [logits, embedding])
+
+
+class CosineTime(keras.callbacks.Callback):
+    """Lowers the learning rate along a cosine over the time there is, then stops.
+
+    Args:
+        minutes: the time; None to use the epochs of `fit` instead.
+    """
+
+    def __init__(self, minutes):
+        super().__init__()
+        self.seconds = None if minutes is None else 60 * minutes
+
+    def on_train_begin(self, logs=None):
+        self.start, self.epoch = time.monotonic(), 0
+        self.peak = float(self.model.optimizer.learning_rate)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.seconds is None:
+            done = self.epoch + batch / self.params["steps"]
+            share = done / self.params["epochs"]
+        else:
+            share = min(1.0, (time.monotonic() - self.start) / self.seconds)
+        rate = self.peak * 0.5 * (1 + math.cos(math.pi * share))
+        self.model.optimizer.learning_rate = max(rate, 1e-3 * self.peak)
+        if share == 1.0:
+            self.model.stop_training = True
+
+
+# Judging ------------------------------------------------------------------------------
+
+
+def one_shot_error(trained, tested):
+    """Share of the tested embeddings with another nearest one than their own.
+
+    Args:
+        trained: embeddings of one drawing of each character.
+        tested: embeddings of another drawing of each, in the same order.
+    """
+    _, nearest = kerastrip.search(tested, trained, k=1)
+    return np.mean(nearest[:, 0] != np.arange(len(tested)))
+
+
+def episodes(images, labels, count, seed):
+    """Pairs of 20 drawings by one person and 20 of the same characters by another.
+
+    An episode stays within one alphabet, of those that have 20 characters. The
+    drawers of a character are its rows in order, the same order for all of them.
+    """
+    rng = np.random.default_rng(seed)
+    rows = {name: np.flatnonzero(labels == name) for name in np.unique(labels)}
+    names = np.array(list(rows))
+    large = [
+        members
+        for alphabet in np.unique(alphabets(names))
+        if len(members := names[alphabets(names) == alphabet]) >= WAYS
+    ]
+    for _ in range(count):
+        members = rng.choice(large[rng.integers(len(large))], WAYS, replace=False)
+        first, second = rng.choice(min(len(rows[m]) for m in members), 2, replace=False)
+        yield (
+            images[[rows[m][first] for m in members]],
+            images[[rows[m][second] for m in members]],
+        )
+
+
+def validation_error(embed, images, labels, count, seed):
+    """Mean error over episodes, and half the width of its 95 % interval."""
+    rows = embed(images)  # once for all: an episode picks from them
+    errors = [one_shot_error(*pair) for pair in episodes(rows, labels, count, seed)]
+    return np.mean(errors), 1.96 * np.std(errors) / math.sqrt(count)
+
+
+def official_runs(path):
+    """Pairs of drawings (20 training, 20 test) from the archive of published runs."""
+    drawings = kerastrip.sources.ZipImages(
+        path, size=SIZE, color="gray", label_from="path"
+    )
+    rows = {  # "runNN/test/itemXX.png": row
+        "/".join(drawing.split("/")[-3:]): row
+        for row, drawing in enumerate(drawings.paths)
+    }
+    with zipfile.ZipFile(path) as archive:
+        lists = sorted(n for n in archive.namelist() if n.endswith("/class_labels.txt"))
+        if not lists:
+            raise SystemExit(f"{path} holds no runNN/class_labels.txt.")
+        for name in lists:
+            words = archive.read(name).decode().split()
+            if missing := [word for word in words if word not in rows]:
+                raise SystemExit(f"{path} lacks {missing[0]}, named in {name}.")
+            tested, trained = words[::2], words[1::2]
+            yield tuple(
+                drawings.take([rows[word] for word in side])
+                for side in (trained, tested)
+            )
+
+
+def official_error(embed, path):
+    """Mean error over the published runs."""
+    return np.mean(
+        [
+            one_shot_error(embed(trained), embed(tested))
+            for trained, tested in official_runs(path)
+        ]
+    )
+
+
+# The whole ----------------------------------------------------------------------------
+
+
+def train(args, images, labels, judged):
+    """A trained model, its augmentation and the seconds it took."""
+    keras.utils.set_random_seed(args.seed)
+    base = images, labels
+    images, labels = turned(*base, args.turns)
+    if args.composed:
+        more = composed(*base, args.composed, args.seed)
+        images = np.concatenate([images, more[0]])
+        labels = np.concatenate([labels, more[1]])
+    aug = augmentation(args.strength, args.seed)
+    sampler = kerastrip.PKSampler(
+        images,
+        labels,
+        classes_per_batch=args.classes_per_batch,
+        samples_per_class=args.samples_per_class,
+        batches_per_epoch=BATCHES,
+        targets=("one_hot", "label"),
+        augment=aug,
+        seed=args.seed,
+    )
+    model = build_model(len(sampler.classes_), args.width)
+    model.compile(
+        keras.optimizers.Adam(args.learning_rate),
+        loss=[
+            kerastrip.CategoricalFocalLoss(gamma=args.gamma, from_logits=True),
+            kerastrip.TripletLoss(margin=args.margin, mining=args.mining),
+        ],
+        loss_weights=[args.focal_weight, args.triplet_weight],
+    )
+    start = time.monotonic()
+    guard = kerastrip.CollapseGuard()
+    model.fit(
+        sampler,
+        epochs=args.epochs if args.minutes is None else 10**6,
+        shuffle=False,
+        verbose=0,
+        callbacks=[
+            CosineTime(args.minutes),
+            kerastrip.EpochSync(sampler),
+            kerastrip.MiningStats(),
+            kerastrip.RetrievalEvaluation(*judged, every=5),
+            keras.callbacks.CSVLogger(args.out / "history.csv"),
+            keras.callbacks.LambdaCallback(on_epoch_end=print_epoch),
+            guard,
+            kerastrip.TrainingReport(
+                args.out / "report.html",
+                *judged,
+                guard=guard,
+                title="Omniglot",
+                every=5,
+            ),
+        ],
+    )
+    return model, aug, time.monotonic() - start
+
+
+def print_epoch(epoch, logs):
+    print(
+        f"epoch {epoch + 1:>3}  loss {logs['loss']:.3f}  easy {logs['easy']:.3f}  "
+        f"semi-hard {logs['semi_hard']:.3f}  hard {logs['hard']:.4f}  "
+        f"val recall@1 {logs['val_recall@1']:.3f}",
+        flush=True,
+    )
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", type=pathlib.Path, default="runs/omniglot-data")
+    parser.add_argument("--out", type=pathlib.Path, default="runs/omniglot")
+    parser.add_argument("--train", choices=list(ARCHIVES), default="small1")
+    parser.add_argument("--runs", type=pathlib.Path, help="all_runs.zip")
+    parser.add_argument("--episodes", type=int, default=400)
+    time_limit = parser.add_mutually_exclusive_group()
+    time_limit.add_argument("--minutes", type=float)
+    time_limit.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--classes-per-batch", type=int, default=48)
+    parser.add_argument("--samples-per-class", type=int, default=4)
+    parser.add_argument("--mining", default="semi_hard")
+    parser.add_argument("--margin", type=float, default=0.2)
+    parser.add_argument("--gamma", type=float, default=2.0)
+    parser.add_argument("--focal-weight", type=float, default=1.0)
+    parser.add_argument("--triplet-weight", type=float, default=1.0)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--strength", type=float, default=1.0)
+    parser.add_argument("--turns", type=int, default=4, choices=(1, 2, 3, 4))
+    parser.add_argument("--composed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--views", type=int, default=8)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    images, labels = load(fetch(args.train, args.data))
+    judged = load(fetch(OTHER[args.train], args.data))
+    unseen = ~np.isin(alphabets(judged[1]), alphabets(labels))
+    judged = judged[0][unseen], judged[1][unseen]
+
+    model, aug, seconds = train(args, images, labels, judged)
+    model.save(args.out / "model.keras")
+    aug.save(args.out / "augmentation.json")
+
+    print(f"\ntrained for {seconds:.0f} s")
+    for views in sorted({1, args.views}):
+        embed = functools.partial(
+            kerastrip.embed,
+            model,
+            augmentation=aug if views > 1 else None,
+            views=views,
+        )
+        error, half = validation_error(embed, *judged, args.episodes, args.seed)
+        print(f"views {views:>2}: validation error {error:.1%} +- {half:.1%}")
+    print(f"\nvalidation error: {100 * error:.1f} %")
+    if args.runs:
+        print(f"official error: {100 * official_error(embed, args.runs):.1f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""examples/omniglot.py on archives of made-up drawings, and against a local server."""
+
+import contextlib
+import hashlib
+import http.server
+import importlib.util
+import pathlib
+import re
+import threading
+import zipfile
+
+import cv2
+import keras
+import numpy as np
+import pytest
+
+import kerastrip
+
+PATH = pathlib.Path(__file__).parent.parent / "examples" / "omniglot.py"
+SETS = {"small1": {"Latin": 3, "Greek": 2}, "small2": {"Latin": 3, "Runes": 21}}
+DRAWERS = 4
+
+
+@pytest.fixture
+def omniglot():
+    spec = importlib.util.spec_from_file_location("omniglot", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def drawing(seed):
+    """A PNG of three strokes, black on white, as large as Omniglot's."""
+    image = np.full((105, 105), 255, np.uint8)
+    points = np.random.default_rng(seed).integers(10, 95, (4, 1, 2))
+    cv2.polylines(image, [points.astype(np.int32)], False, 0, 3)
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def write_zip(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+@pytest.fixture
+def data(tmp_path, omniglot, monkeypatch):
+    """A folder with both archives; the example takes them for the published ones."""
+    known = {}
+    for name, sizes in SETS.items():
+        file = f"images_background_{name}.zip"
+        write_zip(
+            tmp_path / file,
+            {
+                f"{file[:-4]}/{alphabet}/character{number:02}/{number:04}_{drawer:02}"
+                ".png": drawing([ord(alphabet[0]), number])
+                for alphabet, size in sizes.items()
+                for number in range(1, size + 1)
+                for drawer in range(1, DRAWERS + 1)
+            },
+        )
+        content = (tmp_path / file).read_bytes()
+        known[name] = file, len(content), hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(omniglot, "ARCHIVES", known)
+    return tmp_path
+
+
+# The data -----------------------------------------------------------------------------
+
+
+def test_drawings_come_with_alphabet_and_character(omniglot, data):
+    images, labels = omniglot.load(omniglot.fetch("small2", data))
+    assert images.shape == (24 * DRAWERS, 32, 32, 1)
+    assert labels[0] == "Latin/character01"
+    assert set(omniglot.alphabets(labels)) == {"Latin", "Runes"}
+
+
+def test_turned_and_composed_drawings_are_classes_of_their_own(omniglot):
+    images = np.arange(4 * 32 * 32).reshape(4, 32, 32, 1)
+    labels = np.array(["A/a", "A/a", "A/b", "A/b"])
+    more, names = omniglot.turned(images, labels, 4)
+    assert len(np.unique(names)) == 8
+    np.testing.assert_array_equal(more[names == "A/b turned 1"][0], np.rot90(images[2]))
+    more, names = omniglot.composed(images, labels, 3, seed=0)
+    assert names.tolist() == sorted([f"composed {n}" for n in range(3)] * 2)
+    halves = [
+        [image[:16].tobytes() for image in images[rows]] for rows in ([0, 1], [2, 3])
+    ]
+    for image in more:
+        upper = image[:16].tobytes()
+        of = [upper in half for half in halves].index(True)
+        lower = [image_[16:].tobytes() for image_ in images[2 - 2 * of : 4 - 2 * of]]
+        assert image[16:].tobytes() in lower
+
+
+# The download -------------------------------------------------------------------------
+
+FILE = bytes(range(256)) * 1200
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `content` at any path and keeps the Range headers that it got."""
+
+    content, ranges, cut, asked = FILE, True, None, None
+
+    def do_GET(self):
+        first = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        self.asked.append(first)
+        if not self.ranges:
+            first = 0
+        rest = self.content[first:]
+        self.send_response(206 if self.ranges else 200)
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        self.wfile.write(rest[: self.cut])
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def serving(**options):
+    """The address of a server, and the list of the first bytes asked of it."""
+    handler = type("Handler", (Server,), {**options, "asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/", handler.asked
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def one(omniglot, monkeypatch):
+    """The example, knowing one archive of a few bytes."""
+    digest = hashlib.sha256(FILE).hexdigest()
+    monkeypatch.setattr(omniglot, "ARCHIVES", {"a": ("a.zip", len(FILE), digest)})
+    return omniglot
+
+
+def test_download_once(one, tmp_path):
+    folder = tmp_path / "new" / "data"
+    with serving() as (address, asked):
+        for _ in range(2):
+            path = one.fetch("a", folder, address)
+            assert path.read_bytes() == FILE
+    assert asked == [0]
+    assert list(folder.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_download_goes_on_where_it_broke_off(one, tmp_path, ranges):
+    with (
+        serving(cut=100_000) as (address, _),
+        pytest.raises(SystemExit, match=r"ended after 100000 of 307200 .* this again"),
+    ):
+        one.fetch("a", tmp_path, address)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip.part"]
+    with serving(ranges=ranges) as (address, asked):
+        assert one.fetch("a", tmp_path, address).read_bytes() == FILE
+    assert asked == [100_000]
+
+
+@pytest.mark.parametrize("content", [FILE[::-1], FILE + b"more"])
+def test_download_of_another_file_is_set_aside(one, tmp_path, content):
+    with (
+        serving(content=content) as (address, _),
+        pytest.raises(SystemExit, match=r"not the published .* a\.damaged"),
+    ):
+        one.fetch("a", tmp_path, address)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.damaged"]
+    with serving() as (address, asked):
+        assert one.fetch("a", tmp_path, address).read_bytes() == FILE
+    assert asked == [0]
+
+
+def test_download_without_a_server(one, tmp_path):
+    with serving() as (address, _):
+        pass
+    with pytest.raises(SystemExit, match=r"a\.zip could not be .* refused.* yourself"):
+        one.fetch("a", tmp_path, address)
+
+
+# The judging --------------------------------------------------------------------------
+
+
+def labels_of(sizes, drawers=DRAWERS):
+    return np.array(
+        [
+            f"{alphabet}/{number}"
+            for alphabet, size in sizes.items()
+            for number in range(size)
+            for _ in range(drawers)
+        ]
+    )
+
+
+def test_episodes_pair_two_drawers_of_twenty_characters_of_one_alphabet(omniglot):
+    labels = labels_of({"Small": 19, "Just": 20, "Large": 30})
+    rows = np.arange(len(labels))  # as if they were the drawings
+    seen = set()
+    for first, second in omniglot.episodes(rows, labels, 200, seed=0):
+        characters = labels[first]
+        assert len(np.unique(characters)) == len(first) == 20
+        assert len(np.unique(omniglot.alphabets(characters))) == 1
+        np.testing.assert_array_equal(labels[second], characters)
+        drawers = np.unique(first % DRAWERS), np.unique(second % DRAWERS)
+        assert [len(drawer) for drawer in drawers] == [1, 1]
+        assert drawers[0] != drawers[1]
+        seen.add((characters[0].split("/")[0], int(drawers[0][0])))
+    assert seen == {(name, n) for name in ("Just", "Large") for n in range(DRAWERS)}
+
+
+def test_episodes_are_those_of_their_seed(omniglot):
+    labels = labels_of({"Large": 30})
+
+    def drawn(seed):
+        return np.array(
+            list(omniglot.episodes(np.arange(len(labels)), labels, 5, seed))
+        )
+
+    np.testing.assert_array_equal(drawn(0), drawn(0))
+    assert (drawn(0) != drawn(1)).any()
+
+
+@pytest.mark.parametrize(("right", "expected"), [(1.0, 0.0), (0.0, 0.95), (0.5, None)])
+def test_validation_error_of_embeddings_that_know_so_much(omniglot, right, expected):
+    """Of a share of the characters the embedding is right, of the others random."""
+    labels = labels_of({"Large": 30}, drawers=20)
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(len(labels), 16))
+    known = rng.permutation(30)[: int(30 * right)]
+    for number in known:
+        rows[labels == f"Large/{number}"] = 100 * rng.normal(size=16)
+    error, half = omniglot.validation_error(lambda x: x, rows, labels, 400, seed=0)
+    if expected is None:  # between 10 random of 20, each wrong 9 times of 10, ...
+        assert 0.4 < error < 0.5
+        assert 0 < half < 0.02
+    else:
+        assert abs(error - expected) <= half
+        assert half < 0.01
+
+
+def official_archive(path, runs, top="", wrong=0):
+    """Runs whose items are the drawings of their classes, but for the `wrong` first."""
+    members = {}
+    for run in range(1, runs + 1):
+        order = np.random.default_rng(run).permutation(20) + 1
+        lines = []
+        for item in range(1, 21):
+            of = order[item - 1]
+            names = (
+                f"run{run:02}/test/item{item:02}.png",
+                (f"run{run:02}/training/class{of:02}.png"),
+            )
+            lines.append(" ".join(names))
+            members[top + names[1]] = drawing([run, of])
+            shown = order[(item + (item <= wrong)) % 20 - 1]
+            members[top + names[0]] = drawing([run, shown])
+        members[f"{top}run{run:02}/class_labels.txt"] = "\n".join(lines) + "\n"
+        members[f"__MACOSX/{top}run{run:02}/._class_labels.txt"] = "x"
+    write_zip(path, members)
+
+
+def pixels(images):
+    return images.reshape(len(images), -1)
+
+
+@pytest.mark.parametrize(("runs", "top"), [(2, ""), (2, "all_runs/"), (1, "")])
+def test_official_runs_are_read_wherever_the_archive_has_them(
+    omniglot, tmp_path, runs, top
+):
+    official_archive(tmp_path / "all_runs.zip", runs, top)
+    pairs = list(omniglot.official_runs(tmp_path / "all_runs.zip"))
+    assert len(pairs) == runs
+    for trained, tested in pairs:
+        assert trained.shape == (20, 32, 32, 1)
+        np.testing.assert_array_equal(trained, tested)
+
+
+@pytest.mark.parametrize("wrong", [0, 3])
+def test_official_error_is_the_share_of_wrong_matches(omniglot, tmp_path, wrong):
+    official_archive(tmp_path / "all_runs.zip", 2, wrong=wrong)
+    error = omniglot.official_error(pixels, tmp_path / "all_runs.zip")
+    assert error == pytest.approx(wrong / 20)
+
+
+def test_official_runs_that_are_none(omniglot, data):
+    path = data / "images_background_small1.zip"
+    with pytest.raises(SystemExit, match=r"small1\.zip holds no runNN/class_labels"):
+        list(omniglot.official_runs(path))
+    write_zip(
+        data / "few.zip",
+        {
+            "run01/test/item01.png": drawing(0),
+            "run01/training/class01.png": drawing(0),
+            "run01/class_labels.txt": "run01/test/item01.png run01/training/class02.png",
+        },
+    )
+    with pytest.raises(SystemExit, match=r"lacks run01/training/class02\.png"):
+        list(omniglot.official_runs(data / "few.zip"))
+
+
+# The whole ----------------------------------------------------------------------------
+
+
+def test_omniglot_from_archives_to_report(omniglot, data, capsys, monkeypatch):
+    monkeypatch.setattr(omniglot, "BATCHES", 2)
+    official_archive(data / "all_runs.zip", 1)
+    options = {
+        "data": data,
+        "out": data / "out",
+        "runs": data / "all_runs.zip",
+        "epochs": 1,
+        "episodes": 5,
+        "classes-per-batch": 8,
+        "samples-per-class": 2,
+        "width": 8,
+        "views": 2,
+    }
+    omniglot.main([f"--{name}={value}" for name, value in options.items()])
+    shown = capsys.readouterr().out
+    assert "views  1: validation error 0.0% +- 0.0%" in shown  # drawings are the same
+    errors = re.search(
+        r"^validation error: (\S+) %\nofficial error: (\S+) %\n\Z", shown, re.MULTILINE
+    )
+    assert max(map(float, errors.groups())) < 50  # of views; 95 by chance
+    model = keras.models.load_model(data / "out" / "model.keras")
+    aug = kerastrip.Augmentation.load(data / "out" / "augmentation.json")
+    rows = kerastrip.embed(
+        model, np.zeros((2, 32, 32, 1), "uint8"), output=1, augmentation=aug, views=2
+    )
+    assert rows.shape == (2, omniglot.DIM)
+    assert "<h1>Omniglot</h1>" in (data / "out" / "report.html").read_text()
+    assert len((data / "out" / "history.csv").read_text().splitlines()) == 2
