@@ -18,11 +18,15 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip.augmentation import Augmentation
 from kerastrip.plan import PKPlan
-from kerastrip.sources import BrokenSamples, as_source
+from kerastrip.sources import BrokenSamples, CachedImages, as_source
+from kerastrip.sources.arrays import ArraySource
 
 Reader = Callable[..., Any]
 
 _WORDS = ("label", "one_hot")
+
+# Sources whose `take` gathers rows of an `array`, and does nothing else.
+_IN_MEMORY = (ArraySource, CachedImages)
 
 # Samples are read and augmented by so many bytes at a time: they stay in the cache and
 # in memory that is used again, which makes large images up to 1.6 times faster.
@@ -112,8 +116,8 @@ class Inputs:
         self._source, self._key, self._first = source, plan.seed, plan.first_row
         first, x = rows.read(lambda indices, *_: source.take(indices), 0, 0)
         self._augment, self._images = _augmentations(augment, x), None
-        if isinstance(self._augment, Augmentation):
-            self._images = getattr(source, "array", None)
+        if isinstance(self._augment, Augmentation) and type(source) in _IN_MEMORY:
+            self._images = source.array
         self._at_once = len(first)
         if self._augment is not None and self._images is None:
             whole = sum(np.asarray(part).nbytes for part in keras.tree.flatten(x))
