@@ -879,3 +879,24 @@ def test_plot_batch_draws_a_row_for_each_class(images, labels, tmp_path):
     assert len(figure.axes) == P * K
     with pytest.raises(ValueError, match="images"):
         PKSampler(labels, labels, **SHAPE).plot_batch(0)
+
+
+class Brighter:
+    """A source of its own kind that happens to have an `array`."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __len__(self):
+        return len(self.array)
+
+    def take(self, indices):
+        return self.array[indices] + 100
+
+
+def test_a_source_with_an_array_is_still_asked_for_its_samples():
+    images = np.zeros((8, 4, 4, 1), "uint8")
+    shape = {"classes_per_batch": 2, "samples_per_class": 2, "workers": 0}
+    for x, value in ((images, 0), (Brighter(images), 100)):
+        train = PKSampler(x, np.arange(8) % 2, augment=Augmentation.none(), **shape)
+        assert (train[0][0] == value).all()
