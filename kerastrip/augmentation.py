@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import hashlib
 import itertools
 import json
 import math
 import os
 import pathlib
-import random
-import struct
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,22 +23,13 @@ from typing import Any
 import numpy as np
 
 from kerastrip import _checks, _targets
+from kerastrip._keyed import SCHEME, KeyedRandom, integer64
 from kerastrip._version import __version__
 
 # albumentations asks the network for a newer version in every process that
 # imports it. The variable is set here, not round an import of ours, because a
 # worker process imports albumentations while it unpickles a pipeline.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-
-# The way from a key to random numbers. All of a key but its last integer is hashed by
-# BLAKE2b, as 64-bit integers, little-endian, with the seed and the length before them;
-# the hash is the key of a Philox. The last integer, times 5, is the counter where 20
-# words begin: 4 for the state and the increment of a PCG64, and 16 for the first numbers
-# of Python's kind. So a whole batch is keyed by one call. The way is frozen: another
-# would be scheme 3, or saved augmentations would become others without a word.
-_SCHEME = 2
-_HASH_NAME = b"kerastrip-aug-v2"
-_WORDS, _STATE_WORDS = 20, 4
 
 # Threads that augment small images at once spend their time handing the
 # interpreter lock to each other: two are half as fast as one. So batches of
@@ -122,7 +110,7 @@ class Augmentation:
     """
 
     def __init__(self, pipeline: Any, seed: int = 0):
-        self.seed = _integer64("seed", seed)
+        self.seed = integer64("seed", seed)
         self._seedable = hasattr(pipeline, "set_random_state")
         if self._seedable:
             pipeline = deepcopy(pipeline)
@@ -194,7 +182,7 @@ class Augmentation:
                 pipeline does not know.
         """
         with self._clone(bare=not isinstance(image, dict)) as clone:
-            (draws,) = clone.draws(self.seed, key, 1)
+            (draws,) = clone.random.draws(self.seed, key, 1)
             return self._view(clone, draws, image)
 
     @contextlib.contextmanager
@@ -219,10 +207,10 @@ class Augmentation:
     def _view(self, clone: _Clone, draws: Any, image: Any, copy: bool = True) -> Any:
         """The view; without `copy` the image may be written into, or returned."""
         run = clone.pipeline
-        clone.set(*draws)
+        clone.random.set(*draws)
         own = _copied if copy else _same
         if not self._seedable:
-            result = run(own(image), clone.rng)
+            result = run(own(image), clone.random.rng)
         elif isinstance(image, dict):
             _targets.check_targets(run, image)
             result = run(**{name: own(value) for name, value in image.items()})
@@ -307,10 +295,10 @@ class Augmentation:
         with turn, self._clone(bare) as clone:
             run = clone.pipeline
             if views is None:
-                keyed = clone.draws(self.seed, (*key, first), len(samples))
+                keyed = clone.random.draws(self.seed, (*key, first), len(samples))
             else:
                 keyed = itertools.chain.from_iterable(
-                    clone.draws(self.seed, (*key, first + i, 0), views)
+                    clone.random.draws(self.seed, (*key, first + i, 0), views)
                     for i in range(len(samples))
                 )
             indices = itertools.product(*map(range, shape))
@@ -325,7 +313,7 @@ class Augmentation:
                 if alike:
                     break
             for index, draws in zip(indices, keyed, strict=True):
-                clone.set(*draws)
+                clone.random.set(*draws)
                 sample = samples[index[0]]
                 result = run(image=sample.copy() if copy else sample)["image"]
                 batch.put(index, "image", result)
@@ -512,7 +500,7 @@ class Augmentation:
             transform = self._pipeline.to_dict()["transform"]
         content = {
             "kerastrip": __version__,
-            "scheme": _SCHEME,
+            "scheme": SCHEME,
             "seed": self.seed,
             "versions": {} if transform is None else _versions(),
             "transform": transform,
@@ -560,7 +548,7 @@ class Augmentation:
             ) from None
         if transform is None:
             return cls(_unchanged, seed)
-        here = {"scheme": _SCHEME, **_versions()}
+        here = {"scheme": SCHEME, **_versions()}
         there = {"scheme": scheme, **versions}
         changed = [
             f"{name} {there.get(name)}, here {here[name]}"
@@ -628,7 +616,7 @@ class Augmentation:
 
 
 class _Clone:
-    """A copy of a pipeline, and the generators from which all of it draws.
+    """A copy of a pipeline, and the random numbers from which all of it draws.
 
     Args:
         pipeline: of an `Augmentation`.
@@ -636,91 +624,12 @@ class _Clone:
     """
 
     def __init__(self, pipeline: Any, seedable: bool):
-        self._words = np.random.Philox(0)
-        self.rng = _Late(np.random.PCG64(0))
-        self._random = _Random(self.rng)
+        self.random = KeyedRandom()
         self.pipeline = pipeline
         if seedable:
             self.pipeline = deepcopy(pipeline)
             # Not set_random_seed: it gives every transform the same numbers.
-            self.pipeline.set_random_state(self.rng, self._random)
-
-    def draws(self, seed: int, key: tuple[int, ...], count: int) -> Iterator[tuple]:
-        """What `set` takes for `count` keys, whose last integers run on from `key`'s."""
-        advice = "Write aug(image, epoch, step, position)."
-        *rest, last = [_integer64("key", value, advice) for value in key or (0,)]
-        _integer64("key", last + count - 1)
-        packed = struct.pack(f"<{len(rest) + 2}q", seed, len(key), *rest)
-        digest = hashlib.blake2b(packed, digest_size=16, person=_HASH_NAME).digest()
-        counter = (last % 2**64 * (_WORDS // 4)).to_bytes(32, "little")
-        self._words.state = {
-            "bit_generator": "Philox",
-            "state": {
-                "counter": np.frombuffer(counter, "<u8"),
-                "key": np.frombuffer(digest, "<u8"),
-            },
-            "buffer": np.zeros(4, np.uint64),
-            "buffer_pos": 4,
-            "has_uint32": 0,
-            "uinteger": 0,
-        }
-        words = self._words.random_raw(_WORDS * count).reshape(count, _WORDS)
-        numbers = (words[:, _STATE_WORDS:] >> 11) * 2.0**-53
-        return zip(words[:, :_STATE_WORDS].tolist(), numbers.tolist(), strict=True)
-
-    def set(self, words: list[int], numbers: list[float]) -> None:
-        """Sets the generators to a key, by its `draws`."""
-        self.rng.words = words
-        self._random.set(numbers)
-
-
-class _Late(np.random.Generator):
-    """A generator that is set to `words` when somebody wants something of it.
-
-    Most transforms do not, and to set it takes 2 microseconds.
-    """
-
-    words: list[int] | None = None
-
-    def __getattribute__(self, name: str) -> Any:
-        get = super().__getattribute__
-        if words := get("words"):
-            self.words = None
-            get("bit_generator").state = {
-                "bit_generator": "PCG64",
-                "state": {
-                    "state": words[0] << 64 | words[1],
-                    "inc": words[2] << 64 | words[3] | 1,
-                },
-                "has_uint32": 0,
-                "uinteger": 0,
-            }
-        return get(name)
-
-
-class _Random(random.Random):
-    """Python's random numbers: those that it was given, then those of a generator.
-
-    To seed a Mersenne Twister for every image would take longer than all else that a
-    keyed call adds.
-    """
-
-    def __init__(self, rng: np.random.Generator):
-        super().__init__(0)
-        self._rest = iter(lambda: rng.random(), None)
-
-    def set(self, numbers: list[float]) -> None:
-        """Sets what comes first."""
-        self.random = itertools.chain(numbers, self._rest).__next__  # type: ignore[method-assign]
-
-    def getrandbits(self, k: int) -> int:
-        value = 0
-        for _ in range(0, k, 32):
-            value = value << 32 | int(self.random() * 2**32)
-        return value >> -k % 32
-
-    def gauss(self, mu: float = 0.0, sigma: float = 1.0) -> float:
-        return self.normalvariate(mu, sigma)  # the other keeps every second number
+            self.pipeline.set_random_state(self.random.rng, self.random.python)
 
 
 def _is_small(row: Any) -> bool:
@@ -733,13 +642,6 @@ def _copied(value: Any) -> Any:
 
 
 def _same(value: Any) -> Any:
-    return value
-
-
-def _integer64(name: str, value: Any, advice: str = "") -> int:
-    value = _checks.integer(name, value, advice=advice)
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(_checks.message(name, "an integer of 64 bits", value))
     return value
 
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kerastrip import augmentation
+from kerastrip._keyed import PythonRandom
 from kerastrip.augmentation import Augmentation
 
 KEYS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4).map(tuple)
@@ -128,7 +129,7 @@ def test_a_key_repeats_and_another_differs(a, b):
 
 def test_the_python_generator_is_uniform_and_keeps_nothing():
     rng = np.random.Generator(np.random.PCG64(0))
-    python = augmentation._Random(rng)
+    python = PythonRandom(rng)
     python.set([0.25, 0.5])
     assert [python.random(), python.getrandbits(3)] == [0.25, 4]
     bits = [python.getrandbits(5) for _ in range(6400)]
