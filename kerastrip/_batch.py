@@ -137,21 +137,31 @@ class Inputs:
         self.layout = [(array.shape, array.dtype) for array in arrays]
 
     def _augmented(
-        self, x: Any, epoch: int, step: int, at: int = 0, out: Any = None
+        self,
+        x: Any,
+        epoch: int,
+        step: int,
+        at: int = 0,
+        rows: np.ndarray | None = None,
+        out: Any = None,
     ) -> Any:
         """`x` augmented, the samples of the batch from position `at` on.
 
         Args:
-            x: samples, fresh arrays.
+            x: samples, fresh arrays; or with `rows` an array that stays as it is.
             epoch, step: of the batch.
             at: position of the first of them.
+            rows: which of `x` they are. Default: all.
             out: what to write one input's views into, where there is one input.
         """
         key, first = (self._key, epoch, step), self._first + at
         if self._augment is None:
             return x
         if isinstance(self._augment, Augmentation):
-            return self._augment.batch(x, *key, first=first, out=out, copy=False)
+            copy = rows is not None
+            return self._augment.batch(
+                x, *key, first=first, rows=rows, out=out, copy=copy
+            )
         parts = {
             name: self._augment[name].batch(part, *key, first=first, copy=False)
             if name in self._augment
@@ -200,14 +210,10 @@ class Inputs:
         targets: Sequence[np.ndarray],
     ) -> Any:
         """The samples of a part of a batch, which may be written into `targets`."""
-        if self._images is not None:
-            # Gathered first, they would go through memory once more.
-            key, first = (self._key, epoch, step), self._first + at
-            make = partial(
-                self._augment.batch, self._images, *key, first=first, rows=rows
-            )
-        else:
+        if self._images is None:
             make = partial(self._augmented, self._source.take(rows), epoch, step, at)
+        else:  # gathered first, they would go through memory once more
+            make = partial(self._augmented, self._images, epoch, step, at, rows)
         if not isinstance(self._example, np.ndarray):
             return make()
         try:

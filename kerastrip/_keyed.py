@@ -103,6 +103,7 @@ class PythonRandom(random.Random):
 
     def __init__(self, rng: np.random.Generator):
         super().__init__(0)
+        # Not `rng.random` itself: looked up once, it would not set a `_Late` any more.
         self._rest = iter(lambda: rng.random(), None)
 
     def set(self, numbers: list[float]) -> None:

@@ -34,7 +34,7 @@ Layout = Sequence[tuple[tuple[int, ...], np.dtype]]
 Work = Callable[..., Sequence[np.ndarray]]
 
 _ALIGN = 64
-_PLACES = 2
+_PLACES = 2  # that a worker has to write a batch: one may be lent
 _PATIENCE = 60.0
 _START = "fork" if sys.platform.startswith("linux") else "spawn"
 

@@ -196,9 +196,9 @@ class Augmentation:
             clone = self._idle.pop()
         except IndexError:
             clone = _Clone(self._pipeline, self._seedable)
-        if checks := getattr(self._pipeline, "is_check_shapes", False):
+        if getattr(self._pipeline, "is_check_shapes", False):
             # Of its targets with each other: an image alone needs none.
-            clone.pipeline.is_check_shapes = checks and not bare
+            clone.pipeline.is_check_shapes = not bare
         try:
             yield clone
         finally:

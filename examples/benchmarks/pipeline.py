@@ -17,7 +17,8 @@ Batches of 128 images, or of 64 JPEGs. Four tables:
   least as fast. tf.data can also decode no more than the crop, which OpenCV cannot.
 
 Contestants take turns; the fastest and the median repetition are shown, and the median
-of the ratios of each turn. Ratios hold within one run only: "spin" says what two processes that share nothing reach at it.
+of the ratios of each turn. Ratios hold within one run only: "spin" says what two
+processes that share nothing reach at it.
 """
 
 from __future__ import annotations
@@ -181,6 +182,12 @@ def race(contestants, count, rounds):
     return times
 
 
+def faster(times, name, base):
+    """How many times `name` is as fast as `base`: the fastest, the median of turns."""
+    turns = [b / s for b, s in zip(times[base], times[name], strict=True)]
+    return min(times[base]) / min(times[name]), statistics.median(turns)
+
+
 def table(title, times, base, batch=None):
     """Fastest and median, and how many times faster than `base` (median of turns)."""
     print(f"\n{title}\n")
@@ -191,11 +198,10 @@ def table(title, times, base, batch=None):
         if name.startswith("spin"):
             continue
         picks = [min(seconds), statistics.median(seconds)]
-        turns = [b / s for b, s in zip(times[base], seconds, strict=True)]
-        ratios = [min(times[base]) / min(seconds), statistics.median(turns)]
         shown = [1e3 * s if batch is None else batch / s for s in picks]
         figures = [f"{value:,.{2 if batch is None else 0}f}" for value in shown]
         print(f"| {name} | {' | '.join(figures)} | ", end="")
+        ratios = faster(times, name, base)
         print(" | ".join(f"{ratio:.2f}" for ratio in ratios), "|", flush=True)
 
 
@@ -351,11 +357,9 @@ def summary(times):
     pairs = dict.fromkeys(("two threads", "two processes"), "one thread")
     told = []
     for name, base in {**pairs, "spin 2": "spin 1"}.items():
-        turns = [b / s for b, s in zip(times[base], times[name], strict=True)]
-        fastest = min(times[base]) / min(times[name])
-        told.append(f"{name} {fastest:.2f} (median {statistics.median(turns):.2f})")
-    told = ", ".join(told)
-    print(f"\nx one thread: {told}", flush=True)
+        fastest, median = faster(times, name, base)
+        told.append(f"{name} {fastest:.2f} (median {median:.2f})")
+    print(f"\nx one thread: {', '.join(told)}", flush=True)
 
 
 def close(contestants):
