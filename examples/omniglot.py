@@ -48,7 +48,8 @@ ARCHIVES = {  # set: file, bytes, SHA-256
     ),
 }
 OTHER = {"small1": "small2", "small2": "small1"}
-SIZE = 32
+PIXELS = 105  # of a side of a drawing
+SIZE = 32  # of a side of what the network sees
 WAYS = 20
 DIM = 128
 BATCHES = 100  # of an epoch
@@ -100,12 +101,35 @@ def download(url, part, size):
         raise OSError(f"it ended after {done} of {size} bytes")
 
 
+def read(path):
+    """The drawings of an archive, as they are."""
+    return kerastrip.sources.ZipImages(
+        path, size=PIXELS, color="gray", label_from="path"
+    )
+
+
+def centred(drawing):
+    """(SIZE, SIZE, 1): the ink in the middle, and spread alike.
+
+    Where on the paper and how large a person draws says nothing about the character.
+    """
+    ink = 255 - drawing
+    rows, columns, _ = np.nonzero(ink > 127)
+    spread = math.sqrt((rows.var() + columns.var()) / 2)
+    scale = SIZE / max(4 * spread, PIXELS / 2)  # a dot stays small
+    ink = cv2.GaussianBlur(
+        ink, (0, 0), 0.5 / scale - 0.5
+    )  # no stroke falls between pixels
+    shift = (SIZE - 1) / 2 - scale * np.array([columns.mean(), rows.mean()])
+    matrix = np.column_stack([scale * np.eye(2), shift])
+    return 255 - cv2.warpAffine(ink, matrix, (SIZE, SIZE))[..., None]
+
+
 def load(path):
     """Drawings (n, SIZE, SIZE, 1) uint8 and their "alphabet/character" labels."""
-    drawings = kerastrip.sources.ZipImages(
-        path, size=SIZE, color="gray", label_from="path"
-    )
-    return drawings.take(np.arange(len(drawings))), drawings.labels
+    drawings = read(path)
+    images = map(centred, drawings.take(np.arange(len(drawings))))
+    return np.stack(list(images)), drawings.labels
 
 
 def alphabets(labels):
@@ -117,23 +141,6 @@ def turned(images, labels, turns):
     images = [np.rot90(images, turn, axes=(1, 2)) for turn in range(turns)]
     labels = [np.char.add(labels, f" turned {turn}") for turn in range(turns)]
     return np.concatenate(images), np.concatenate(labels)
-
-
-def composed(images, labels, count, seed):
-    """`count` characters of the upper half of one and the lower half of another."""
-    rng = np.random.default_rng(seed)
-    names = np.unique(labels)
-    rows = {name: np.flatnonzero(labels == name) for name in names}
-    half = SIZE // 2
-    made, made_labels = [images[:0]], [labels[:0]]
-    for number in range(count):
-        first, second = rng.choice(names, 2, replace=False)
-        upper, lower = (
-            images[rng.permutation(rows[name])[:20]] for name in (first, second)
-        )
-        made.append(np.concatenate([upper[:, :half], lower[:, half:]], axis=1))
-        made_labels.append([f"composed {number}"] * len(upper))
-    return np.concatenate(made), np.concatenate(made_labels)
 
 
 # Training -----------------------------------------------------------------------------
@@ -154,7 +161,7 @@ def augmentation(strength, seed):
                     p=1.0,
                 ),
                 A.ElasticTransform(
-                    alpha=20 * s,
+                    alpha=80 * s,
                     sigma=4,
                     fill=255,
                     border_mode=cv2.BORDER_CONSTANT,
@@ -258,9 +265,7 @@ def validation_error(embed, images, labels, count, seed):
 
 def official_runs(path):
     """Pairs of drawings (20 training, 20 test) from the archive of published runs."""
-    drawings = kerastrip.sources.ZipImages(
-        path, size=SIZE, color="gray", label_from="path"
-    )
+    drawings = read(path)
     rows = {  # "runNN/test/itemXX.png": row
         "/".join(drawing.split("/")[-3:]): row
         for row, drawing in enumerate(drawings.paths)
@@ -275,8 +280,10 @@ def official_runs(path):
                 raise SystemExit(f"{path} lacks {missing[0]}, named in {name}.")
             tested, trained = words[::2], words[1::2]
             yield tuple(
-                drawings.take([rows[word] for word in side])
-                for side in (trained, tested)
+                np.stack([centred(image) for image in drawings.take(places)])
+                for places in (
+                    [rows[word] for word in side] for side in (trained, tested)
+                )
             )
 
 
@@ -296,12 +303,7 @@ def official_error(embed, path):
 def train(args, images, labels, judged):
     """A trained model, its augmentation and the seconds it took."""
     keras.utils.set_random_seed(args.seed)
-    base = images, labels
-    images, labels = turned(*base, args.turns)
-    if args.composed:
-        more = composed(*base, args.composed, args.seed)
-        images = np.concatenate([images, more[0]])
-        labels = np.concatenate([labels, more[1]])
+    images, labels = turned(images, labels, args.turns)
     aug = augmentation(args.strength, args.seed)
     sampler = kerastrip.PKSampler(
         images,
@@ -379,7 +381,6 @@ def main(argv=None):
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--turns", type=int, default=4, choices=(1, 2, 3, 4))
-    parser.add_argument("--composed", type=int, default=0)
     parser.add_argument("--width", type=int, default=24)
     parser.add_argument("--views", type=int, default=8)
     args = parser.parse_args(argv)

@@ -75,22 +75,32 @@ def test_drawings_come_with_alphabet_and_character(omniglot, data):
     assert set(omniglot.alphabets(labels)) == {"Latin", "Runes"}
 
 
-def test_turned_and_composed_drawings_are_classes_of_their_own(omniglot):
+def test_turned_drawings_are_classes_of_their_own(omniglot):
     images = np.arange(4 * 32 * 32).reshape(4, 32, 32, 1)
     labels = np.array(["A/a", "A/a", "A/b", "A/b"])
     more, names = omniglot.turned(images, labels, 4)
     assert len(np.unique(names)) == 8
     np.testing.assert_array_equal(more[names == "A/b turned 1"][0], np.rot90(images[2]))
-    more, names = omniglot.composed(images, labels, 3, seed=0)
-    assert names.tolist() == sorted([f"composed {n}" for n in range(3)] * 2)
-    halves = [
-        [image[:16].tobytes() for image in images[rows]] for rows in ([0, 1], [2, 3])
-    ]
-    for image in more:
-        upper = image[:16].tobytes()
-        of = [upper in half for half in halves].index(True)
-        lower = [image_[16:].tobytes() for image_ in images[2 - 2 * of : 4 - 2 * of]]
-        assert image[16:].tobytes() in lower
+
+
+def test_place_and_size_of_a_drawing_do_not_matter(omniglot):
+    def drawn(left, top, size):
+        image = np.full((105, 105, 1), 255, np.uint8)
+        cv2.rectangle(image, (left, top), (left + size, top + 2 * size), 0, 3)
+        return omniglot.centred(image)
+
+    usual = drawn(30, 20, 30)
+    assert usual.shape == (32, 32, 1)
+    assert usual.min() < 100
+    assert usual.max() == 255
+    np.testing.assert_array_equal(drawn(60, 5, 30), usual)
+    rows, columns, _ = np.nonzero(drawn(10, 10, 40) < 200)
+    assert abs(rows.mean() - 15.5) < 0.5
+    assert abs(columns.mean() - 15.5) < 0.5
+    for size in (25, 40):
+        assert np.abs(drawn(10, 10, size).astype(int) - usual).mean() < 12
+    dot = drawn(50, 50, 1)
+    assert (dot < 200).sum() < 20
 
 
 # The download -------------------------------------------------------------------------
