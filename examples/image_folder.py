@@ -32,16 +32,25 @@ VIEWS = 8
 
 
 def load(args):
-    """The images with their labels, decoded when they are asked for."""
+    """The images with their labels, decoded when they are asked for.
+
+    What cannot be read is left out: to be judged, every image is needed.
+    """
     sources = kerastrip.sources
     kind = sources.ZipImages if args.directory.is_file() else sources.ImageFolder
-    return kind(
+    images = kind(
         args.directory,
         size=args.size,
         color=args.color,
         label_from=args.label_from,
+        on_error="skip",
         cache="memory",
     )
+    print(images)
+    broken = images.find_broken()
+    for why in broken.values():
+        print(f"left out: {why}")
+    return sources.Subset(images, np.setdiff1d(np.arange(len(images)), list(broken)))
 
 
 def augmentation(seed):
@@ -101,7 +110,8 @@ def train(images, args):
     fit_rows, unseen_rows = kerastrip.split_classes(
         images.labels, test=args.test, seed=args.seed
     )
-    classes = len(np.unique(images.labels[fit_rows]))
+    _, sizes = np.unique(images.labels[fit_rows], return_counts=True)
+    classes = np.count_nonzero(sizes > 1)  # one image alone has no positive
     unseen = kerastrip.sources.Subset(images, unseen_rows)
     aug = augmentation(args.seed)
     sampler = kerastrip.PKSampler(
@@ -112,7 +122,7 @@ def train(images, args):
         augment=aug,
         seed=args.seed,
     )
-    print(images, sampler.report(), sep="\n")
+    print(sampler.report())
 
     pixels = unseen.take(np.arange(len(unseen)))
     model = build_model(pixels.shape[1:], len(sampler.classes_))

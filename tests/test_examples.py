@@ -78,12 +78,16 @@ def test_digits_composes_classes_of_their_own():
         assert image[4:].tobytes() in lower
 
 
-def test_image_folder_learns_from_any_folder_of_class_folders(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_image_folder_learns_from_any_folder_of_class_folders(tmp_path, capsys):
     images, names = load_example("digits").load()
     for row, (image, name) in enumerate(zip(images[:300], names[:300], strict=True)):
         folder = tmp_path / "photos" / name
         folder.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(folder / f"{row:03}.png"), image)
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder.parent / "alone").mkdir()  # a class too small to be drawn
+    cv2.imwrite(str(folder.parent / "alone" / "one.png"), images[0])
     photos, out = str(tmp_path / "photos"), tmp_path / "out"
     options = [
         "--size",
@@ -91,17 +95,16 @@ def test_image_folder_learns_from_any_folder_of_class_folders(tmp_path):
         "--color",
         "gray",
         "--epochs",
-        "4",
-        "--classes-per-batch",
-        "8",
+        "10",
     ]
     figures = load_example("image_folder").main([photos, "--out", str(out), *options])
+    assert "broken.png" in capsys.readouterr().out
     assert figures["trained"]["map@r"] > figures["untrained"]["map@r"] + 0.1
     with open(out / "history.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == 4
+        assert len(list(csv.DictReader(file))) == 10
     model = keras.models.load_model(out / "model.keras")
     augmentation = kerastrip.Augmentation.load(out / "augmentation.json")
-    assert model.output_shape == [(None, 8), (None, 64)]
+    assert model.output_shape == [(None, 9), (None, 64)]
     assert augmentation(np.zeros((16, 16, 1), "uint8"), 0).shape == (16, 16, 1)
 
 

@@ -589,7 +589,12 @@ def test_bad_settings_of_one_loss():
         (binary_focal_loss, (4,), (4,), r"`y_pred`.*\(4,\).*\(batch, 1\)"),
         (binary_focal_loss, (4,), (4, 2), r"`y_true`.*\(4, 2\).*\(4,\)"),
         (categorical_focal_loss, (4,), (4, 2), "`y_true`.*sparse"),
-        (categorical_focal_loss, (4, 3), (4, 2), r"`y_true`.*\(4, 2\).*\(4, 3\)"),
+        (
+            categorical_focal_loss,
+            (4, 3),
+            (4, 2),
+            r"`y_true`.*\(4, 2\).*\(4, 3\).*order.*classes=",
+        ),
         (sparse_categorical_focal_loss, (4, 2), (4, 2), "`y_true`.*One-hot"),
         (sparse_categorical_focal_loss, (3,), (4, 2), r"`y_true`.*\(4,\).*\(3,\)"),
         (sparse_categorical_focal_loss, (), (2,), "`y_pred`"),

@@ -240,3 +240,6 @@ def test_what_does_not_go_together():
         TripletLoss(memory=8)
     with pytest.raises(ValueError, match=r"distance.*a loss with a memory"):
         TripletLoss(distance=np.sum, memory=EmbeddingMemory(8))
+    stranger = EmbeddingMemory(8, name="stranger")
+    with pytest.raises(ValueError, match=r"a layer of the model.*'stranger'.*Put it"):
+        TripletLoss(memory=stranger)(np.zeros(2, "int32"), np.eye(2, dtype="float32"))

@@ -191,8 +191,7 @@ def categorical_focal_loss(
     alpha = _alpha(alpha)
     y_pred, shape = _predictions(y_pred, alpha)
     y_true = ops.convert_to_tensor(y_true)
-    advice = "Integer labels go to the sparse categorical focal loss."
-    _same_shape(y_true, shape, advice)
+    _same_shape(y_true, shape, _one_hot_advice(_shape("y_true", y_true)))
     y_true = ops.cast(y_true, y_pred.dtype)
     y_true = y_true * (1.0 - label_smoothing) + label_smoothing / shape[-1]
 
@@ -598,6 +597,17 @@ def _same_shape(y_true: Any, expected: tuple[int | None, ...], advice: str) -> N
         return
     told = _checks.Told(f"shape {shape}")
     raise ValueError(_checks.message("y_true", f"shape {expected}", told, advice))
+
+
+def _one_hot_advice(shape: tuple[int | None, ...]) -> str:
+    """What may be wrong with targets of `shape` that should be one-hot rows."""
+    if len(shape) < 2 or shape[-1] == 1:
+        return "Integer labels go to the sparse categorical focal loss."
+    return (
+        "Targets and losses go to the outputs of the model in their order, and a "
+        "validation sampler needs the label table of the training: "
+        "classes=train.classes_."
+    )
 
 
 def _clip(p: Any) -> Any:

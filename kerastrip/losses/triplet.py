@@ -138,6 +138,16 @@ class TripletLoss(LabelLoss):
                         "They remember the same rows, those of all replicas.",
                     )
                 )
+            if not self.memory.built:
+                raise ValueError(
+                    _checks.message(
+                        "memory",
+                        "a layer of the model",
+                        _checks.Told(f"{self.memory.name!r}, which it does not call"),
+                        "Put it behind the embedding: "
+                        "keras.Model(inputs, memory(embedding)).",
+                    )
+                )
             y_true = ops.cast(y_true, "int32")  # as the memory keeps them
             self.memory.add(y_true, y_pred)
             others = self.memory.others(ops.shape(y_pred)[0])

@@ -276,7 +276,7 @@ class BrokenSamples(ValueError):
 
     Example:
         >>> str(BrokenSamples({3: "'cat/1.jpg': the file is empty"}))
-        "Sample 3 cannot be read: 'cat/1.jpg': the file is empty."
+        "Sample 3 cannot be read: 'cat/1.jpg': the file is empty. With on_error='skip' ..."
     """
 
     def __init__(self, broken: Mapping[int, str], skip: bool = False):
@@ -287,7 +287,9 @@ class BrokenSamples(ValueError):
         (row, why), *others = self.broken.items()
         more = f" (and {len(others)} more)" if others else ""
         text = f"Sample {row} cannot be read: {why}{more}."
-        if self.skip:
+        if not self.skip:
+            text += " With on_error='skip' a sampler draws others of their class."
+        else:
             text += (
                 " on_error='skip' is for the batches of a sampler; whoever needs every "
                 "sample leaves out those of `find_broken()`, with `Subset`."
