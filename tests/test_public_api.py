@@ -513,6 +513,18 @@ def readme_sections():
     return [pytest.param(blocks, id=title) for title, blocks in sections.items()]
 
 
+def test_readme_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text("utf-8")
+    links = re.findall(r"\[([^\]]*)\]\(([^)]*)\)", text)
+    missing = [target for _, target in links if not (ROOT / target).exists()]
+    assert not missing
+    names = {name.strip("`"): target for name, target in links if name[:1] == "`"}
+    assert names.keys() == set(kerastrip.__all__) - {"__version__"}
+    for name, target in names.items():
+        public = getattr(kerastrip, name)
+        assert pathlib.Path(inspect.getfile(public)) == ROOT / target
+
+
 def test_readme_has_python_blocks():
     assert readme_sections()
 
