@@ -101,13 +101,6 @@ def download(url, part, size):
         raise OSError(f"it ended after {done} of {size} bytes")
 
 
-def read(path):
-    """The drawings of an archive, as they are."""
-    return kerastrip.sources.ZipImages(
-        path, size=PIXELS, color="gray", label_from="path"
-    )
-
-
 def centred(drawing):
     """(SIZE, SIZE, 1): the ink in the middle, and spread alike.
 
@@ -117,19 +110,26 @@ def centred(drawing):
     rows, columns, _ = np.nonzero(ink > 127)
     spread = math.sqrt((rows.var() + columns.var()) / 2)
     scale = SIZE / max(4 * spread, PIXELS / 2)  # a dot stays small
-    ink = cv2.GaussianBlur(
-        ink, (0, 0), 0.5 / scale - 0.5
-    )  # no stroke falls between pixels
+    # Blurred, no stroke falls between the pixels.
+    ink = cv2.GaussianBlur(ink, (0, 0), 0.5 / scale - 0.5)
     shift = (SIZE - 1) / 2 - scale * np.array([columns.mean(), rows.mean()])
     matrix = np.column_stack([scale * np.eye(2), shift])
     return 255 - cv2.warpAffine(ink, matrix, (SIZE, SIZE))[..., None]
 
 
+def read(path):
+    """The source of an archive, and its drawings (n, SIZE, SIZE, 1) uint8, centred."""
+    source = kerastrip.sources.ZipImages(
+        path, size=PIXELS, color="gray", label_from="path"
+    )
+    drawings = source.take(np.arange(len(source)))
+    return source, np.stack([centred(drawing) for drawing in drawings])
+
+
 def load(path):
-    """Drawings (n, SIZE, SIZE, 1) uint8 and their "alphabet/character" labels."""
-    drawings = read(path)
-    images = map(centred, drawings.take(np.arange(len(drawings))))
-    return np.stack(list(images)), drawings.labels
+    """Drawings and their "alphabet/character" labels."""
+    source, images = read(path)
+    return images, source.labels
 
 
 def alphabets(labels):
@@ -265,10 +265,10 @@ def validation_error(embed, images, labels, count, seed):
 
 def official_runs(path):
     """Pairs of drawings (20 training, 20 test) from the archive of published runs."""
-    drawings = read(path)
+    source, images = read(path)
     rows = {  # "runNN/test/itemXX.png": row
         "/".join(drawing.split("/")[-3:]): row
-        for row, drawing in enumerate(drawings.paths)
+        for row, drawing in enumerate(source.paths)
     }
     with zipfile.ZipFile(path) as archive:
         lists = sorted(n for n in archive.namelist() if n.endswith("/class_labels.txt"))
@@ -280,10 +280,7 @@ def official_runs(path):
                 raise SystemExit(f"{path} lacks {missing[0]}, named in {name}.")
             tested, trained = words[::2], words[1::2]
             yield tuple(
-                np.stack([centred(image) for image in drawings.take(places)])
-                for places in (
-                    [rows[word] for word in side] for side in (trained, tested)
-                )
+                images[[rows[word] for word in side]] for side in (trained, tested)
             )
 
 
