@@ -137,8 +137,12 @@ def alphabets(labels):
 
 
 def turned(images, labels, turns):
-    """The drawings and their quarter turns, which are characters of their own."""
-    images = [np.rot90(images, turn, axes=(1, 2)) for turn in range(turns)]
+    """The drawings, and turned and mirrored ones, which are characters of their own.
+
+    Of `turns` the first four are quarter turns, the others those of the mirror image.
+    """
+    sides = images, images[:, :, ::-1]
+    images = [np.rot90(sides[n // 4], n % 4, axes=(1, 2)) for n in range(turns)]
     labels = [np.char.add(labels, f" turned {turn}") for turn in range(turns)]
     return np.concatenate(images), np.concatenate(labels)
 
@@ -372,12 +376,12 @@ def main(argv=None):
     parser.add_argument("--samples-per-class", type=int, default=4)
     parser.add_argument("--mining", default="semi_hard")
     parser.add_argument("--margin", type=float, default=0.2)
-    parser.add_argument("--gamma", type=float, default=2.0)
+    parser.add_argument("--gamma", type=float, default=0.0)
     parser.add_argument("--focal-weight", type=float, default=1.0)
-    parser.add_argument("--triplet-weight", type=float, default=1.0)
+    parser.add_argument("--triplet-weight", type=float, default=5.0)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--strength", type=float, default=1.0)
-    parser.add_argument("--turns", type=int, default=4, choices=(1, 2, 3, 4))
+    parser.add_argument("--turns", type=int, default=8, choices=range(1, 9))
     parser.add_argument("--width", type=int, default=24)
     parser.add_argument("--views", type=int, default=8)
     args = parser.parse_args(argv)
