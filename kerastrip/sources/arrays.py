@@ -287,13 +287,13 @@ class BrokenSamples(ValueError):
         (row, why), *others = self.broken.items()
         more = f" (and {len(others)} more)" if others else ""
         text = f"Sample {row} cannot be read: {why}{more}."
-        if not self.skip:
-            text += " With on_error='skip' a sampler draws others of their class."
-        else:
+        if self.skip:
             text += (
                 " on_error='skip' is for the batches of a sampler; whoever needs every "
                 "sample leaves out those of `find_broken()`, with `Subset`."
             )
+        else:
+            text += " With on_error='skip' a sampler draws others of their class."
         return text
 
 
