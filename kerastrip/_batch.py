@@ -53,12 +53,29 @@ class Rows:
         self._plan, self._meetings = plan, itertools.count()
         self.broken: dict[int, str] = {}
 
-    def read(self, make: Reader, epoch: int, step: int) -> tuple[np.ndarray, Any]:
-        """The rows, and what `make(rows, epoch, step)` gives for them."""
+    def read(
+        self,
+        make: Reader,
+        epoch: int,
+        step: int,
+        begun: tuple[np.ndarray, Callable[[], Any]] | None = None,
+    ) -> tuple[np.ndarray, Any]:
+        """The rows, and what `make(rows, epoch, step)` gives for them.
+
+        Args:
+            make: reads them.
+            epoch, step: of the batch.
+            begun: rows that were `planned`, and a function that gives what `make` is
+                about to give for them.
+        """
         while True:
-            rows = self._unbroken(epoch, step)
+            if begun is None:
+                rows = self.planned(epoch, step)
+                finish: Callable[[], Any] = partial(make, rows, epoch, step)
+            else:
+                (rows, finish), begun = begun, None
             try:
-                return rows, make(rows, epoch, step)
+                return rows, finish()
             except BrokenSamples as error:
                 if not error.skip or error.broken.keys().isdisjoint(rows.tolist()):
                     raise
@@ -72,7 +89,7 @@ class Rows:
                         stacklevel=2,
                     )
 
-    def _unbroken(self, epoch: int, step: int) -> np.ndarray:
+    def planned(self, epoch: int, step: int) -> np.ndarray:
         """The rows of the plan without those that are known to be broken."""
         rows, plan, broken = self._plan.indices(epoch, step), self._plan, self.broken
         if not broken:

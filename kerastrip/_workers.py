@@ -5,6 +5,9 @@ there is no safe fork (macOS, Windows) they are spawned and it is pickled once. 
 travel through shared memory that was laid out beforehand, which is several times
 cheaper than a pipe: the worker writes a batch there, and who asked for it gets it where
 it lies. The place is used again when the last array over it is gone.
+
+A worker is asked for its next batch before it has done the last, so that it need not
+wait for the process that trains, nor that one for a thread of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import gc
 import multiprocessing
 import os
 import pickle
-import queue
 import random
 import signal
 import sys
@@ -25,6 +27,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -34,17 +37,19 @@ Layout = Sequence[tuple[tuple[int, ...], np.dtype]]
 Work = Callable[..., Sequence[np.ndarray]]
 
 _ALIGN = 64
-_PLACES = 2  # that a worker has to write a batch: one may be lent
+_PLACES = 3  # of a worker for a batch: one lent, one written, one for the next
 _PATIENCE = 60.0
+# Tasks are done in order, so one that was left out was received when Ctrl-C came.
+_LOST = RuntimeError("A batch was lost to an interrupt."), ""
 _START = "fork" if sys.platform.startswith("linux") else "spawn"
 
 
 class WorkerPool:
     """Processes that run `work(*args, out=arrays)` and return the arrays.
 
-    Calls may come from any number of threads; each waits for a free worker. (The pools
-    of the standard library join their workers when the process ends, and so hang with
-    a worker that hangs.)
+    Calls may come from any number of threads; each goes to the worker with the least to
+    do. (The pools of the standard library join their workers when the process ends, and
+    so hang with a worker that hangs.)
 
     Args:
         work: writes into arrays of `layout`; inherited by forked workers, pickled for
@@ -58,8 +63,8 @@ class WorkerPool:
 
     def __init__(self, work: Work, layout: Layout, processes: int):
         self._closed = False
+        self._death: _Died | None = None  # of any of them, after which all is over
         self._workers: list[_Worker] = []
-        self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         context = multiprocessing.get_context(_START)
         try:
             with warnings.catch_warnings():
@@ -71,8 +76,7 @@ class WorkerPool:
                 for _ in range(processes):
                     self._workers.append(_Worker(context, work, layout))
             for worker in self._workers:
-                worker.answer()
-                self._free.put(worker)
+                worker.started()
         except Exception as error:
             self.close()
             raise RuntimeError(
@@ -89,12 +93,48 @@ class WorkerPool:
             RuntimeError: if the worker died or the pool was closed.
             Exception: what `work` raised, with the traceback of the worker.
         """
-        worker = self._free.get()
+        with self._alive():
+            worker = self._idlest()[0]
+            while (task := worker.ask(args)) is None:
+                worker.wait(lambda: worker.spare > 0)
+        return self._result(worker, task)
+
+    def begin(self, *args: Any) -> Callable[[], list[np.ndarray]] | None:
+        """Asks for what a call gives, without waiting for it.
+
+        Returns:
+            A function that waits, to be called once at most, and returns or raises what
+            a call would; None if the workers have enough to do.
+        """
+        with self._alive():
+            for worker in self._idlest():
+                if task := worker.ask(args, left=1):
+                    return partial(self._result, worker, task)
+        return None
+
+    def _idlest(self) -> list[_Worker]:
+        """The workers, those with least to do first."""
+        for worker in self._workers:
+            worker.collect()
+        return sorted(self._workers, key=_Worker.load)
+
+    def _result(self, worker: _Worker, task: _Task) -> list[np.ndarray]:
+        with self._alive():
+            worker.wait(lambda: task.done)
+        if task.failure is not None:
+            raised, told = task.failure
+            raise raised from _InWorker(told)
+        return task.arrays
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Says what happened if a worker died."""
         try:
-            worker.ask(args)
-            worker.answer()
-            return worker.arrays()
+            if self._death is not None:
+                raise self._death
+            yield
         except _Died as error:
+            self._death = error
             if self._closed:
                 raise RuntimeError("The workers of the sampler were closed.") from error
             raise RuntimeError(
@@ -103,15 +143,22 @@ class WorkerPool:
                 "workers if memory was short, or with use_multiprocessing=False to see "
                 "the cause."
             ) from error
-        finally:
-            # A dead one too: whoever gets it is told, and nobody waits for ever.
-            self._free.put(worker)
 
     def close(self) -> None:
         """Ends the workers, whatever they do; calls after this fail."""
         self._closed = True
         for worker in self._workers:
             worker.process.kill()
+
+
+class _Task:
+    """What a worker was asked for, and what came of it."""
+
+    def __init__(self, place: int):
+        self.place = place
+        self.done = False
+        self.arrays: list[np.ndarray] = []
+        self.failure: tuple[Exception, str] | None = None  # and its traceback
 
 
 class _Worker:
@@ -121,45 +168,64 @@ class _Worker:
         # Unnamed shared memory: nothing is left behind, however the process ends.
         self._layout = layout
         self._places = [context.RawArray("B", _size(layout)) for _ in range(_PLACES)]
-        self._spare = list(range(1, _PLACES))
-        self._place = 0  # where the worker writes
+        # A place is here, has a task or is lent. There is always one here or with a
+        # task, so whoever wants one gets one.
+        self._spare = list(range(_PLACES))
+        self._tasks: dict[int, _Task] = {}
+        self._asked = 0
+        self._asking, self._waiting = threading.Lock(), threading.Lock()
         self._pipe, far_end = context.Pipe()
         self.process = context.Process(
             target=_serve, args=(work, layout, self._places, far_end), daemon=True
         )
         self.process.start()
         far_end.close()
-        self._asked = 0
 
-    def arrays(self) -> list[np.ndarray]:
-        """What was written, lent if the worker has another place to write, or copied."""
-        memory = np.frombuffer(self._places[self._place], np.uint8)
-        views = _views(memory, self._layout)
-        try:
-            other = self._spare.pop()
-        except IndexError:
-            return [view.copy() for view in views]
-        # Every array over the memory keeps `memory` alive.
-        weakref.finalize(memory, self._spare.append, self._place).atexit = False
-        self._place = other
-        return views
+    @property
+    def spare(self) -> int:
+        """Places that nobody uses."""
+        return len(self._spare)
 
-    def _died(self) -> _Died:
-        self.process.join(1)
-        return _Died(f"exit code {self.process.exitcode}")
+    def load(self) -> tuple[int, int, int]:
+        """Tasks that are not done, places in use, tasks that there have been."""
+        return len(self._tasks), _PLACES - self.spare, self._asked
 
-    def ask(self, args: Sequence[Any]) -> None:
-        """Sends a task; _Died if there is nobody to take it."""
-        self._asked += 1
-        try:
-            self._pipe.send((self._asked, self._place, args))
-        except OSError as error:
-            raise self._died() from error
+    def started(self) -> None:
+        """Waits until the process can work."""
+        self._receive()
 
-    def answer(self) -> None:
-        """Waits for the task that was sent last; raises what it raised, or _Died."""
-        number = None
-        while number != self._asked:  # others were interrupted by Ctrl-C
+    def ask(self, args: Sequence[Any], left: int = 0) -> _Task | None:
+        """Sends a task; None if no more than `left` places are spare."""
+        with self._asking:
+            if len(self._spare) <= left:
+                return None
+            self._asked += 1
+            task = self._tasks[self._asked] = _Task(self._spare.pop())
+            # If there is nobody to take it, who waits for it is told.
+            with contextlib.suppress(OSError):
+                self._pipe.send((self._asked, task.place, args))
+        return task
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Receives what the process has done until `condition` holds; _Died if it ends."""
+        while not condition():
+            with self._waiting:
+                if not condition():  # after those who waited before
+                    self._receive()
+
+    def collect(self) -> None:
+        """Receives what the process has done already, needed or not."""
+        if self._waiting.acquire(blocking=False):  # else somebody is about to
+            try:
+                while self._pipe.poll():
+                    self._receive()
+            finally:
+                self._waiting.release()
+
+    def _receive(self) -> None:
+        """Waits for one task and stores what came of it."""
+        ready: Sequence = ()
+        while self._pipe not in ready:
             ready = wait([self._pipe, self.process.sentinel], _PATIENCE)
             if not ready:
                 warnings.warn(
@@ -167,18 +233,36 @@ class _Worker:
                     "TensorFlow, JAX and PyTorch hang in forked processes: sources and "
                     "augmentations must do without them, or use "
                     "use_multiprocessing=False.",
-                    stacklevel=3,
+                    stacklevel=5,
                 )
-            elif self._pipe in ready:
-                try:
-                    number, failure = self._pipe.recv()
-                except (EOFError, OSError) as error:
-                    raise self._died() from error
-            else:
+            elif self._pipe not in ready:
                 raise self._died()
-        if failure is not None:
-            raised, told = failure
-            raise raised from _InWorker(told)
+        try:
+            number, failure = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise self._died() from error
+        for each in list(self._tasks):
+            if each > number:
+                break
+            task = self._tasks.pop(each)
+            task.failure = failure if each == number else _LOST
+            if task.failure is None:
+                task.arrays = self._arrays(task.place)
+            else:
+                self._spare.append(task.place)
+            task.done = True
+
+    def _arrays(self, place: int) -> list[np.ndarray]:
+        """What was written, lent if there is another place to write, or copied."""
+        memory = np.frombuffer(self._places[place], np.uint8)
+        views = _views(memory, self._layout)
+        # Every array over the memory keeps `memory` alive.
+        weakref.finalize(memory, self._spare.append, place).atexit = False
+        return views if self._spare else [view.copy() for view in views]
+
+    def _died(self) -> _Died:
+        self.process.join(1)
+        return _Died(f"exit code {self.process.exitcode}")
 
 
 class _Died(Exception):
@@ -244,11 +328,11 @@ def _leave_with_parent() -> None:
 
 
 class LookAhead:
-    """Threads that make the next batches while the caller works on the last one.
+    """Has the next batches begun while the caller works on the last one.
 
     Keras' own threads stay for ever, with the batches in their queue, when
     `stop_training` or an error ends an epoch early; on JAX and PyTorch they put the
-    first `fit` a batch ahead. These end when their batch is made.
+    first `fit` a batch ahead. Those of `in_thread` end when their batch is made.
 
     Keras shuffles the steps by the module `random`, straight after it has asked for
     their number, so the order can be foreseen. Where it cannot, batches are made when
@@ -262,7 +346,7 @@ class LookAhead:
 
     def __init__(self, steps: int, ahead: int, endless: bool):
         self._ahead, self._endless = ahead, endless
-        self._ready: dict[tuple[int, int], Future] = {}
+        self._ready: dict[tuple[int, int], Any] = {}
         self._lock = threading.Lock()
         self._order: Sequence[int] = range(steps)
         self._due = self._asked = 0
@@ -273,8 +357,17 @@ class LookAhead:
         with self._lock:
             self._dice, self._asked = random.getstate(), 0
 
-    def __call__(self, make: Callable[..., Any], step: int, epoch: int) -> Any:
-        """`make(step, epoch)`, and a beginning of what comes after it."""
+    def __call__(self, begin: Callable[..., Any], step: int, epoch: int) -> Any:
+        """What was begun for a step, and a beginning of what comes after it.
+
+        Args:
+            begin: (step, epoch) -> a batch that is under way, or None if it cannot be
+                begun now.
+            step, epoch: of the batch that is needed.
+
+        Returns:
+            What `begin` gave for it, now or earlier. None: nothing is under way.
+        """
         with self._lock:
             run = self._run(step, epoch)
             if len(run) > 1:
@@ -282,9 +375,11 @@ class LookAhead:
                     del self._ready[key]
                 for key in run:
                     if key not in self._ready:
-                        self._ready[key] = _begun(make, key)
-            ready = self._ready.pop((step, epoch), None)
-        return make(step, epoch) if ready is None else ready.result()
+                        begun = begin(*key)
+                        if begun is None:
+                            break
+                        self._ready[key] = begun
+            return self._ready.pop((step, epoch), None)
 
     def _run(self, step: int, epoch: int) -> list[tuple[int, int]]:
         """This step and those that follow it, as far as can be told."""
@@ -313,12 +408,13 @@ class LookAhead:
         ]
 
 
-def _begun(make: Callable[..., Any], key: Sequence) -> Future:
+def in_thread(make: Callable[..., Any], *args: Any) -> Future:
+    """`make(*args)`, in a thread that nobody waits for at exit."""
     future: Future = Future()
 
     def fulfil() -> None:
         try:
-            future.set_result(make(*key))
+            future.set_result(make(*args))
         except BaseException as error:
             future.set_exception(error)
 

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from kerastrip import _batch, _checks
-from kerastrip._workers import LookAhead, WorkerPool, in_flight
+from kerastrip._workers import LookAhead, WorkerPool, in_flight, in_thread
 from kerastrip.plan import PKPlan
 from kerastrip.sources import as_source
 
@@ -179,7 +179,7 @@ class PKSampler(keras.utils.PyDataset):
         # and its threads outlive a `fit` that was stopped.
         super().__init__(workers=0)
         ahead = _checks.integer("max_queue_size", max_queue_size, minimum=1)
-        # One thread more than there are processes copies while they work.
+        # One more than there are processes, so that none waits for the next.
         ahead = min(ahead, workers + bool(use_multiprocessing))
         self.fixed = bool(fixed)
         self.check_replicas(replicas)
@@ -216,9 +216,21 @@ class PKSampler(keras.utils.PyDataset):
                     "gives any batch.)"
                 )
             self._due = step + 1
-        if self._ahead is None:
-            return self.batch(step, epoch)
-        return self._ahead(self.batch, step, epoch)
+        begun = None if self._ahead is None else self._ahead(self._begin, step, epoch)
+        if self._pool is None and begun is not None:
+            return begun.result()
+        return self._made(step, epoch, begun)
+
+    def _begin(self, step: int, epoch: int) -> Any:
+        """A batch under way: its future, or its rows and a wait for their inputs."""
+        if self._pool is None:
+            return in_thread(self._made, step, epoch)
+        try:
+            rows = self._rows.planned(epoch, step)
+        except ValueError:
+            return None  # it is raised when the batch is needed
+        finish = self._pool.begin(rows, epoch, step)
+        return None if finish is None else (rows, finish)
 
     @property
     def num_batches(self) -> int:
@@ -237,13 +249,16 @@ class PKSampler(keras.utils.PyDataset):
         Returns:
             (x, y) or (x, y, sample_weight), fresh arrays.
         """
-        epoch = self._epoch if epoch is None else epoch
+        return self._made(step, self._epoch if epoch is None else epoch)
+
+    def _made(self, step: int, epoch: int, begun: Any = None) -> tuple:
+        """A batch; of one that processes have begun, what `_begin` returned."""
         if self._closed:
             raise RuntimeError("This sampler was closed: no more batches.")
         with in_flight.call():
             try:
                 make = self._inputs.arrays if self._pool is None else self._pool
-                rows, arrays = self._rows.read(make, epoch, step)
+                rows, arrays = self._rows.read(make, epoch, step, begun)
                 x = self._inputs.packed(arrays)
                 y = _batch.gather(self._targets, rows)
             except SystemExit as error:

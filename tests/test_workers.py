@@ -11,12 +11,13 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 
 from kerastrip import _workers
-from kerastrip._workers import InFlight, LookAhead, WorkerPool
+from kerastrip._workers import InFlight, LookAhead, WorkerPool, in_thread
 
 pytestmark = pytest.mark.backend
 
@@ -70,17 +71,65 @@ def test_results_are_fresh_and_belong_to_their_call(pool):
 
 
 def test_arrays_are_lent_while_there_is_another_place_to_write(pool):
-    kept = [pool(number) for number in range(8)]  # of each worker one is lent
+    kept = [pool(number) for number in range(8)]  # of each worker two are lent
     for number, arrays in enumerate(kept):
         np.testing.assert_array_equal(arrays[0], work(number)[0])
     lent = [arrays[1][2:] for arrays in kept if arrays[1].base is not None]
-    assert len(lent) == 2
+    assert len(lent) == 4
     expected = [part.copy() for part in lent]
     del kept, arrays  # a view of a view keeps its place
     assert pool(9)[1].base is None
     np.testing.assert_array_equal(lent, expected)
     lent.clear()
     assert all(pool(number)[1].base is not None for number in range(8))
+
+
+def test_each_worker_is_asked_for_two_ahead(pool):
+    begun = [pool.begin(number, "slow") for number in range(6)]
+    assert [each is None for each in begun] == [False] * 4 + [True] * 2
+    direct = pool(4)  # a call finds a place beside them
+    for number, each in enumerate(begun[:4]):
+        np.testing.assert_array_equal(each()[1], work(number)[1])
+    np.testing.assert_array_equal(direct[1], work(4)[1])
+
+
+def test_what_was_begun_and_given_up_makes_room(pool):
+    kept = []
+    for number in range(40):
+        pool.begin(number)
+        kept.append(pool(number))  # what is kept has room of its own
+    for number, arrays in enumerate(kept):
+        np.testing.assert_array_equal(arrays[1], work(number)[1])
+    del kept, arrays
+    time.sleep(0.2)
+    assert [worker.load()[:2] for worker in pool._idlest()] == [(0, 0)] * 2
+
+
+def test_many_threads_begin_and_call(pool):
+    def both(number):
+        begun = pool.begin(number, "raise" if number % 7 == 0 else "")
+        called = pool(number + 1)[0][0, 0]
+        if begun is None or number % 5 == 0:
+            return number, called
+        try:
+            return begun()[0][0, 0], called
+        except ValueError:
+            return number, called
+
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(both, range(200), timeout=300))
+    assert results == [(number, number + 1) for number in range(200)]
+
+
+def test_a_batch_whose_receipt_was_interrupted_is_lost_and_no_other(pool):
+    worker = pool._workers[0]
+    lost, next_one = worker.ask((1,)), worker.ask((2,))
+    worker._pipe.recv()  # and here came Ctrl-C
+    np.testing.assert_array_equal(pool._result(worker, next_one)[1], work(2)[1])
+    with pytest.raises(RuntimeError, match="lost to an interrupt"):
+        pool._result(worker, lost)
+    del next_one
+    assert worker.load()[:2] == (0, 0)
 
 
 def test_the_work_is_done_elsewhere(pool):
@@ -112,6 +161,9 @@ def test_an_error_surfaces_and_the_pool_lives_on(pool):
         pool(4, "awkward")
     with pytest.raises(RuntimeError, match=r"worker process.*SystemExit\(3\)"):
         pool(4, "leave")
+    begun = pool.begin(4, "raise")
+    with pytest.raises(ValueError, match="no batch for 4"):
+        begun()
     np.testing.assert_array_equal(pool(1)[0], work(1)[0])
 
 
@@ -232,59 +284,82 @@ def test_close_frees_those_who_wait(pool):
                 call.result(20)
 
 
-def test_look_ahead_answers_like_the_function():
+def test_look_ahead_gives_what_was_begun():
     calls = []
 
-    def make(step, epoch):
+    def begin(step, epoch):
         calls.append((step, epoch))
-        if step == 5:
-            raise ValueError("step 5")
-        return step, epoch
+        return None if step == 5 else (step, epoch)
 
     ahead = LookAhead(steps=50, ahead=2, endless=True)
-    assert [ahead(make, step, 0) for step in range(5)] == [(s, 0) for s in range(5)]
-    with pytest.raises(ValueError, match="step 5"):
-        ahead(make, 5, 0)
-    # In order nothing is made twice; out of order nothing is made ahead.
-    time.sleep(0.1)
-    assert len(calls) == len(set(calls))
+    assert [ahead(begin, step, 0) for step in range(5)] == [(s, 0) for s in range(5)]
+    assert ahead(begin, 5, 0) is None
+    # In order nothing is begun twice, nor before its turn; out of order nothing at all.
+    assert [calls.count((step, 0)) for step in (4, 5, 6)] == [1, 3, 0]
     made = len(calls)
-    assert ahead(make, 40, 0) == (40, 0)
-    assert len(calls) == made + 1
-    assert ahead(make, 0, 1) == (0, 1)
+    assert ahead(begin, 40, 0) is None
+    assert len(calls) == made
+    assert ahead(begin, 0, 1) == (0, 1)
+
+
+def test_look_ahead_asks_again_for_what_could_not_be_begun():
+    calls, full = [], True
+
+    def begin(step, epoch):
+        calls.append(step)
+        return None if full and len(calls) > 1 else step
+
+    ahead = LookAhead(steps=50, ahead=3, endless=True)
+    assert ahead(begin, 0, 0) == 0
+    assert calls == [0, 1]  # no later one before it
+    full = False
+    assert ahead(begin, 1, 0) == 1
+    assert calls == [0, 1, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("endless", [True, False])
 def test_look_ahead_is_ahead_of_order_and_shuffle(endless):
-    """Every batch but the first is made elsewhere, and no more than are needed."""
-    calls, here = [], threading.get_ident()
+    """Every batch is begun, each once, and no more than are needed."""
+    calls = []
 
-    def make(step, epoch):
+    def begin(step, epoch):
         calls.append((step, epoch))
-        assert threading.get_ident() != here
         return step, epoch
 
     ahead, chance = LookAhead(steps=9, ahead=2, endless=endless), random.Random(1)
     for epoch in (0, 1) if endless else (0, 0):
         for step in range(9):
-            assert ahead(make, step, epoch) == (step, epoch)
-    time.sleep(0.1)
-    assert set(calls[-2:]) == {(0, 2 * endless), (1, 2 * endless)}
+            assert ahead(begin, step, epoch) == (step, epoch)
+            assert len(calls) == len(set(calls)) or not endless
+    assert calls[-2:] == [(0, 2 * endless), (1, 2 * endless)]
     calls.clear()
     random.seed(chance.random())
     for epoch in (4, 5):
         order = list(range(9))
         ahead.expect_shuffle()
         random.shuffle(order)
-        assert [ahead(make, step, epoch)[0] for step in order] == order
+        assert [ahead(begin, step, epoch)[0] for step in order] == order
     assert len(calls) == len(set(calls)) == 2 * 9
 
 
 def test_look_ahead_may_be_asked_by_many_threads():
     ahead = LookAhead(steps=40, ahead=3, endless=True)
+
+    def ask(step):
+        begun = ahead(partial(in_thread, lambda *key: key), step, 0)
+        return (step, 0) if begun is None else begun.result()
+
     with ThreadPoolExecutor(8) as threads:
-        asked = [threads.submit(ahead, lambda *key: key, s % 40, 0) for s in range(800)]
+        asked = [threads.submit(ask, s % 40) for s in range(800)]
     assert [each.result() for each in asked] == [(s % 40, 0) for s in range(800)]
+
+
+def test_a_thread_hands_over_what_it_made_or_raised():
+    assert in_thread(threading.get_ident).result(60) != threading.get_ident()
+    with pytest.raises(ValueError, match="no batch for 4"):
+        in_thread(work, 4, "raise").result(60)
+    with pytest.raises(SystemExit):
+        in_thread(sys.exit, 3).result(60)
 
 
 def test_in_flight_waits_for_calls_and_refuses_new_ones():
