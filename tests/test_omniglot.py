@@ -70,7 +70,7 @@ def data(tmp_path, omniglot, monkeypatch):
 
 def test_drawings_come_with_alphabet_and_character(omniglot, data):
     images, labels = omniglot.load(omniglot.fetch("small2", data))
-    assert images.shape == (24 * DRAWERS, 32, 32, 1)
+    assert images.shape == (24 * DRAWERS, omniglot.SIZE, omniglot.SIZE, 1)
     assert labels[0] == "Latin/character01"
     assert set(omniglot.alphabets(labels)) == {"Latin", "Runes"}
 
@@ -90,17 +90,83 @@ def test_place_and_size_of_a_drawing_do_not_matter(omniglot):
         return omniglot.centred(image)
 
     usual = drawn(30, 20, 30)
-    assert usual.shape == (32, 32, 1)
+    assert usual.shape == (omniglot.SIZE, omniglot.SIZE, 1)
     assert usual.min() < 100
     assert usual.max() == 255
     np.testing.assert_array_equal(drawn(60, 5, 30), usual)
     rows, columns, _ = np.nonzero(drawn(10, 10, 40) < 200)
-    assert abs(rows.mean() - 15.5) < 0.5
-    assert abs(columns.mean() - 15.5) < 0.5
+    assert abs(rows.mean() - omniglot.MIDDLE) < 0.5
+    assert abs(columns.mean() - omniglot.MIDDLE) < 0.5
     for size in (25, 40):
         assert np.abs(drawn(10, 10, size).astype(int) - usual).mean() < 12
     dot = drawn(50, 50, 1)
-    assert (dot < 200).sum() < 20
+    assert (dot < 200).mean() < 0.02
+
+
+def test_other_hands_warp_a_drawing(omniglot):
+    """Each part of the warp does what it is named after, within its bounds."""
+    square = np.full((omniglot.SIZE, omniglot.SIZE, 1), 255, np.uint8)
+    middle = omniglot.SIZE // 2
+    square[middle - 6 : middle + 6, middle - 6 : middle + 6] = 0
+
+    class Fixed:
+        """Draws one of the five numbers, and no bends unless asked."""
+
+        def __init__(self, which=0, value=0.0, bend=0.0):
+            self.which, self.value, self.bend = which, value, bend
+
+        def uniform(self, low, high, size):
+            return self.value * (np.arange(size) == self.which)
+
+        def normal(self, size):
+            return np.full(size, self.bend)
+
+    def ink(rng, strength=1.0):
+        return 255.0 - omniglot.redrawn(square, rng, strength)[..., 0]
+
+    def centre(picture):
+        grid = np.mgrid[: omniglot.SIZE, : omniglot.SIZE]
+        return (grid * picture).sum((1, 2)) / picture.sum()
+
+    same = ink(Fixed())
+    np.testing.assert_array_equal(same, 255.0 - square[..., 0])
+    for sign in (-1, 1):
+        assert ink(Fixed(2, sign)).sum() == pytest.approx(
+            same.sum() * (1 + 0.2 * sign) ** 2, rel=0.05
+        )
+        turned = ink(Fixed(0, sign))
+        assert turned.sum() == pytest.approx(same.sum(), rel=0.05)
+        assert np.abs(turned - same).sum() > 0.1 * same.sum()
+        for which, axis in ((3, 1), (4, 0)):
+            moved = centre(same) - centre(ink(Fixed(which, sign)))
+            assert moved[axis] == pytest.approx(0.1 * sign * omniglot.SIZE, abs=0.1)
+            assert abs(moved[1 - axis]) < 0.1
+    half = centre(same) - centre(ink(Fixed(3, 1), strength=0.5))
+    assert half[1] == pytest.approx(0.05 * omniglot.SIZE, abs=0.1)
+    bent = centre(same) - centre(ink(Fixed(bend=1.0)))
+    np.testing.assert_allclose(bent, omniglot.SIZE / 40, atol=0.1)
+
+
+def test_random_batches_are_of_the_size_of_the_sampler(omniglot):
+    rng = np.random.default_rng(0)
+    shape = 40, omniglot.SIZE, omniglot.SIZE, 1
+    images, labels = rng.integers(0, 256, shape, "uint8"), np.repeat(list("abcde"), 8)
+    sampler = kerastrip.PKSampler(
+        images, labels, classes_per_batch=3, samples_per_class=4, batches_per_epoch=2
+    )
+    batches = omniglot.RandomBatches(sampler, images, kerastrip.Augmentation.none())
+    assert len(batches) == 2
+    seen = []
+    for _ in range(2):
+        for step in range(2):
+            x, (one_hot, codes) = batches[step]
+            rows = [int((images == one).all((1, 2, 3)).argmax()) for one in x]
+            assert len(set(rows)) == 12
+            np.testing.assert_array_equal(codes, sampler.labels[rows])
+            np.testing.assert_array_equal(one_hot.argmax(1), codes)
+            seen.append(tuple(rows))
+        batches.on_epoch_end()
+    assert len(set(seen)) == 4
 
 
 # The download -------------------------------------------------------------------------
@@ -284,7 +350,7 @@ def test_official_runs_are_read_wherever_the_archive_has_them(
     pairs = list(omniglot.official_runs(tmp_path / "all_runs.zip"))
     assert len(pairs) == runs
     for trained, tested in pairs:
-        assert trained.shape == (20, 32, 32, 1)
+        assert trained.shape == (20, omniglot.SIZE, omniglot.SIZE, 1)
         np.testing.assert_array_equal(trained, tested)
 
 
@@ -336,10 +402,8 @@ def test_omniglot_from_archives_to_report(omniglot, data, capsys, monkeypatch):
     )
     assert max(map(float, errors.groups())) < 50  # of views; 95 by chance
     model = keras.models.load_model(data / "out" / "model.keras")
-    aug = kerastrip.Augmentation.load(data / "out" / "augmentation.json")
-    rows = kerastrip.embed(
-        model, np.zeros((2, 32, 32, 1), "uint8"), output=1, augmentation=aug, views=2
-    )
+    drawings = np.zeros((2, omniglot.SIZE, omniglot.SIZE, 1), "uint8")
+    rows = kerastrip.embed(model, drawings, output=1)
     assert rows.shape == (2, omniglot.DIM)
     assert "<h1>Omniglot</h1>" in (data / "out" / "report.html").read_text()
     assert len((data / "out" / "history.csv").read_text().splitlines()) == 2
