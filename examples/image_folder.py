@@ -14,6 +14,7 @@ The folder `--out` gets `model.keras`, `augmentation.json`, `history.csv` and
 
 Two lines to change for your own images: what may happen to one without making it
 another class (`augmentation`), and, for photographs, the network (`build_model`).
+There must be four classes at least; with so few the figures mean little.
 """
 
 import argparse
@@ -107,8 +108,15 @@ def print_epoch(epoch, logs):
 def train(images, args):
     """One training: the figures of pixels, untrained and trained network."""
     keras.utils.set_random_seed(args.seed)
+    count = len(np.unique(images.labels))
+    if count < 4:
+        raise SystemExit(
+            f"{args.directory} has {count} classes. It takes at least four: two to learn "
+            "from and two others to judge by."
+        )
+    held_out = min(max(round(args.test * count), 2), count - 2)
     fit_rows, unseen_rows = kerastrip.split_classes(
-        images.labels, test=args.test, seed=args.seed
+        images.labels, test=held_out, seed=args.seed
     )
     _, sizes = np.unique(images.labels[fit_rows], return_counts=True)
     classes = np.count_nonzero(sizes > 1)  # one image alone has no positive

@@ -82,7 +82,7 @@ ARCHIVES = {  # set: file, bytes, SHA-256
 }
 OTHER = {"small1": "small2", "small2": "small1"}
 PIXELS = 105  # of a side of a drawing
-SIZE = 40  # of a side of what the network sees
+SIZE = 48  # of a side of what the network sees
 MIDDLE = (SIZE - 1) / 2
 PLACES = np.mgrid[:SIZE, :SIZE].astype(np.float32)[::-1].transpose(1, 2, 0) - MIDDLE
 WAYS = 20

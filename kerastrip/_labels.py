@@ -134,7 +134,14 @@ def _label_values(labels: Any, name: str) -> tuple[np.ndarray, int | None]:
         return _from_one_hot(values, name), values.shape[1]
     if values.ndim != 1:
         raise ValueError(
-            _checks.message(name, "shape (samples,) or (samples, classes)", values)
+            _checks.message(
+                name,
+                "shape (samples,) or (samples, classes)",
+                values,
+                f"Pass the `labels` of the {type(labels).__name__}."
+                if hasattr(labels, "labels")
+                else "",
+            )
         )
     if len(values) == 0:
         raise ValueError(_checks.message(name, "at least one label", values))

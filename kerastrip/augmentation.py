@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+import keras
 import numpy as np
 
 from kerastrip import _checks, _targets
@@ -123,7 +124,7 @@ class Augmentation:
                     stacklevel=2,
                 )
                 pipeline.seed = None
-        elif not callable(pipeline):
+        elif isinstance(pipeline, keras.Layer) or not callable(pipeline):
             raise TypeError(
                 _checks.message(
                     "pipeline",
@@ -131,6 +132,8 @@ class Augmentation:
                     pipeline,
                     "Wrap a list of transforms in albumentations.Compose."
                     if isinstance(pipeline, Sequence)
+                    else "Keras layers belong into the model."
+                    if callable(pipeline)
                     else "",
                 )
             )

@@ -197,12 +197,16 @@ class PKPlan:
         self.max_per_class = max_per_class
         self.shard = _checked_shard(shard, self.classes_per_batch)
         self.seed = check("seed", seed)
-        if self.samples_per_class == 1:
-            warnings.warn(
-                "samples_per_class=1 puts one row of each class into a batch: there "
-                "are no positives for a triplet loss to mine. Use 2 or more.",
-                stacklevel=2,
-            )
+        for name, what, lacking in (
+            ("samples_per_class", "one row of each class", "positives"),
+            ("classes_per_batch", "the rows of one class", "negatives"),
+        ):
+            if getattr(self, name) == 1:
+                warnings.warn(
+                    f"{name}=1 puts {what} into a batch: there are no {lacking} for a "
+                    "triplet loss to mine. Use 2 or more.",
+                    stacklevel=2,
+                )
 
         table = _labels.LabelTable(labels, classes)
         self._table = table
@@ -264,8 +268,8 @@ class PKPlan:
                     f"({len(np.unique(code))} have any)",
                     self.classes_per_batch,
                     "Draw fewer classes per batch, or lower `min_class_size`."
-                    if usable
-                    else f"No class has {least} samples.",
+                    if usable > 1
+                    else f"A triplet takes two classes of at least {least} samples.",
                 )
             )
         told = []

@@ -10,6 +10,7 @@ import threading
 import warnings
 
 import albumentations as A
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -687,7 +688,12 @@ def test_unknown_transform_and_plain_callable(aug):
 
 @pytest.mark.parametrize(
     ("pipeline", "words"),
-    [([A.HorizontalFlip()], "Wrap a list .*Compose"), (None, "None"), (3, "3")],
+    [
+        ([A.HorizontalFlip()], "Wrap a list .*Compose"),
+        (keras.layers.RandomFlip(), "RandomFlip.* belong into the model"),
+        (None, "None"),
+        (3, "3"),
+    ],
 )
 def test_pipelines_that_are_none(pipeline, words):
     with pytest.raises(TypeError, match=f"`pipeline`.*{words}"):

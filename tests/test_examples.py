@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import pathlib
+import shutil
 
 import cv2
 import keras
@@ -106,6 +107,21 @@ def test_image_folder_learns_from_any_folder_of_class_folders(tmp_path, capsys):
     augmentation = kerastrip.Augmentation.load(out / "augmentation.json")
     assert model.output_shape == [(None, 9), (None, 64)]
     assert augmentation(np.zeros((16, 16, 1), "uint8"), 0).shape == (16, 16, 1)
+
+
+def test_image_folder_takes_four_classes(tmp_path):
+    for row in range(16):
+        folder = tmp_path / "photos" / f"{row % 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image = np.random.default_rng(row).integers(0, 256, (16, 16), "uint8")
+        cv2.imwrite(str(folder / f"{row:03}.png"), image)
+    options = ["--out", str(tmp_path), "--size", "16", "--epochs", "1"]
+    example = load_example("image_folder")
+    figures = example.main([str(tmp_path / "photos"), *options])
+    assert 0 <= figures["trained"]["map@r"] <= 1
+    shutil.rmtree(folder)
+    with pytest.raises(SystemExit, match=r"photos has 3 classes.*at least four"):
+        example.main([str(tmp_path / "photos"), *options])
 
 
 def rows_of_table(text):

@@ -169,3 +169,11 @@ def test_bad_tables_and_codes_are_refused():
             table.decode(codes)
     assert table.decode(np.empty(0, int)).tolist() == []
     assert table.decode(2) == 6
+
+
+def test_a_source_in_place_of_labels_is_told_where_they_are():
+    class Photos:
+        labels = (1, 2)
+
+    with pytest.raises(ValueError, match="Pass the `labels` of the Photos"):
+        LabelTable(Photos())

@@ -462,15 +462,23 @@ def test_one_warning_names_at_most_ten_classes():
     assert "7 of 21 classes have fewer than samples_per_class=4" in text
     assert "'class13', " in text
     assert "'class19'." in text
-    (text,) = caught(labels + ["big"] * 9, 1, 4, small_classes="drop")
+    _, text = caught(labels + ["big"] * 9, 1, 4, small_classes="drop")
     assert "20 of 21 classes" in text
     assert "repeat" not in text
 
 
-def test_one_row_per_class_warns():
+def test_one_row_per_class_or_one_class_warns():
     (text,) = caught(histogram([4, 4]), 2, 1)
     assert "samples_per_class=1" in text
     assert "no positives" in text
+    (text,) = caught(histogram([4, 4]), 1, 2)
+    assert "classes_per_batch=1" in text
+    assert "no negatives" in text
+
+
+def test_one_class_is_too_few():
+    with pytest.raises(ValueError, match=r"at most 1, .* A triplet takes two classes"):
+        PKPlan([7] * 9, classes_per_batch=2, samples_per_class=4)
 
 
 def test_a_long_coverage_epoch_warns():
@@ -618,7 +626,7 @@ LABELS = np.repeat(np.arange(6), 4)
     ("options", "error", "fragments"),
     [
         ({"classes_per_batch": 7}, ValueError, ["at most 6", "7", "min_class_size"]),
-        ({"min_class_size": 5}, ValueError, ["classes_per_batch", "No class has 5"]),
+        ({"min_class_size": 5}, ValueError, ["classes_per_batch", "two classes of at least 5 samples"]),
         ({"classes_per_batch": 0}, ValueError, ["integer of at least 1", "0"]),
         ({"classes_per_batch": 2.0}, TypeError, ["integer of at least 1", "2.0"]),
         ({"classes_per_batch": True}, TypeError, ["integer", "True"]),
