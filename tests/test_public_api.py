@@ -518,6 +518,8 @@ def test_readme_links_lead_somewhere():
     links = re.findall(r"\[([^\]]*)\]\(([^)]*)\)", text)
     missing = [target for _, target in links if not (ROOT / target).exists()]
     assert not missing
+    examples = {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
+    assert examples <= {target for _, target in links}
     names = {name.strip("`"): target for name, target in links if name[:1] == "`"}
     assert names.keys() == set(kerastrip.__all__) - {"__version__"}
     for name, target in names.items():
