@@ -76,7 +76,7 @@ class WorkerPool:
                 for _ in range(processes):
                     self._workers.append(_Worker(context, work, layout))
             for worker in self._workers:
-                worker.started()
+                worker.receive()
         except Exception as error:
             self.close()
             raise RuntimeError(
@@ -190,10 +190,6 @@ class _Worker:
         """Tasks that are not done, places in use, tasks that there have been."""
         return len(self._tasks), _PLACES - self.spare, self._asked
 
-    def started(self) -> None:
-        """Waits until the process can work."""
-        self._receive()
-
     def ask(self, args: Sequence[Any], left: int = 0) -> _Task | None:
         """Sends a task; None if no more than `left` places are spare."""
         with self._asking:
@@ -211,19 +207,19 @@ class _Worker:
         while not condition():
             with self._waiting:
                 if not condition():  # after those who waited before
-                    self._receive()
+                    self.receive()
 
     def collect(self) -> None:
         """Receives what the process has done already, needed or not."""
         if self._waiting.acquire(blocking=False):  # else somebody is about to
             try:
                 while self._pipe.poll():
-                    self._receive()
+                    self.receive()
             finally:
                 self._waiting.release()
 
-    def _receive(self) -> None:
-        """Waits for one task and stores what came of it."""
+    def receive(self) -> None:
+        """Waits for one word of the process: that it can work, or what came of a task."""
         ready: Sequence = ()
         while self._pipe not in ready:
             ready = wait([self._pipe, self.process.sentinel], _PATIENCE)

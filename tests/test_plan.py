@@ -626,7 +626,11 @@ LABELS = np.repeat(np.arange(6), 4)
     ("options", "error", "fragments"),
     [
         ({"classes_per_batch": 7}, ValueError, ["at most 6", "7", "min_class_size"]),
-        ({"min_class_size": 5}, ValueError, ["classes_per_batch", "two classes of at least 5 samples"]),
+        (
+            {"min_class_size": 5},
+            ValueError,
+            ["classes_per_batch", "two classes of at least 5 samples"],
+        ),
         ({"classes_per_batch": 0}, ValueError, ["integer of at least 1", "0"]),
         ({"classes_per_batch": 2.0}, TypeError, ["integer of at least 1", "2.0"]),
         ({"classes_per_batch": True}, TypeError, ["integer", "True"]),
