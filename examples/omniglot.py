@@ -15,13 +15,13 @@ Leave out `--precision` where the processor has no instructions for bfloat16.
 The folder `--out` gets `model.keras`, `history.csv` and `report.html`.
 
 After these 15 minutes on two cores (5,900 batches, seed 0) the validation error was 9.4 %
-with 16 views and 11.7 % with one (4,000 episodes, +- 0.3 %), on katakana and Sanskrit.
-Sanskrit has 9.1 %, katakana 10.2 %; half of the errors are between 50 of the 1,942 pairs of
-characters. Over all alphabets of the other set, of which two were trained on, it is 6.5 %.
+with 16 views and 11.7 % with one (4,000 episodes, +- 0.3 %): Sanskrit 9.1 %, katakana
+10.2 %. Half of the errors are between 50 of the 1,942 pairs of characters. Over all
+alphabets of the other set, of which two were trained on, it is 6.5 %.
 
 What helped, in percent of error. First 600 batches of 32-pixel drawings, bends of 0.8,
-seed 0 and where there was time seed 1; the default is 48 classes x 4, semi-hard, margin 0.2, both heads,
-turned and mirrored drawings as classes of their own:
+seed 0 and where there was time seed 1; the default is 48 classes x 4, semi-hard, margin
+0.2, both heads, turned and mirrored drawings as classes of their own:
 
 | | one view | 16 views |
 |---|---|---|
@@ -66,9 +66,9 @@ Then longer, seed 0; each line is the first one and one change ("bends" in pixel
 
 In 192 random drawings a drawing has 0.2 others of its class on the average; P x K gives
 it three. 64 pixels take 1.6 times the time of 48. More training, more layers and more
-classes lower the error on the alphabets of the training (12 % after 600 batches, 6 % after
-10,000), hardly that on others. Trained on the other set, bends of 0.8, 2,000 batches, it
-is 17.5 and 16.6 %.
+classes lower the error on the alphabets of the training (12 % after 600 batches, 6 %
+after 10,000), hardly that on others. Trained on the other set, bends of 0.8, 2,000
+batches, it is 17.5 and 16.6 %.
 
 What an earlier network of 32 pixels showed, 800 batches with the transforms of
 albumentations, one view, +- 1.2:
