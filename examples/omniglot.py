@@ -228,7 +228,7 @@ def turned(images, labels, turns):
 def redrawn(image, rng, strength):
     """The drawing as other hands do it: turned, slanted, scaled, shifted and bent.
 
-    One warp for all takes a tenth of the time of one transform for each.
+    One warp for all took less than a fifth of the time of albumentations' two.
 
     Args:
         image: (SIZE, SIZE, 1) uint8.
@@ -292,7 +292,7 @@ class RandomBatches(keras.utils.PyDataset):
         size = plan.classes_per_batch * plan.samples_per_class
         rows = np.random.default_rng(key).choice(len(self.images), size, replace=False)
         codes = plan.codes[rows]
-        one_hot = np.eye(len(plan.classes_), dtype=np.float32)[codes]
+        one_hot = keras.utils.to_categorical(codes, len(plan.classes_))
         return self.aug.batch(self.images, *key, rows=rows), (one_hot, codes)
 
 
