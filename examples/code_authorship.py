@@ -49,7 +49,7 @@ LENGTH = 1024  # characters of a window
 SHORTEST, LONGEST = 1500, 8000  # characters of a file
 FEWEST, MOST = 12, 40  # files of a package that is judged
 VIEWS = 8
-DIM = 128
+DIM = 256
 FOREIGN = re.compile(r"vendor|extern|_distutils|encodings|site-packages|_pb2|gapic")
 
 
@@ -121,20 +121,31 @@ def judged_rows(packages, test, seed):
 # Model --------------------------------------------------------------------------------
 
 
-def build_model(width):
-    """(batch, LENGTH) characters -> embedding."""
+def build_model(width, classes):
+    """(batch, LENGTH) characters -> [logits, embedding].
+
+    One branch counts patterns of 3 and of 5 characters that it chooses itself (of
+    frequencies the root, as rare ones count, too), the other reads longer ones.
+    """
     layers = keras.layers
     characters = keras.Input((LENGTH,), dtype="uint8")
-    x = layers.Embedding(128, 16)(characters)
+    x = letters = layers.Embedding(128, 16)(characters)
+    parts = []
+    for size in (3, 5):
+        found = layers.Conv1D(128, size, padding="same", activation="relu")(letters)
+        often = layers.GlobalAveragePooling1D(dtype="float32")(found)
+        parts.append(keras.ops.sqrt(often + 1e-4))
     for filters, size in ((width, 7), (width, 5), (2 * width, 5)):
         x = layers.Conv1D(filters, size, strides=2, padding="same", use_bias=False)(x)
         x = layers.ReLU()(layers.BatchNormalization()(x))
-    x = layers.Concatenate()(
-        [layers.GlobalMaxPooling1D()(x), layers.GlobalAveragePooling1D()(x)]
-    )
-    x = layers.Dense(DIM)(layers.BatchNormalization()(x))
+    parts += [layers.GlobalMaxPooling1D()(x), layers.GlobalAveragePooling1D()(x)]
+    x = layers.Concatenate(dtype="float32")(parts)
+    x = layers.BatchNormalization(dtype="float32")(x)
+    x = layers.Dense(DIM, dtype="float32")(x)
     embedding = layers.UnitNormalization(dtype="float32", name="style")(x)
-    return keras.Model(characters, embedding)
+    scaled = layers.Rescaling(10.0, dtype="float32")(embedding)
+    logits = layers.Dense(classes, dtype="float32", name="folder")(scaled)
+    return keras.Model(characters, [logits, embedding])
 
 
 # Judging ------------------------------------------------------------------------------
@@ -192,15 +203,20 @@ def train(codes, folders, aug, args):
         samples_per_class=args.samples_per_class,
         batches_per_epoch=args.batches_per_epoch,
         min_class_size=args.samples_per_class,
+        targets=("one_hot", "label"),
         augment=aug,
         seed=args.seed,
     )
-    model = build_model(args.width)
+    model = build_model(args.width, len(sampler.classes_))
     steps = args.epochs * len(sampler)
     schedule = keras.optimizers.schedules.CosineDecay(args.learning_rate, steps)
     model.compile(
         keras.optimizers.Adam(schedule),
-        kerastrip.TripletLoss(margin=args.margin, mining="semi_hard"),
+        loss=[
+            kerastrip.CategoricalFocalLoss(gamma=0.0, from_logits=True),
+            kerastrip.TripletLoss(margin=args.margin, mining="semi_hard"),
+        ],
+        loss_weights=[1.0, 5.0],
     )
     guard = kerastrip.CollapseGuard()
     model.fit(
@@ -231,6 +247,7 @@ def main(argv=None):
     parser.add_argument("--test", type=float, default=0.3, help="share of the packages")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", default="float32", help="or mixed_bfloat16")
     parser.add_argument("--classes-per-batch", type=int, default=32)
     parser.add_argument("--samples-per-class", type=int, default=4)
     parser.add_argument("--batches-per-epoch", type=int, default=50)
@@ -239,6 +256,7 @@ def main(argv=None):
     parser.add_argument("--width", type=int, default=64)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    keras.mixed_precision.set_global_policy(args.precision)
     start = time.perf_counter()
 
     texts, packages, folders = load(args.packages)

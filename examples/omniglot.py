@@ -258,7 +258,12 @@ def augmentation(strength, seed):
 
 
 def build_model(classes, width):
-    """Drawings -> [logits, embedding]; the logits are read from the embedding."""
+    """Drawings -> [logits, embedding].
+
+    The embedding is what the last convolution sees in each of 3 x 3 places. A layer
+    that mixes the places fits the alphabets of the training alone, so only the logits
+    are behind one.
+    """
     layers = keras.layers
     drawings = keras.Input((SIZE, SIZE, 1))
     x = layers.Rescaling(-1 / 255, offset=1.0)(drawings)  # ink is 1
@@ -267,9 +272,10 @@ def build_model(classes, width):
         # Pooled first, the rest has a quarter to do. The momentum suits short runs.
         x = layers.BatchNormalization(momentum=0.9)(layers.MaxPooling2D()(x))
         x = layers.ReLU()(x)
-    x = layers.Dense(DIM)(layers.Flatten()(x))
+    x = layers.Flatten()(x)
     embedding = layers.UnitNormalization(dtype="float32", name="embedding")(x)
-    scaled = layers.Rescaling(10.0, dtype="float32")(embedding)
+    mixed = layers.UnitNormalization(dtype="float32")(layers.Dense(DIM)(x))
+    scaled = layers.Rescaling(10.0, dtype="float32")(mixed)
     logits = layers.Dense(classes, dtype="float32", name="character")(scaled)
     return keras.Model(drawings, [logits, embedding])
 

@@ -404,6 +404,6 @@ def test_omniglot_from_archives_to_report(omniglot, data, capsys, monkeypatch):
     model = keras.models.load_model(data / "out" / "model.keras")
     drawings = np.zeros((2, omniglot.SIZE, omniglot.SIZE, 1), "uint8")
     rows = kerastrip.embed(model, drawings, output=1)
-    assert rows.shape == (2, omniglot.DIM)
+    assert rows.shape == (2, 3 * 3 * 8 * options["width"])
     assert "<h1>Omniglot</h1>" in (data / "out" / "report.html").read_text()
     assert len((data / "out" / "history.csv").read_text().splitlines()) == 2
