@@ -486,7 +486,7 @@ def main(argv=None):
     parser.add_argument("--classes-per-batch", type=int, default=48)
     parser.add_argument("--samples-per-class", type=int, default=4)
     parser.add_argument("--mining", default="semi_hard")
-    parser.add_argument("--margin", type=float, default=0.2)
+    parser.add_argument("--margin", type=float, default=0.1)
     parser.add_argument("--gamma", type=float, default=0.0)
     parser.add_argument("--focal-weight", type=float, default=1.0)
     parser.add_argument("--triplet-weight", type=float, default=5.0)
