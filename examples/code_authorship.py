@@ -20,16 +20,22 @@ To learn from, there are not enough packages, but many folders in them: a class 
 folder, or a single module. A view of a file is a window into it, drawn anew each time
 like any other augmentation; several views of one file are averaged in the end.
 
-What one run gave (seed 0, 313 files of 10 unseen packages, 210 s on two busy cores):
+What one run gave (seed 0, 433 files of 14 unseen packages, 243 s on two cores):
 
 | | AUC | EER | recall@1 | MAP@R |
 |---|---|---|---|---|
-| one window, trigrams | 0.671 | 0.366 | 0.748 | 0.238 |
-| one window, network | 0.725 | 0.333 | 0.575 | 0.224 |
-| whole file, trigrams | 0.752 | 0.303 | 0.927 | 0.475 |
-| whole file, network | 0.776 | 0.289 | 0.786 | 0.363 |
+| one window, trigrams | 0.649 | 0.389 | 0.677 | 0.185 |
+| one window, network | 0.777 | 0.301 | 0.617 | 0.209 |
+| whole file, trigrams | 0.722 | 0.335 | 0.880 | 0.376 |
+| whole file, network | 0.827 | 0.262 | 0.790 | 0.320 |
 
-The network verifies better, by a little on whole files; trigrams retrieve better.
+The network verifies better. Trigrams retrieve better: the nearest file is often one of
+the same folder, of nearly the same text.
+
+Without the softmax head on the folders, and without the branch that counts patterns, the
+AUC was better than that of trigrams by 0.05 (window) and 0.02 (file) only. Without the
+dense layer before the embedding, 24 epochs, it was 0.768 and 0.820 where with it 0.781
+and 0.834.
 """
 
 import argparse
@@ -132,7 +138,8 @@ def build_model(width, classes):
     x = letters = layers.Embedding(128, 16)(characters)
     parts = []
     for size in (3, 5):
-        found = layers.Conv1D(128, size, padding="same", activation="relu")(letters)
+        # At every other place: half the time, and the frequencies hardly differ.
+        found = layers.Conv1D(128, size, strides=2, activation="relu")(letters)
         often = layers.GlobalAveragePooling1D(dtype="float32")(found)
         parts.append(keras.ops.sqrt(often + 1e-4))
     for filters, size in ((width, 7), (width, 5), (2 * width, 5)):
@@ -245,7 +252,7 @@ def main(argv=None):
     parser.add_argument("--more", type=pathlib.Path, default=paths["stdlib"])
     parser.add_argument("--out", type=pathlib.Path, default="runs/code")
     parser.add_argument("--test", type=float, default=0.3, help="share of the packages")
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", default="float32", help="or mixed_bfloat16")
     parser.add_argument("--classes-per-batch", type=int, default=32)

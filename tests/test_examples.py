@@ -228,9 +228,10 @@ def test_code_authorship_hears_style_and_no_words(tmp_path):
 
 
 @pytest.mark.slow
-def test_code_authorship_verifies_windows_better_than_trigrams(tmp_path):
-    """Verification alone: at retrieval the trigrams are better."""
+def test_code_authorship_verifies_better_than_trigrams(tmp_path):
+    """Verification alone: the nearest file is more often found by trigrams."""
     figures = load_example("code_authorship").main(["--out", str(tmp_path)])
-    trigrams, network = (figures["one window", by] for by in ("trigrams", "network"))
-    assert network["AUC"] > trigrams["AUC"] + 0.02
-    assert network["EER"] < trigrams["EER"]
+    for part in ("one window", "whole file"):
+        trigrams, network = (figures[part, by] for by in ("trigrams", "network"))
+        assert network["AUC"] > trigrams["AUC"] + 0.05
+        assert network["EER"] < trigrams["EER"] - 0.03
