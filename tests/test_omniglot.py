@@ -317,6 +317,28 @@ def test_validation_error_of_embeddings_that_know_so_much(omniglot, right, expec
         assert half < 0.01
 
 
+def test_settled_model_tells_apart_what_it_did_not_learn(omniglot):
+    """Drawings of a character differ, much, in one number, characters in the others."""
+
+    def drawings(seed):
+        rng = np.random.default_rng(seed)
+        labels = np.repeat(np.arange(20), 6)
+        rows = rng.uniform(1, 1.1, (20, 300))[labels]
+        rows[:, 0] = rng.uniform(0, 5, len(labels))
+        return rows.astype("float32"), labels
+
+    def error(model):
+        rows = kerastrip.embed(model, drawings(1)[0], output=0)
+        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-4)
+        return np.mean([omniglot.one_shot_error(rows[::6], rows[n::6]) for n in (1, 2)])
+
+    inputs = keras.Input((300,))
+    unit = keras.layers.UnitNormalization(name="embedding")
+    model = keras.Model(inputs, unit(inputs))
+    settled = omniglot.settled(model, *drawings(0), views=1, aug=None)
+    assert error(settled) < error(model) / 2
+
+
 def official_archive(path, runs, top="", wrong=0):
     """Runs whose items are the drawings of their classes, but for the `wrong` first."""
     members = {}
@@ -403,7 +425,7 @@ def test_omniglot_from_archives_to_report(omniglot, data, capsys, monkeypatch):
     assert max(map(float, errors.groups())) < 50  # of views; 95 by chance
     model = keras.models.load_model(data / "out" / "model.keras")
     drawings = np.zeros((2, omniglot.SIZE, omniglot.SIZE, 1), "uint8")
-    rows = kerastrip.embed(model, drawings, output=1)
+    rows = kerastrip.embed(model, drawings)
     assert rows.shape == (2, 3 * 3 * 8 * options["width"])
     assert "<h1>Omniglot</h1>" in (data / "out" / "report.html").read_text()
     assert len((data / "out" / "history.csv").read_text().splitlines()) == 2
