@@ -28,7 +28,8 @@ The same 5,800 batches with seeds 0, 1 and, of the first line, 2:
 | P x K, no softmax head | 10.6, 10.5 | 8.4, 8.3 |
 | random batches of 192, no softmax head | 10.1, 10.2 | 9.2, 9.1 |
 
-And after 600 batches, a tenth of the time, one view, seeds 0 and 1; each line is one change:
+And after 600 batches, a tenth of the time, one view, seeds 0 and 1; each line is one
+change:
 
 | | |
 |---|---|
