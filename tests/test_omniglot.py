@@ -299,6 +299,11 @@ def test_episodes_are_those_of_their_seed(omniglot):
     assert (drawn(0) != drawn(1)).any()
 
 
+def one_view(drawings):
+    """As if the numbers of a drawing were its embedding, and it had one view."""
+    return drawings.reshape(len(drawings), 1, -1).astype(float)
+
+
 @pytest.mark.parametrize(("right", "expected"), [(1.0, 0.0), (0.0, 0.95), (0.5, None)])
 def test_validation_error_of_embeddings_that_know_so_much(omniglot, right, expected):
     """Of a share of the characters the embedding is right, of the others random."""
@@ -308,7 +313,7 @@ def test_validation_error_of_embeddings_that_know_so_much(omniglot, right, expec
     known = rng.permutation(30)[: int(30 * right)]
     for number in known:
         rows[labels == f"Large/{number}"] = 100 * rng.normal(size=16)
-    error, half = omniglot.validation_error(lambda x: x, rows, labels, 400, seed=0)
+    error, half = omniglot.validation_error(one_view, rows, labels, 400, seed=0)
     if expected is None:  # between 10 random of 20, each wrong 9 times of 10, ...
         assert 0.4 < error < 0.5
         assert 0 < half < 0.02
@@ -330,13 +335,36 @@ def test_settled_model_tells_apart_what_it_did_not_learn(omniglot):
     def error(model):
         rows = kerastrip.embed(model, drawings(1)[0], output=0)
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-4)
-        return np.mean([omniglot.one_shot_error(rows[::6], rows[n::6]) for n in (1, 2)])
+        first, *others = (rows[n::6, None] for n in range(3))
+        return np.mean([omniglot.one_shot_error(first, other) for other in others])
 
     inputs = keras.Input((300,))
     unit = keras.layers.UnitNormalization(name="embedding")
     model = keras.Model(inputs, unit(inputs))
     settled = omniglot.settled(model, *drawings(0), views=1, aug=None)
     assert error(settled) < error(model) / 2
+
+
+def test_views_that_agree_decide(omniglot):
+    """Of four views of a drawing one is that of its character; the mean tells less."""
+    rng = np.random.default_rng(0)
+    trained, tested = rng.normal(size=(2, 50, 4, 64))
+    trained[:, 1] = tested[:, 3] = rng.normal(size=(50, 64))
+    assert omniglot.one_shot_error(trained, tested) == 0
+    means = (rows.mean(axis=1, keepdims=True) for rows in (trained, tested))
+    assert omniglot.one_shot_error(*means) > 0.3
+    assert omniglot.one_shot_error(trained, tested[:, :3]) > 0.8
+
+
+def test_views_of_drawings_are_embedded_one_by_one(omniglot):
+    drawings = np.random.default_rng(0).integers(0, 256, (3, 48, 48, 1), "uint8")
+    inputs = keras.Input((48, 48, 1))
+    model = keras.Model(inputs, keras.layers.Flatten()(inputs))
+    aug = omniglot.augmentation(1, seed=0)
+    rows = omniglot.views_of(model, drawings, 4, aug)
+    expected = kerastrip.embed(model, aug.batch(drawings, 0, views=4)[2])
+    np.testing.assert_array_equal(rows[2], expected)
+    assert len(np.unique(rows.reshape(12, -1), axis=0)) == 12
 
 
 def official_archive(path, runs, top="", wrong=0):
@@ -360,10 +388,6 @@ def official_archive(path, runs, top="", wrong=0):
     write_zip(path, members)
 
 
-def pixels(images):
-    return images.reshape(len(images), -1)
-
-
 @pytest.mark.parametrize(("runs", "top"), [(2, ""), (2, "all_runs/"), (1, "")])
 def test_official_runs_are_read_wherever_the_archive_has_them(
     omniglot, tmp_path, runs, top
@@ -379,7 +403,7 @@ def test_official_runs_are_read_wherever_the_archive_has_them(
 @pytest.mark.parametrize("wrong", [0, 3])
 def test_official_error_is_the_share_of_wrong_matches(omniglot, tmp_path, wrong):
     official_archive(tmp_path / "all_runs.zip", 2, wrong=wrong)
-    error = omniglot.official_error(pixels, tmp_path / "all_runs.zip")
+    error = omniglot.official_error(one_view, tmp_path / "all_runs.zip")
     assert error == pytest.approx(wrong / 20)
 
 
@@ -426,6 +450,6 @@ def test_omniglot_from_archives_to_report(omniglot, data, capsys, monkeypatch):
     model = keras.models.load_model(data / "out" / "model.keras")
     drawings = np.zeros((2, omniglot.SIZE, omniglot.SIZE, 1), "uint8")
     rows = kerastrip.embed(model, drawings)
-    assert rows.shape == (2, 3 * 3 * 8 * options["width"])
+    assert rows.shape == (2, omniglot.FEW)
     assert "<h1>Omniglot</h1>" in (data / "out" / "report.html").read_text()
     assert len((data / "out" / "history.csv").read_text().splitlines()) == 2
