@@ -48,7 +48,8 @@ change:
 In 192 random drawings a drawing has 0.2 others of its class on the average; P x K gives
 it three. So P x K learns faster, most of all where no softmax head, which needs no pairs,
 learns beside. After 5,800 batches little of that is left: with one view all four come to
-the same, to what five alphabets teach about others.
+the same, to what five alphabets teach about others; with 32 views P x K is better by 0.3
+with and by 0.5 without the softmax head.
 
 What comes after the training, seed 0 of the first line; each line is the one above it
 and a change more, but for those with "but", which the next do without:
