@@ -76,10 +76,11 @@ and a change more, but for those with "but", which the next do without:
 | but of 32 views as strong as those learned from | 7.7 |
 
 Some two of the views lie nearly on each other, and then small differences count. Hardly
-any help on trained models: 64 views, four quarter turns side by side, two networks side by
-side, a ridge regression on 16 views of each of the 20 drawings, other powers of the
-differences for the distance, the third layer or the layer before the logits side by side
-with the embedding, directions shortened by how the most alike views still differ.
+any help on trained models: 64 views, four quarter turns side by side, directions
+shortened by how the most alike views still differ, likeness to the other trained drawings
+subtracted. Before views were compared in pairs neither: two networks side by side, a ridge
+regression on 16 views of each of the 20 drawings, other powers of the differences for the
+distance, the third layer or the layer before the logits side by side with the embedding.
 
 What follows was found before, without those last steps.
 
