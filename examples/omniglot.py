@@ -458,8 +458,8 @@ def settled(model, images, labels, views, aug):
     # Of 2,720 drawings the variances are uncertain: ten times their mean is added.
     shorter = directions / np.sqrt(variances + 10 * variances.mean())
     # Few directions hold nearly all that is left.
-    _, main = np.linalg.eigh(shorter.T @ total @ shorter)
-    shorter = shorter @ main[:, -FEW:]
+    _, axes = np.linalg.eigh(shorter.T @ total @ shorter)
+    shorter = shorter @ axes[:, -FEW:]
     last = keras.layers.Dense(shorter.shape[1], use_bias=False, dtype="float32")
     embedding = unit(name="settled")(last(roots))
     last.set_weights([shorter])
@@ -655,7 +655,7 @@ def main(argv=None):
     judged = judged[0][unseen], judged[1][unseen]
 
     model, seconds = train(args, images, labels, judged)
-    # Views to average stay nearer to the drawing than those to learn from.
+    # Views to judge by stay nearer to the drawing than those to learn from.
     aug = augmentation(0.75 * args.strength, args.seed)
     model = settled(model, images, labels, args.views, aug)
     model.save(args.out / "model.keras")
