@@ -17,10 +17,11 @@ The folder `--out` gets `model.keras`, `history.csv` and `report.html`.
 After these 15 minutes on two cores (4,600 batches, seed 0) the validation error was 7.5 %
 with 32 views and 9.1 % with one (4,000 episodes, +- 0.3 %).
 
-More of the same hardly lowers it. With 32 views all networks of both heads below come to
-7.1 to 7.8 %, whatever they give with one. Half of the errors are between 36 of the 1,942
-pairs of characters, such as katakana `shi` and `tsu`. On the alphabets of the training it
-is no less: 7.7 and 7.3 % (narrow, seed 1, and narrow but 32 wide; 16 views).
+More of the same hardly lowers it. With 32 views all networks of both heads below that
+learned from the same set come to 7.1 to 7.8 %, whatever they give with one. Half of the
+errors (narrow, seed 0) are between 36 of the 1,942 pairs of characters, such as katakana
+`shi` and `tsu`. On the alphabets of the training it is no less: 7.7 and 7.3 % (narrow,
+seed 1, and narrow but 32 wide; 16 views).
 
 Batches of 12 to 15 minutes alone on both cores, seeds 0, 1 and 2. "Narrow" is
 `--width 24 --margin 0.1 --strength 1`, 5,800 batches, the default of before, judged by
@@ -29,8 +30,8 @@ views of 0.75 (those of `settled` 0.5, and 16 of them; either changes 0.1 at mos
 | | one view | 32 views |
 |---|---|---|
 | P x K, both heads (the default), 3,800 batches | 9.2, 9.2, 8.8 | 7.4, 7.2, 7.1 |
-| the same in random batches of 192 | 8.6 | 7.3 |
-| the same without softmax head | 10.2 | 8.3 |
+| the default in random batches of 192 | 8.6 | 7.3 |
+| the default without softmax head | 10.2 | 8.3 |
 | narrow | 10.0, 9.8, 9.6 | 7.6, 7.3, 7.2 |
 | narrow but `--strength 0.75` | 9.9 | 7.5 |
 | narrow but `--width 32`, 3,800 batches | 9.6 | 7.4 |
@@ -39,8 +40,8 @@ views of 0.75 (those of `settled` 0.5, and 16 of them; either changes 0.1 at mos
 | narrow, no softmax head, random batches of 192 | 9.8, 9.9, 10.0 | 8.3, 8.2, 8.1 |
 | narrow, trained on the other set | 14.2 | 12.9 |
 
-And after 600 batches, three minutes on one core, one view, seeds 0 and 1, before only 512
-directions were kept; each line is one change:
+And after 600 batches, some three minutes on one core, one view, seeds 0 and 1, before
+only 512 directions were kept; each line is one change of the first:
 
 | | |
 |---|---|
@@ -63,7 +64,7 @@ In 192 random drawings a drawing has 0.2 others of its class on the average; P x
 it three. So P x K learns faster, most of all where no softmax head, which needs no pairs,
 learns beside. At the end little of that is left. Narrow, with one view all four come to
 the same, to what five alphabets teach about others; with 32 views P x K is better by 0.3
-with and by 0.5 without the softmax head. With the margin of 0.4 the softmax head helps
+with and by 0.5 without the softmax head. At the new default the softmax head helps
 more, and beside it random batches are no worse, with one view even better (one seed).
 
 What comes after the training, narrow, seed 0; each line is the one above it and a change
@@ -87,8 +88,9 @@ Some two of the views lie nearly on each other, and then small differences count
 any help on trained models: 64 views, four quarter turns side by side, directions
 shortened by how the most alike views still differ, likeness to the other trained drawings
 subtracted, the third layer side by side with the last. Two networks side by side, 7.4 and
-7.2 % (1,000 and more episodes), come to 7.2 %. Views drawn anew around the best pair, to
-lie on each other still better, make 8.4 % of 7.8: then other characters fit as well.
+7.2 % (2,000 episodes), come to 7.2 %. Views drawn anew around the best pair, to
+lie on each other still better, make 8.4 % of 7.8 (100 episodes): then other characters
+fit better, too.
 Before views were compared in pairs neither helped: a ridge regression on 16 views of each
 of the 20 drawings, other powers of the differences for the distance, the layer before the
 logits side by side with the embedding. Copies of symmetric characters (18 %, by the
