@@ -34,6 +34,7 @@ batches, three minutes on one core, of "narrow", the default of before, `--width
 | 96 x 2 (the default) | 8.9 / 7.6, 9.1 / 7.4 | 11.1, 10.9 |
 | 24 x 8 | 9.0 / 8.0 | 11.3, 11.3 |
 | 144 x 2, 600 batches | 9.1 / 7.7 | |
+| 20 x 9, each batch of one alphabet | 10.7 / 9.0 | |
 | random batches of 192 | 10.2 / 8.7, 10.4 / 8.6 | 13.7, 13.9 |
 | no softmax head | 9.2 / 8.0 | 10.6, 11.0 |
 | no softmax head, random batches | 11.7 / 9.8 | 15.4, 15.3 |
