@@ -265,7 +265,7 @@ def turned(images, labels, turns):
 
 
 def redrawn(image, rng, strength):
-    """The drawing as other hands do it: turned, slanted, scaled, shifted and bent.
+    """The drawing as other hands do it: turned, slanted, scaled, shifted, stretched, bent.
 
     One warp for all took less than a fifth of the time of albumentations' two.
 
@@ -274,12 +274,14 @@ def redrawn(image, rng, strength):
         rng: a `numpy.random.Generator`.
         strength: 1 is what helps to learn from.
     """
-    turn, slant, size, right, down = strength * rng.uniform(-1, 1, 5)
+    turn, slant, size, right, down, aspect = strength * rng.uniform(-1, 1, 6)
     turn, slant = math.radians(15 * turn), math.tan(math.radians(15 * slant))
     cos, sin = math.cos(turn), math.sin(turn)
     matrix = np.array([[cos, cos * slant + sin], [-sin, cos - sin * slant]])
+    # Of one character, some are wide and low, some high and narrow.
+    matrix *= np.exp(0.25 * aspect * np.array([[1], [-1]])) / (1 + 0.2 * size)
     shift = MIDDLE + 0.1 * SIZE * np.array([[right], [down]])
-    places = cv2.transform(PLACES, np.hstack([matrix / (1 + 0.2 * size), shift]))
+    places = cv2.transform(PLACES, np.hstack([matrix, shift]))
     knots = strength * SIZE / 40 * rng.normal(size=(5, 5, 2)).astype(np.float32)
     places += cv2.resize(knots, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
     return cv2.remap(

@@ -110,7 +110,7 @@ def test_other_hands_warp_a_drawing(omniglot):
     square[middle - 6 : middle + 6, middle - 6 : middle + 6] = 0
 
     class Fixed:
-        """Draws one of the five numbers, and no bends unless asked."""
+        """Draws one of the six numbers, and no bends unless asked."""
 
         def __init__(self, which=0, value=0.0, bend=0.0):
             self.which, self.value, self.bend = which, value, bend
@@ -134,6 +134,10 @@ def test_other_hands_warp_a_drawing(omniglot):
         assert ink(Fixed(2, sign)).sum() == pytest.approx(
             same.sum() * (1 + 0.2 * sign) ** 2, rel=0.05
         )
+        stretched = ink(Fixed(5, sign))
+        assert stretched.sum() == pytest.approx(same.sum(), rel=0.05)
+        sides = [stretched.max(axis=axis).sum() for axis in (0, 1)]
+        assert sides[1] / sides[0] == pytest.approx(np.exp(0.5 * sign), rel=0.05)
         turned = ink(Fixed(0, sign))
         assert turned.sum() == pytest.approx(same.sum(), rel=0.05)
         assert np.abs(turned - same).sum() > 0.1 * same.sum()
