@@ -229,8 +229,10 @@ class Subset:
     Example:
         >>> import numpy as np
         >>> part = Subset(np.arange(10) * 10, [7, 3])
-        >>> len(part), part.take([1, 0, 1])
-        (2, array([30, 70, 30]))
+        >>> part
+        Subset(2 of 10 samples)
+        >>> part.take([1, 0, 1])
+        array([30, 70, 30])
     """
 
     def __init__(self, source: Any, rows: Any):
@@ -250,6 +252,9 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"Subset({len(self)} of {len(self._source)} samples)"
 
     def take(self, indices: Any) -> Any:
         """Fresh arrays of the samples, in the order asked for."""

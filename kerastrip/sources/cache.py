@@ -101,6 +101,8 @@ class CachedImages:
         >>> import numpy as np, tempfile
         >>> path = tempfile.mkdtemp()
         >>> _ = cache_images(np.zeros((3, 8, 8), "uint8"), path)
+        >>> CachedImages(path)
+        CachedImages((3, 8, 8), uint8)
         >>> CachedImages(path).take([2, 0]).shape
         (2, 8, 8)
     """
@@ -130,6 +132,9 @@ class CachedImages:
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def __repr__(self) -> str:
+        return f"CachedImages({self.array.shape}, {self.array.dtype})"
 
     def take(self, indices: Any) -> np.ndarray:
         """(len(indices), ...) fresh array of the rows, in the order asked for."""
