@@ -604,7 +604,7 @@ def main(argv=None):
     parser.add_argument("--strength", type=float, default=0.75)
     parser.add_argument("--turns", type=int, default=8, choices=range(1, 9))
     parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--views", type=int, default=32)
+    parser.add_argument("--views", type=int, default=64)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     keras.mixed_precision.set_global_policy(args.precision)

@@ -6,7 +6,10 @@ padding at the end makes all blocks of rows equal. The batch size may be unknown
 a function is traced: sizes are Python integers or scalar tensors.
 
 Columns of the distance matrix are the rows of the batch, and behind them other rows,
-of a memory, which have positives and negatives in nobody's eyes but the batch's.
+of a memory, which have positives and negatives in nobody's eyes but the batch's. They
+get no gradient, and in a triplet with one of them the anchor alone does. For a negative
+that cannot give way the positive would be pulled to the anchor with nothing in return,
+and the batch would shrink to a point.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Terms(NamedTuple):
 
     losses: Any  # (count,) float32
     active: Any  # (count,) int32, how many units are > 0
-    coefficients: Any  # (count, padded) float32
+    coefficients: Any  # (count, columns) float32; with others see `_coefficients`
     counts: Any = ()  # (3, count) int32, what `counts_by_search` returns
     distance: Any = ()  # (count,) float32, likewise
 
@@ -68,7 +68,25 @@ class Rule(NamedTuple):
     census: bool = False  # count the triplets of these rows, for the pair minings
 
 
-def _by_pairs(d: Any, order: Any, here: Anchors, margin: Any, rule: Rule) -> Terms:
+def _coefficients(
+    of_slopes: Callable, slope: Any, inside: Any, here: Anchors, padded: Any
+) -> Any:
+    """The coefficients of a block: `of_slopes` turns slopes of triplets into them.
+
+    With others (count, columns + padded): behind those of the anchors the ones that
+    the rows of the batch get as positives and negatives. These are of the triplets
+    `inside` the batch.
+    """
+    coefficients = of_slopes(slope)
+    if here.other_start is None:
+        return coefficients
+    back = of_slopes(ops.where(inside, slope, 0.0))[:, :padded]
+    return ops.concatenate([coefficients, back], axis=1)
+
+
+def _by_pairs(
+    d: Any, order: Any, here: Anchors, margin: Any, padded: Any, rule: Rule
+) -> Terms:
     """One negative for every positive, found in the sorted row."""
     count, width = ops.shape(d)
     ascending = sorted_negatives(d, order)
@@ -87,14 +105,19 @@ def _by_pairs(d: Any, order: Any, here: Anchors, margin: Any, rule: Rule) -> Ter
     wanted = wanted & (here.negatives > 0)[:, None]
     loss, slope = ops.where(wanted, loss, 0.0), ops.where(wanted, slope, 0.0)
     row = ops.arange(count, dtype="int32")[:, None] * width
-    place = row + ops.take_along_axis(order, at, axis=1)
-    pushed = ops.segment_sum(
-        ops.reshape(slope, (-1,)), ops.reshape(place, (-1,)), num_segments=count * width
-    )
+    negative = ops.take_along_axis(order, at, axis=1)
+    place = ops.reshape(row + negative, (-1,))
+
+    def of_slopes(slope: Any) -> Any:
+        flat = ops.reshape(slope, (-1,))
+        pushed = ops.segment_sum(flat, place, num_segments=count * width)
+        return slope - ops.reshape(pushed, (count, width))
+
+    inside = (ops.arange(width, dtype="int32") < padded) & (negative < padded)
     terms = Terms(
         row_sum(loss),
         count_true(loss > 0),
-        slope - ops.reshape(pushed, (count, width)),
+        _coefficients(of_slopes, slope, inside, here, padded),
     )
     if not rule.census:
         return terms
@@ -105,7 +128,9 @@ def _by_pairs(d: Any, order: Any, here: Anchors, margin: Any, rule: Rule) -> Ter
     )
 
 
-def _by_anchors(d: Any, _: Any, here: Anchors, margin: Any, rule: Rule) -> Terms:
+def _by_anchors(
+    d: Any, order: Any, here: Anchors, margin: Any, padded: Any, rule: Rule
+) -> Terms:
     """The farthest positive and the nearest negative of every row."""
     positive, negative, _ = extremes(d)
     gap = ops.abs(entry(d, positive)), ops.abs(entry(d, negative))
@@ -119,7 +144,9 @@ def _by_anchors(d: Any, _: Any, here: Anchors, margin: Any, rule: Rule) -> Terms
     return Terms(loss, ops.cast(loss > 0, "int32"), slope[:, None] * signs)
 
 
-def _by_triplets(d: Any, _: Any, here: Anchors, margin: Any, rule: Rule) -> Terms:
+def _by_triplets(
+    d: Any, order: Any, here: Anchors, margin: Any, padded: Any, rule: Rule
+) -> Terms:
     """Every triplet, one pass per positive rank."""
     column = ops.arange(ops.shape(d)[1], dtype="int32")
     negative = ~(d < 0)  # NaN too: it has to show in the loss
@@ -135,16 +162,21 @@ def _by_triplets(d: Any, _: Any, here: Anchors, margin: Any, rule: Rule) -> Term
         valid = negative & (rank < here.positives)[:, None]
         loss, slope = loss_and_slope(p[:, None] - n, margin, rule.soft)
         loss, slope = ops.where(valid, loss, 0.0), ops.where(valid, slope, 0.0)
-        pull = _at(column, at) * row_sum(slope)[:, None]
+
+        def of_slopes(slope: Any) -> Any:
+            return _at(column, at) * row_sum(slope)[:, None] - slope
+
+        inside = (column < padded) & (at < padded)[:, None]
         return (
             rank + 1,
             losses + loss,
             active + count_true(loss > 0),
-            coefficients + pull - slope,
+            coefficients + _coefficients(of_slopes, slope, inside, here, padded),
         )
 
     nothing = ops.zeros_like(d)
-    state = (zero(), nothing, ops.zeros_like(here.own), nothing)
+    start = _coefficients(ops.zeros_like, nothing, False, here, padded)
+    state = (zero(), nothing, ops.zeros_like(here.own), start)
     most = ops.max(here.positives)
     _, losses, active, coefficients = ops.while_loop(
         lambda rank, *_: rank < most, step, state
@@ -152,7 +184,9 @@ def _by_triplets(d: Any, _: Any, here: Anchors, margin: Any, rule: Rule) -> Term
     return Terms(row_sum(losses), active, coefficients)
 
 
-def _contrast(d: Any, _: Any, here: Anchors, margin: Any, rule: Rule) -> Terms:
+def _contrast(
+    d: Any, order: Any, here: Anchors, margin: Any, padded: Any, rule: Rule
+) -> Terms:
     """Every pair: half the squared excess over one margin or lack of the other."""
     real = d != -INFINITE
     size = ops.where(real, ops.abs(d), 0.0)
@@ -205,15 +239,18 @@ def _kept_columns(width: Any) -> Any:
 
 
 def _terms_of_block(
-    d: Any, order: Any, here: Anchors, margin: Any, *, rule: Rule
+    d: Any, order: Any, here: Anchors, margin: Any, rows: Any, *, rule: Rule
 ) -> Terms:
-    """The terms of a block, coefficients as far as they are kept.
+    """The terms of a block of the batch's `rows`.
 
     A coefficient is what the difference of two rows is multiplied by:
     d loss / d distance, divided by the distance if that is a root.
     """
-    terms = _TERMS[rule.mining](d, order, here, margin, rule)
+    padded = ops.shape(rows)[0]
+    terms = _TERMS[rule.mining](d, order, here, margin, padded, rule)
     coefficients = terms.coefficients
+    if here.other_start is not None:
+        d = ops.concatenate([d, d[:, :padded]], axis=1)
     if rule.rooted:
         # The least distance of a positive stands for 0, which has no direction.
         apart = (d > 0) | (d < -TINY)
@@ -223,9 +260,12 @@ def _terms_of_block(
     return terms._replace(coefficients=coefficients)
 
 
-def _kept_terms(d: Any, order: Any, here: Anchors, margin: Any, *, rule: Rule) -> Terms:
-    terms = _terms_of_block(d, order, here, margin, rule=rule)
-    columns = _kept_columns(ops.shape(d)[1])
+def _kept_terms(
+    d: Any, order: Any, here: Anchors, margin: Any, rows: Any, *, rule: Rule
+) -> Terms:
+    """`_terms_of_block`, coefficients as far as they are kept."""
+    terms = _terms_of_block(d, order, here, margin, rows, rule=rule)
+    columns = _kept_columns(ops.shape(terms.coefficients)[1])
     return terms._replace(coefficients=terms.coefficients[:, :columns])
 
 
@@ -241,12 +281,13 @@ def _gradient_of_block(
     rule: Rule,
 ) -> tuple[Any, Any]:
     """The block's share in the gradient: of its own rows, and of all rows."""
-    terms = _terms_of_block(d, order, here, margin, rule=rule)
+    terms = _terms_of_block(d, order, here, margin, rows, rule=rule)
     coefficients = terms.coefficients * weights[:, None]
     if rule.matrix:
         return coefficients, ops.zeros((1, 1))
     own = ops.take(rows, here.own, axis=0)
-    back = ops.transpose(coefficients[:, : ops.shape(rows)[0]])
+    back = ops.transpose(coefficients[:, -ops.shape(rows)[0] :])
+    coefficients = coefficients[:, : ops.shape(columns)[0]]
     return (
         row_sum(coefficients)[:, None] * own - ops.matmul(coefficients, columns),
         row_sum(back)[:, None] * rows - ops.matmul(back, own),
@@ -262,9 +303,9 @@ def _gradient_of_kept(batch: Batch, weights: Any, kept: Any, *, matrix: bool) ->
     if batch.others is None:
         kept = kept + ops.transpose(kept)
         return row_sum(kept)[:, None] * rows - ops.matmul(kept, rows)
-    padded = ops.shape(rows)[0]
-    back = ops.transpose(kept[:, :padded])
-    kept = ops.concatenate([kept[:, :padded] + back, kept[:, padded:]], axis=1)
+    padded, width = ops.shape(rows)[0], batch.width()
+    back = ops.transpose(kept[:, width:])
+    kept = ops.concatenate([kept[:, :padded] + back, kept[:, padded:width]], axis=1)
     return row_sum(kept)[:, None] * rows - ops.matmul(kept, batch.columns())
 
 
@@ -303,7 +344,7 @@ def dense_losses(batch: Batch, margin: Any, *, rule: Rule, piece: Callable) -> T
     """
 
     def visit(d: Any, order: Any, here: Anchors, first: Any, *state: Any) -> Any:
-        found = piece(_kept_terms, rule=rule)(d, order, here, margin)
+        found = piece(_kept_terms, rule=rule)(d, order, here, margin, batch.rows)
         corners = (first,), (first,), (first, 0), (0, first), (first,)
         return tuple(map(put, state, corners, found))
 
@@ -313,11 +354,13 @@ def dense_losses(batch: Batch, margin: Any, *, rule: Rule, piece: Callable) -> T
 
 def no_losses(batch: Batch, census: bool) -> Terms:
     """What `dense_losses` returns for a batch without any loss."""
-    padded = ops.shape(batch.rows)[0]
+    padded, width = ops.shape(batch.rows)[0], batch.width()
+    if batch.others is not None:
+        width = width + padded
     terms = Terms(
         ops.zeros((padded,), "float32"),
         ops.zeros((padded,), "int32"),
-        ops.zeros((padded, _kept_columns(batch.width())), "float32"),
+        ops.zeros((padded, _kept_columns(width)), "float32"),
     )
     if not census:
         return terms

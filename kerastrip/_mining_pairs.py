@@ -215,12 +215,15 @@ def pair_losses(
     )[1:]
 
 
-def _arrived(batch: Batch, values: Any, columns: Any) -> Any:
-    """For every row the sum of the values meant for its column, (padded, dim)."""
+def _arrived(batch: Batch, values: Any, columns: Any, partner: Any) -> Any:
+    """For every row the sum of the values meant for its column, (padded, dim).
+
+    Those whose partner, the third row of the triplet, is one of the others stay away.
+    """
     padded = ops.shape(batch.rows)[0]
     if batch.others is None:
         return ops.segment_sum(values, columns, num_segments=padded)
-    columns = ops.minimum(columns, padded)
+    columns = ops.where(partner < padded, ops.minimum(columns, padded), padded)
     return ops.segment_sum(values, columns, num_segments=padded + 1)[:padded]
 
 
@@ -231,7 +234,10 @@ def pair_gradient(batch: Batch, weights: Any, table: Any, pull: Any, push: Any) 
     padded, width = ops.shape(rows)[0], ops.shape(columns)[0]
     positives = few(anchors.positives)
     pull, push = pull * weights, push * weights
-    flat = ops.reshape(pull, (-1,))
+    back = pull
+    if batch.others is not None:
+        back = ops.where(table < padded, pull, 0.0)
+    flat = ops.reshape(back, (-1,))
 
     def step(rank: Any, gradient: Any) -> Any:
         # A row is pulled to its positive p as anchor and as positive of the anchor p:
@@ -247,7 +253,7 @@ def pair_gradient(batch: Batch, weights: Any, table: Any, pull: Any, push: Any) 
         gradient = gradient + both[:, None] * (rows - ops.take(columns, p, axis=0))
         away = rows - ops.take(columns, table[rank], axis=0)
         away = push[rank][:, None] * away
-        arrived = _arrived(batch, away, table[rank])
+        arrived = _arrived(batch, away, table[rank], p)
         return rank + 1, gradient - away + arrived
 
     most = ops.max(positives)
@@ -279,9 +285,10 @@ def anchor_gradient(
 ) -> Any:
     """`pair_gradient` for one triplet per row."""
     rows, columns = batch.rows, batch.columns()
-    near = (pull * weights)[:, None] * (rows - ops.take(columns, table[0], axis=0))
-    far = (push * weights)[:, None] * (rows - ops.take(columns, table[1], axis=0))
-    return near - far - _arrived(batch, near, table[0]) + _arrived(batch, far, table[1])
+    p, n = table[0], table[1]
+    near = (pull * weights)[:, None] * (rows - ops.take(columns, p, axis=0))
+    far = (push * weights)[:, None] * (rows - ops.take(columns, n, axis=0))
+    return near - far - _arrived(batch, near, p, n) + _arrived(batch, far, n, p)
 
 
 def forward(

@@ -24,8 +24,10 @@ class EmbeddingMemory(keras.layers.Layer):
     In every training step the loss mines each row of the batch against the batch and
     against the rows remembered, then the batch takes the place of the oldest rows.
     Evaluation and prediction neither read nor write. Remembered rows are constants:
-    they get no gradient, and are as old as `size` / batch steps at most, so the
-    embedding must not drift much in that time (a small learning rate, a `warmup`).
+    they get no gradient, and in a triplet with one of them the anchor alone does (else
+    the batch would be pulled together by negatives that cannot give way). They are as
+    old as `size` / batch steps at most, so the embedding must not drift much in that
+    time (a small learning rate, a `warmup`).
     `MiningStats` counts triplets with remembered rows like all others, and reports
     their share as `from_memory`.
 

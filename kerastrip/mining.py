@@ -54,7 +54,7 @@ class Others(NamedTuple):
     labels: Any
     """(rows,) integers."""
     embeddings: Any
-    """(rows, dim) floats. They get no gradient."""
+    """(rows, dim) floats. They get no gradient; in a triplet with one the anchor alone."""
     size: Any = None
     """int32 scalar: only the first `size` rows are there. None: all of them."""
     positives: bool = True

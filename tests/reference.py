@@ -138,7 +138,8 @@ def triplet_loss(
     """Per-row values, and the gradient of sum(weights * values).
 
     With `batch`, only so many rows are anchors and get a gradient; of the rows beyond
-    those of the anchor's label serve with `positives`, else they are left out.
+    those of the anchor's label serve with `positives`, else they are left out. In a
+    triplet with one of those the anchor alone gets a gradient.
     """
     x = np.asarray(embeddings, np.float64)
     d = distance_matrix(x, word)
@@ -155,9 +156,9 @@ def triplet_loss(
             _, to_a, to_other = distance_and_slopes(x[a], x[other], word)
             gradient[a] = gradient[a] + sign * to_a
             gradient[other] = gradient[other] + sign * to_other
-        units.append(
-            (a, loss, {k: v for k, v in gradient.items() if k < len(x[:batch])})
-        )
+        if max(p, n) >= len(x[:batch]):
+            gradient = {a: gradient[a]}
+        units.append((a, loss, gradient))
     return _collect(units, x[:batch], average_over, weights)
 
 

@@ -6,7 +6,7 @@ import pytest
 import reference
 from keras import ops
 
-from kerastrip import EmbeddingMemory, MiningStats, TripletLoss, mining
+from kerastrip import EmbeddingMemory, MiningStats, PKSampler, TripletLoss, mining
 
 BACKEND = keras.backend.backend()
 BATCH, STEPS, SIZE = 6, 5, 20
@@ -120,6 +120,38 @@ def test_the_batch_gets_the_gradient_and_the_memory_none():
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
     assert np.abs(wanted[1]).max() > 0
+
+
+@pytest.mark.backend
+def test_the_embedding_is_not_pulled_together(rng):
+    """Where the positives of remembered negatives move too, spread ends at 0.08."""
+    keras.utils.set_random_seed(0)
+    labels = np.repeat(np.arange(200), 8)
+    points = rng.normal(size=(200, 32))[labels] + 0.7 * rng.normal(size=(1600, 32))
+    memory = EmbeddingMemory(960, warmup=20)
+    model = keras.Sequential(
+        [
+            keras.Input((32,)),
+            keras.layers.Dense(64, activation="relu"),
+            keras.layers.Dense(16),
+            keras.layers.UnitNormalization(),
+            memory,
+        ]
+    )
+    model.compile(keras.optimizers.Adam(3e-3), TripletLoss(0.4, memory=memory))
+    batches = PKSampler(
+        points.astype("float32"),
+        labels,
+        classes_per_batch=32,
+        samples_per_class=2,
+        batches_per_epoch=100,
+        seed=0,
+    )
+    history = model.fit(
+        batches, epochs=2, shuffle=False, verbose=0, callbacks=[MiningStats()]
+    ).history
+    assert history["from_memory"][-1] > 0.9
+    assert history["spread"][-1] > 0.5
 
 
 # The census ---------------------------------------------------------------------------
