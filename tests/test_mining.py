@@ -263,19 +263,21 @@ def test_lengths_that_differ_at_run_time_fail():
 
 
 @needs_tf
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("word", ["semi_hard", "all"])
 def test_coefficients_made_again_give_the_gradient_of_those_kept(
-    word, rng, monkeypatch
+    word, beside, rng, monkeypatch
 ):
     import tensorflow as tf
 
     labels, rows = skewed_batch(rng)
+    others = mining.Others(labels, rows[::-1].copy()) if beside else None
     upstream = rng.random(len(labels)).astype(np.float32)
 
     def gradient():
         x = tf.Variable(rows)
         with tf.GradientTape() as tape:
-            losses = mining.triplet_losses(labels, x, mining=word)
+            losses = mining.triplet_losses(labels, x, mining=word, others=others)
             total = tf.reduce_sum(losses * upstream)
         return tape.gradient(total, x).numpy()
 
