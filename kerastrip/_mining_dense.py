@@ -69,17 +69,23 @@ class Rule(NamedTuple):
 
 
 def _coefficients(
-    of_slopes: Callable, slope: Any, inside: Any, here: Anchors, padded: Any
+    of_slopes: Callable,
+    slope: Any,
+    positive: Any,
+    negative: Any,
+    here: Anchors,
+    padded: Any,
 ) -> Any:
     """The coefficients of a block: `of_slopes` turns slopes of triplets into them.
 
     With others (count, columns + padded): behind those of the anchors the ones that
     the rows of the batch get as positives and negatives. These are of the triplets
-    `inside` the batch.
+    inside the batch, whose columns `positive` and `negative` are both below `padded`.
     """
     coefficients = of_slopes(slope)
     if here.other_start is None:
         return coefficients
+    inside = (positive < padded) & (negative < padded)
     back = of_slopes(ops.where(inside, slope, 0.0))[:, :padded]
     return ops.concatenate([coefficients, back], axis=1)
 
@@ -113,11 +119,11 @@ def _by_pairs(
         pushed = ops.segment_sum(flat, place, num_segments=count * width)
         return slope - ops.reshape(pushed, (count, width))
 
-    inside = (ops.arange(width, dtype="int32") < padded) & (negative < padded)
+    positive = ops.arange(width, dtype="int32")
     terms = Terms(
         row_sum(loss),
         count_true(loss > 0),
-        _coefficients(of_slopes, slope, inside, here, padded),
+        _coefficients(of_slopes, slope, positive, negative, here, padded),
     )
     if not rule.census:
         return terms
@@ -166,16 +172,16 @@ def _by_triplets(
         def of_slopes(slope: Any) -> Any:
             return _at(column, at) * row_sum(slope)[:, None] - slope
 
-        inside = (column < padded) & (at < padded)[:, None]
+        more = _coefficients(of_slopes, slope, at[:, None], column, here, padded)
         return (
             rank + 1,
             losses + loss,
             active + count_true(loss > 0),
-            coefficients + _coefficients(of_slopes, slope, inside, here, padded),
+            coefficients + more,
         )
 
     nothing = ops.zeros_like(d)
-    start = _coefficients(ops.zeros_like, nothing, False, here, padded)
+    start = _coefficients(ops.zeros_like, nothing, column, column, here, padded)
     state = (zero(), nothing, ops.zeros_like(here.own), start)
     most = ops.max(here.positives)
     _, losses, active, coefficients = ops.while_loop(
