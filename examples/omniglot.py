@@ -49,8 +49,7 @@ Three minutes on two cores: 900 batches, seeds 0 and 1, judged by views of stren
 | 24 x 2 | 10.9 / 9.0 | |
 | 24 x 2, `EmbeddingMemory(960, warmup=300)` | 11.4 / 9.1 | |
 
-The next ones are without stretching, and each but the first two is one change of 48 x
-4:
+The next ones are without stretching; each but the first two is one change of 48 x 4:
 
 | | seed 0 | seed 1 |
 |---|---|---|
@@ -113,8 +112,8 @@ With both losses, semi-hard, 48 x 4 and 96 x 2 come to 7.3 to 7.8 % with 32 view
 three minutes and to 6.7 to 7.5 after 12 to 15, whatever they give with one. On the
 drawings that were learned from it is 6.8 with one view and 7.0 with 32 (not stretched,
 48 x 4, seed 0, on the GPU): most of the errors with 32 views come from having one
-drawing only, not from new characters. Half of them are between 36 of the 1,942 pairs of
-characters, such as katakana `shi` and `tsu`. Where the own character is not the most
+drawing only, not from new characters. Half of the errors (of an earlier network) are
+between 36 of the 1,942 pairs of characters, such as katakana `shi` and `tsu`. Where the own character is not the most
 alike one, it comes second in 7 of 10 cases. Told that the 20 drawings are of 20
 characters, the cheapest assignment leaves 2.3 % of 7.3 (1,500 tasks); but the challenge
 asks for one at a time.
