@@ -13,10 +13,15 @@ import difflib
 import math
 import numbers
 import reprlib
+import sys
+import types
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+_NOT_THE_USERS = {"kerastrip", "keras", "tensorflow", "jax", "torch"}
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -46,6 +51,22 @@ def message(name: str, expected: str, received: Any, advice: str = "") -> str:
     told = received if isinstance(received, Told) else describe(received)
     text = f"Invalid value for `{name}`: expected {expected}, received {told}."
     return f"{text} {advice}" if advice else text
+
+
+def warn(text: str) -> None:
+    """Warns at the line of the user's program that led here.
+
+    A line of this package, or of Keras in the midst of `fit`, tells a user nothing.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and _package(frame) in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
+
+
+def _package(frame: types.FrameType) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
 
 
 class Told(str):

@@ -7,7 +7,7 @@ it. `split_classes` and `split_samples` make the two splits of metric learning.
 from __future__ import annotations
 
 import dataclasses
-import warnings
+import html
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,7 +27,7 @@ _SAMPLES, _CLASSES, _LIMIT, _SPLIT, _SUBSTITUTES = range(5)
 
 @dataclasses.dataclass(frozen=True)
 class SamplingReport:
-    """What a plan makes of its labels; `str()` of it is a table.
+    """What a plan makes of its labels; a table when printed or shown in a notebook.
 
     The figures of an epoch are those of epoch 0. With `groups=` given for
     samples, a class counts once for each group it has samples in.
@@ -62,15 +62,23 @@ class SamplingReport:
     samples_broken: int = 0
 
     def __str__(self) -> str:
-        lines = []
+        return "\n".join(f"{name:<20}{value}" for name, value in self._lines())
+
+    def _repr_html_(self) -> str:
+        cells = (
+            f"<tr><td>{name}</td><td>{html.escape(value)}</td></tr>"
+            for name, value in self._lines()
+        )
+        return f"<table>{''.join(cells)}</table>"
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, tuple):
                 value = f"{value[0]} ({value[1]} times)"
             elif isinstance(value, float):
                 value = f"{value:.1%}"
-            lines.append(f"{field.name.replace('_', ' '):<20}{value}")
-        return "\n".join(lines)
+            yield field.name.replace("_", " "), str(value)
 
 
 class PKPlan:
@@ -202,10 +210,9 @@ class PKPlan:
             ("classes_per_batch", "the rows of one class", "negatives"),
         ):
             if getattr(self, name) == 1:
-                warnings.warn(
+                _checks.warn(
                     f"{name}=1 puts {what} into a batch: there are no {lacking} for a "
-                    "triplet loss to mine. Use 2 or more.",
-                    stacklevel=2,
+                    "triplet loss to mine. Use 2 or more."
                 )
 
         table = _labels.LabelTable(labels, classes)
@@ -286,7 +293,7 @@ class PKPlan:
                 f"{self._named(code[repeated])}"
             )
         if told:
-            warnings.warn("; ".join(told) + ".", stacklevel=4)
+            _checks.warn("; ".join(told) + ".")
 
     def _named(self, codes: np.ndarray) -> str:
         names = [repr(label) for label in self.classes_[codes[:10]].tolist()]
@@ -312,12 +319,11 @@ class PKPlan:
         rows = self._schedule.batches * p * k
         if rows > 2 * seen.sum():
             most = self.classes_[self._codes_of_units[np.argmax(seen)]]
-            warnings.warn(
+            _checks.warn(
                 f"A coverage epoch has {rows} rows for {seen.sum()} samples, more "
                 f"than twice as many: the largest class ({most!s}, {seen.max()} "
                 f"samples) alone needs {needed.max()} batches. `max_per_class` "
-                "shortens the epoch; `epoch_mode='balanced'` does not depend on it.",
-                stacklevel=3,
+                "shortens the epoch; `epoch_mode='balanced'` does not depend on it."
             )
         return self._schedule.batches
 

@@ -9,6 +9,8 @@ and its global state (`pyplot`) is left alone.
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -519,10 +521,22 @@ def _frame(ax: Axes, colour: str) -> None:
     ax.spines[:].set(visible=True, color=colour, linewidth=2.5)
 
 
-def _new_figure(size: tuple[float, float]) -> Figure:
+@functools.cache
+def _shown_figure() -> type[Figure]:
+    """A Figure that a notebook shows, with or without `%matplotlib inline`."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=size, layout="constrained")
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            picture = io.BytesIO()
+            self.savefig(picture, format="png", dpi=120)
+            return picture.getvalue()
+
+    return ShownFigure
+
+
+def _new_figure(size: tuple[float, float]) -> Figure:
+    return _shown_figure()(figsize=size, layout="constrained")
 
 
 def _figure(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:

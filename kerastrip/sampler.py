@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
+import sys
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -85,6 +87,8 @@ class PKSampler(keras.utils.PyDataset):
         * Epochs: `EpochSync(sampler)` among the callbacks sets the number that `fit`
           passes, which makes `initial_epoch` and `BackupAndRestore` exact. Without
           it the sampler counts the epochs that it has been through.
+        * `sampler.asked` counts the calls of `sampler[step]`, so that `EpochSync` can
+          tell whether its sampler is the one that trains.
         * `fit` permutes the steps unless it is given `shuffle=False`; the content of
           a step stays the same. Leave `steps_per_epoch` alone: `len()` is the epoch.
         * `sampler[step]` is a batch of the current epoch, `sampler.batch(step,
@@ -145,6 +149,10 @@ class PKSampler(keras.utils.PyDataset):
                         "Pass PKSampler(x, y).",
                     )
                 )
+        if not -(2**63) <= _checks.integer("seed", seed) < 2**63:
+            expected = "an integer of 64 bits, from -2**63 to 2**63 - 1"
+            advice = "seed % 2**63 is such an integer."
+            raise ValueError(_checks.message("seed", expected, seed, advice))
         self.plan = PKPlan(
             y,
             classes_per_batch=classes_per_batch,
@@ -185,6 +193,7 @@ class PKSampler(keras.utils.PyDataset):
         self.check_replicas(replicas)
         self._targets = _batch.targets(targets, self.plan)
         self._weights = _batch.weights(sample_weight, targets, len(self.labels))
+        self.asked = 0
         self._epoch, self._due, self._begun, self._closed = 0, 0, False, False
         self._rows = _batch.Rows(self.plan)
         self._inputs = _batch.Inputs(self.source, augment, self.plan, self._rows)
@@ -204,6 +213,7 @@ class PKSampler(keras.utils.PyDataset):
 
     def __getitem__(self, step: int) -> tuple:
         epoch = self._epoch  # once: another thread may set it meanwhile
+        self.asked += 1
         step = operator.index(step)
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of an epoch of {len(self)} batches")
@@ -272,43 +282,53 @@ class PKSampler(keras.utils.PyDataset):
         return x, y, _batch.gather(self._weights, rows)
 
     def as_dataset(self, initial_epoch: int | None = None) -> Any:
-        """The same batches as a `tf.data.Dataset`: one endless stream, in order.
+        """The same batches as a `tf.data.Dataset`: one epoch each time it is read.
 
-            model.fit(sampler.as_dataset(), steps_per_epoch=len(sampler))
+            model.fit(sampler.as_dataset(), epochs=5, callbacks=[EpochSync(sampler)])
 
-        Step s of epoch e is element `(e - initial_epoch) * len(sampler) + s`; the
-        epoch of the sampler, `set_epoch` and `EpochSync` have no influence.
+        Each reading gives the batches of the epoch that the sampler is at, in order,
+        and moves the sampler to the next epoch when it takes the last batch. So
+        `set_epoch` and `EpochSync` choose the epoch of the next reading; with
+        `fixed=True` it is always epoch 0. tf.data takes some batches ahead: without
+        `EpochSync`, a reading that is broken off near its end counts as an epoch.
 
         Args:
-            initial_epoch: the first epoch, at least 0, as given to `fit`. Default:
-                the current one.
+            initial_epoch: sets the epoch of the sampler first. Default: as it is.
 
         Returns:
-            A dataset whose elements have fully known shapes.
+            A dataset of `len(sampler)` elements whose shapes are fully known.
         """
         import tensorflow as tf
 
-        start = self._epoch
         if initial_epoch is not None:
-            start = _checks.integer("initial_epoch", initial_epoch, minimum=0)
-        example = self.batch(0, start)
+            self.set_epoch(initial_epoch)
+        example = self.batch(0)
         specs = keras.tree.flatten(example)
 
-        def make(index: np.ndarray) -> list[np.ndarray]:
-            epoch, step = divmod(int(index), len(self))
-            return keras.tree.flatten(
-                self.batch(step, 0 if self.fixed else start + epoch)
-            )
+        def keys() -> Iterator[tuple[int, int]]:
+            epoch, last = self._epoch, len(self) - 1
+            for step in range(len(self)):
+                # Before the last batch is given out: nobody need ask for one more.
+                if step == last and self._epoch == epoch and not self.fixed:
+                    self._epoch = epoch + 1
+                yield epoch, step
 
-        def load(index: Any) -> Any:
-            tensors = tf.numpy_function(make, [index], [spec.dtype for spec in specs])
+        def make(epoch: np.ndarray, step: np.ndarray) -> list[np.ndarray]:
+            self.asked += 1
+            return keras.tree.flatten(self.batch(int(step), int(epoch)))
+
+        def load(epoch: Any, step: Any) -> Any:
+            dtypes = [spec.dtype for spec in specs]
+            tensors = tf.numpy_function(make, [epoch, step], dtypes)
             for tensor, spec in zip(tensors, specs, strict=True):
                 tensor.set_shape(spec.shape)
             return keras.tree.pack_sequence_as(example, tensors)
 
         threads = max(self._threads, 1)
+        key = tf.TensorSpec((), tf.int64)
         return (
-            tf.data.Dataset.counter()
+            tf.data.Dataset.from_generator(keys, output_signature=(key, key))
+            .apply(tf.data.experimental.assert_cardinality(len(self)))
             .map(load, num_parallel_calls=threads, deterministic=True)
             .prefetch(threads)
         )
@@ -371,13 +391,20 @@ class PKSampler(keras.utils.PyDataset):
             )
         self._epoch = epoch
 
-    # Keras calls on_epoch_end before the first epoch and twice round a validation, so
-    # only an epoch that was begun counts.
+    # Keras ends an epoch before the first one and twice round a validation, so only one
+    # that was begun counts. To build a model on JAX, PyTorch or several replicas it
+    # even begins an epoch, takes a batch and starts over:
+    #
+    #     on_epoch_begin  batch                  EpochIterator.reset -> on_epoch_end
+    #     on_epoch_begin  batch  batch  batch                           on_epoch_end
+    #
+    # Nothing but the caller tells the two apart, as an epoch may have one batch.
     def on_epoch_begin(self) -> None:
         self._begun = True
 
     def on_epoch_end(self) -> None:
-        if self._begun and not self.fixed:
+        starts_over = sys._getframe(2).f_code.co_name == "reset"
+        if self._begun and not starts_over and not self.fixed:
             self._epoch += 1
         self._begun = False
 

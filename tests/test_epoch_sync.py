@@ -3,6 +3,8 @@
 Trainings that are killed and resumed: see test_resume.py.
 """
 
+import copy
+import pickle
 import types
 import warnings
 
@@ -62,7 +64,34 @@ def test_replicas_are_checked_when_training_begins():
                 sync.on_train_begin()
     model = keras.Sequential([keras.layers.Dense(6)])
     model.compile(loss="sparse_categorical_crossentropy")
-    model.fit(sampler(), callbacks=[EpochSync(sampler())], shuffle=False, verbose=0)
+    train = sampler()
+    model.fit(train, callbacks=[EpochSync(train)], shuffle=False, verbose=0)
+
+
+@pytest.mark.backend
+def test_another_sampler_than_the_one_that_trains_is_told():
+    model, train = small_model(), sampler()
+    with pytest.warns(UserWarning, match="gave no batch.*the sampler that `fit` is"):
+        model.fit(train, callbacks=[EpochSync(sampler())], shuffle=False, verbose=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*gave no batch")
+        sync = EpochSync(sampler(seed=1), train)
+        model.fit(train, epochs=2, callbacks=[sync], shuffle=False, verbose=0)
+
+
+@pytest.mark.backend
+def test_a_copy_drives_the_same_samplers():
+    train = sampler(workers=0)
+    sync = EpochSync(train)
+    small_model().fit(train, callbacks=[sync], shuffle=False, verbose=0)
+    copy.deepcopy(sync).on_epoch_begin(5)
+    assert train.epoch == 5
+    together = copy.deepcopy([train, sync])
+    together[1].on_epoch_begin(7)
+    assert (together[0].epoch, train.epoch) == (7, 5)
+    carried = pickle.loads(pickle.dumps(sync))
+    carried.on_epoch_begin(8)
+    assert (carried.samplers[0].epoch, train.epoch) == (8, 5)
 
 
 def small_model(*layers):

@@ -545,6 +545,14 @@ def test_substitutes_are_the_samples_of_the_class_shuffled_by_the_key(groups):
     assert len(seen) == 5
 
 
+def test_a_notebook_shows_the_report_as_a_table():
+    report = planned(["<b>"] * 4 + ["c"] * 4, 2, 2).report()
+    shown = report._repr_html_()
+    assert shown.count("<tr>") == 12
+    assert "<td>coverage</td><td>100.0%</td>" in shown
+    assert "&lt;b&gt; (2 times)" in shown
+
+
 def test_the_report_prints_as_a_table():
     report = planned(list("aaaabbbbbbc"), 2, 2).report()
     lines = [line.split(maxsplit=0)[0] for line in str(report).splitlines()]

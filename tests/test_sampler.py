@@ -411,6 +411,8 @@ def test_a_batch_unlike_the_first_is_refused(images, labels):
         ({"classes_per_batch": 7}, ValueError, "classes_per_batch"),
         ({"classes_per_batch": 0}, ValueError, "classes_per_batch"),
         ({"batches_per_epoch": 0}, ValueError, "batches_per_epoch"),
+        ({"seed": 2**63}, ValueError, "`seed`.*64 bits.*received 9223372036854775808"),
+        ({"seed": "a"}, TypeError, "`seed`.*an integer"),
         ({"epoch_mode": "cover"}, ValueError, "epoch_mode.*coverage"),
         ({"shard": (2, 2)}, ValueError, "shard"),
         ({"shard": (0, 3)}, ValueError, "shard|classes_per_batch"),
@@ -591,16 +593,22 @@ def test_fit_sees_exactly_the_batches_of_its_epochs(images, labels, mode):
         sampler.close()
 
 
-@on_tensorflow
-def test_without_sync_the_first_epoch_is_0(images, labels):
-    for workers in (1, 2):
+@backend
+@pytest.mark.parametrize("length", [1, 4])
+def test_without_sync_the_first_epoch_is_0(images, labels, length):
+    for workers in (0, 2):
         train = PKSampler(
-            images, labels, **SHAPE, targets=("one_hot", "label"), workers=workers
+            images,
+            labels,
+            **SHAPE,
+            targets=("one_hot", "label"),
+            batches_per_epoch=length,
+            workers=workers,
         )
         model = watched()
         model.fit(train, epochs=2, shuffle=False, verbose=0)
         model.fit(train, epochs=1, shuffle=False, verbose=0)
-        keys = itertools.product((0, 1, 2), range(len(train)))
+        keys = itertools.product((0, 1, 2), range(length))
         for seen, (epoch, step) in zip(model.seen, keys, strict=True):
             np.testing.assert_array_equal(seen[1], train.batch(step, epoch)[1][1])
 
@@ -773,6 +781,13 @@ def fit(classes):
     model.fit(train, callbacks=[EpochSync(train)], shuffle=False, verbose=0)
 
 fit(4)
+with strategy.scope():
+    model = keras.Sequential([keras.layers.Dense(6)])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+train = PKSampler(x, y, classes_per_batch=4, samples_per_class=2)
+for epochs in (1, 3):
+    model.fit(train, epochs=epochs, shuffle=False, verbose=0)
+    print("epoch", train.epoch)
 try:
     fit(5)
 except ValueError as error:
@@ -785,6 +800,7 @@ except ValueError as error:
         if line.startswith("labels")
     ]
     assert len(seen) == 2 * 3, done.stdout + done.stderr
+    assert "epoch 1\nepoch 4\n" in done.stdout
     for a, b, c, d in seen:
         assert a == b != c == d
     assert "2 replicas" in done.stdout
@@ -815,7 +831,7 @@ def test_a_closed_sampler_gives_no_batches(images, labels):
 # -- tf.data and figures -------------------------------------------------------------
 
 
-def test_as_dataset_is_an_endless_stream_in_order(images, labels):
+def test_as_dataset_is_an_epoch_and_the_next_time_the_next(images, labels):
     sampler = PKSampler(
         {"image": images},
         labels,
@@ -825,44 +841,46 @@ def test_as_dataset_is_an_endless_stream_in_order(images, labels):
         augment={"image": noise},
     )
     dataset = sampler.as_dataset(2)
-    sampler.set_epoch(9)
     assert dataset.element_spec[0]["image"].shape == (P * K, SIZE, SIZE, 1)
     assert dataset.element_spec[1][0].shape == (P * K, 6)
-    length = 2 * len(sampler) + 1
-    for index, batch in enumerate(
-        itertools.islice(dataset.as_numpy_iterator(), length)
-    ):
-        epoch, step = divmod(index, len(sampler))
-        equal(batch, sampler.batch(step, 2 + epoch))
-    equal(next(sampler.as_dataset().as_numpy_iterator()), sampler.batch(0, 9))
-    with pytest.raises(ValueError, match="initial_epoch"):
+    assert int(dataset.cardinality()) == len(sampler)
+    for epoch in (2, 3):
+        batches = list(dataset.as_numpy_iterator())
+        assert len(batches) == len(sampler)
+        for step, batch in enumerate(batches):
+            equal(batch, sampler.batch(step, epoch))
+    sampler.set_epoch(9)
+    equal(next(dataset.as_numpy_iterator()), sampler.batch(0, 9))
+    with pytest.raises(ValueError, match="epoch"):
         sampler.as_dataset(-1)
 
 
 def test_as_dataset_of_a_fixed_sampler_repeats(images, labels):
     sampler = PKSampler(images, labels, **SHAPE, augment=noise, fixed=True)
-    batches = itertools.islice(
-        sampler.as_dataset().as_numpy_iterator(), 2 * len(sampler)
-    )
-    for index, batch in enumerate(batches):
-        equal(batch, sampler.batch(index % len(sampler), 0))
+    dataset = sampler.as_dataset()
+    for _ in range(2):
+        for step, batch in enumerate(dataset.as_numpy_iterator()):
+            equal(batch, sampler.batch(step, 0))
 
 
 @on_tensorflow
-def test_fit_takes_the_dataset(images, labels):
+@pytest.mark.parametrize("options", [{}, {"steps_per_epoch": True}], ids=str)
+@pytest.mark.parametrize("synced", [True, False])
+def test_fit_takes_the_dataset(images, labels, options, synced):
     train = PKSampler(
         images, labels, **SHAPE, targets=("one_hot", "label"), augment=noise
     )
     model = watched()
     model.fit(
         train.as_dataset(1),
-        steps_per_epoch=len(train),
         initial_epoch=1,
-        epochs=3,
+        epochs=4,
         shuffle=False,
         verbose=0,
+        callbacks=[EpochSync(train)] if synced else [],
+        **{name: len(train) for name in options},
     )
-    keys = itertools.product((1, 2), range(len(train)))
+    keys = itertools.product((1, 2, 3), range(len(train)))
     for seen, (epoch, step) in zip(model.seen, keys, strict=True):
         np.testing.assert_array_equal(seen[0], train.batch(step, epoch)[0])
 
@@ -877,6 +895,7 @@ def test_plot_batch_draws_a_row_for_each_class(images, labels, tmp_path):
     names = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
     assert names == [str(name) for name in sampler.decode(codes[::K])]
     assert len(figure.axes) == P * K
+    assert figure._repr_png_().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="images"):
         PKSampler(labels, labels, **SHAPE).plot_batch(0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import keras
@@ -27,7 +26,13 @@ class EpochSync(keras.callbacks.Callback):
       process was killed between the two files of a backup, which Keras cannot see
       (nor while it deletes them after the last epoch: `delete_checkpoint=False`
       leaves them to you);
-    - checks that the replicas of the model's distribution strategy get whole classes.
+    - checks that the replicas of the model's distribution strategy get whole classes;
+    - warns if none of its samplers gave the first batch of the training: then `fit`
+      trains on another sampler, for example on a copy.
+
+    A copy of this callback (`copy.deepcopy`, as tuners make them) drives the same
+    samplers, unless they are copied together with it. A pickled one carries its
+    samplers along and drives those.
 
     Args:
         *samplers: `PKSampler`s, or anything with `set_epoch(epoch)`. Validation
@@ -49,6 +54,9 @@ class EpochSync(keras.callbacks.Callback):
         7
     """
 
+    # Keras may run the batch hook late, beside later steps: it only counts calls.
+    async_safe = True
+
     def __init__(self, *samplers: Any):
         super().__init__()
         if not samplers:
@@ -69,6 +77,16 @@ class EpochSync(keras.callbacks.Callback):
                 )
         self.samplers = samplers
         self._taken: int | None = None
+        self._asked: list[int] | None = None
+
+    def __reduce__(self) -> tuple:
+        return type(self), self.samplers  # a copy belongs to no model yet
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EpochSync:
+        # `fit` is given the sampler itself, so a copy of it would train nothing.
+        return type(self)(
+            *(memo.get(id(sampler), sampler) for sampler in self.samplers)
+        )
 
     # Before any callback restores a backup.
     def set_model(self, model: Any) -> None:
@@ -88,6 +106,7 @@ class EpochSync(keras.callbacks.Callback):
         for sampler in self.samplers:
             if hasattr(sampler, "check_replicas"):
                 sampler.check_replicas(replicas)
+        self._asked = None
 
     # Callbacks run before Keras asks for the first batch of an epoch. It does not tell
     # the dataset which epoch that is.
@@ -101,18 +120,32 @@ class EpochSync(keras.callbacks.Callback):
                 variable.assign([seed, epoch * _DRAWS % 2**31])
         for sampler in self.samplers:
             sampler.set_epoch(epoch)
+        if self._asked is None:
+            self._asked = self._calls()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        asked, self._asked = self._asked, []
+        if asked and asked == self._calls():
+            _checks.warn(
+                f"EpochSync drives {', '.join(map(repr, self.samplers))}, which gave "
+                "no batch when the training began: `fit` trains on other data. Make "
+                "EpochSync with the sampler that `fit` is given."
+            )
+
+    def _calls(self) -> list[int]:
+        """How often each sampler that counts it has been asked for a batch."""
+        return [s.asked for s in self.samplers if hasattr(s, "asked")]
 
     def _check_restored(self, epoch: int, restored: int) -> None:
         steps = (self.params or {}).get("steps") or 0
         ahead = restored - epoch * steps
         # Steps of more epochs than one: of a training with epochs of another length.
         if ahead > 0 and (ahead <= steps or epoch == 0):
-            warnings.warn(
+            _checks.warn(
                 f"The restored weights are {ahead} steps ahead of epoch {epoch}, which "
                 "now begins: the training will not be that which was not interrupted. "
                 "The backup was cut short while it was written or deleted, or made "
                 'inside an epoch. `BackupAndRestore(save_freq="epoch", '
                 "double_checkpoint=True)` keeps the backup before: rename its `*.bkp` "
-                "files.",
-                stacklevel=2,
+                "files."
             )
