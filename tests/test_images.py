@@ -14,7 +14,16 @@ import pytest
 import kerastrip
 from kerastrip.plan import PKPlan
 from kerastrip.sampler import PKSampler
-from kerastrip.sources import BrokenSamples, ImageFiles, ImageFolder, Subset, images
+from kerastrip.sources import (
+    BrokenSamples,
+    ImageFiles,
+    ImageFolder,
+    Subset,
+    _headers,
+    decoding,
+    images,
+    read_image,
+)
 
 P, K = 3, 3
 SHAPE = {"classes_per_batch": P, "samples_per_class": K}
@@ -135,15 +144,14 @@ def test_reduced_decoding_never_falls_below_the_size(rng):
     for options in ((), (cv2.IMWRITE_JPEG_PROGRESSIVE, 1)):
         jpeg = with_orientation(encoded(image, ".jpg", *options), 6)
         for least, factor in ((75, 8), (76, 4), (150, 4), (151, 2), (301, 1), (900, 1)):
-            assert images._reduction(jpeg, least) == factor
+            assert decoding._reduction(_headers.read_header(jpeg), least) == factor
     full, reduced = (
         decoded(jpeg, 75, reduce=word).astype(int) for word in ("never", "auto")
     )
     assert 0 < np.abs(full - reduced).max() < 12
     assert np.abs(full - reduced).mean() < 1
-    assert images._reduction(encoded(image), 75) == 1
     for end in range(700):  # a header that is cut anywhere
-        images._reduction(jpeg[:end], 75)
+        _headers.read_header(jpeg[:end])
 
 
 def test_rows_come_fresh_in_the_order_asked_for(folder):

@@ -45,11 +45,11 @@ def _png(data: bytes) -> Header:
 def _jpeg(data: bytes) -> Header | None:
     """A chain of segments: a marker (0xFF and a byte), a length, and what it says.
 
-        FF D8 | FF E1 length ... | FF C0 length bits height width ... | ... | FF D9
-        begin | EXIF             | the frame                                | end
+    FF D8 | FF E1 length ... | FF C0 length bits height width ... | ... | FF D9
+    begin | EXIF             | the frame                                | end
     """
     at = data.find(b"\xff", 2)
-    while 0 <= at and at + 9 <= len(data):
+    while at >= 0 and at + 9 <= len(data):
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack_from(">HH", data, at + 5)
@@ -100,7 +100,7 @@ def _tiff(data: bytes) -> Header:
     (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
     (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
     at, step, value = (at + 8, 20, 12) if big else (at + 2, 12, 8)
-    found = {}
+    found: dict[int, int] = {}
     for entry in range(at, min(at + count * step, len(data)), step):
         tag, kind = struct.unpack_from(order + "HH", data, entry)
         if tag in _TIFF_SIDES and kind in _TIFF_INTEGERS:

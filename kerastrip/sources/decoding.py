@@ -147,10 +147,7 @@ def decode_image(
     data = data if isinstance(data, bytes) else bytes(memoryview(data))
     header = _checked_header(data, max_pixels)
     jpeg = data.startswith(b"\xff\xd8")
-    factor = 1
-    if jpeg and size and reduce:
-        shorter = min(header.height, header.width)
-        factor = next((n for n in (8, 4, 2) if shorter // n >= max(size)), 1)
+    factor = _reduction(header, max(size)) if jpeg and size and reduce else 1
     kind = "GRAYSCALE" if color == "gray" else "COLOR"
     word = f"IMREAD_REDUCED_{kind}_{factor}" if factor > 1 else f"IMREAD_{kind}"
     flags = getattr(cv2, word) | (cv2.IMREAD_ANYDEPTH if header.deep else 0)
@@ -165,6 +162,12 @@ def decode_image(
     if color == "gray":
         return image[..., None]
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _reduction(header: Header, least: int) -> int:
+    """The fraction (1, 2, 4 or 8) that leaves both sides of a JPEG `least` pixels."""
+    shorter = min(header.height, header.width)
+    return next((n for n in (8, 4, 2) if shorter // n >= least), 1)
 
 
 def _checked_header(data: bytes, max_pixels: int) -> Header:
@@ -224,7 +227,9 @@ def _eight_bits(image: np.ndarray, bits: int | None, top: int | None) -> np.ndar
             "bits=16 that they are as dark as that"
         )
     if highest >> (bits or 16):
-        raise ValueError(f"its highest value, {highest}, has more than bits={bits} bits")
+        raise ValueError(
+            f"its highest value, {highest}, has more than bits={bits} bits"
+        )
     return (image >> ((bits or 16) - 8)).astype(np.uint8)
 
 
@@ -246,7 +251,7 @@ def _from_alpha(data: bytes, image: np.ndarray) -> np.ndarray:
     whole = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if whole is None or whole.ndim < 3 or whole.shape[2] < 4 or _is_flat(whole):
         return image
-    alpha = whole[..., 3] / np.float32(np.iinfo(whole.dtype).max)
+    alpha = whole[..., 3] / np.float32(255 if whole.dtype == np.uint8 else 65535)
     ink = image[0, 0].astype(np.float32)
     paper = 255 if ink.mean() < 128 else 0
     mixed = paper + (ink - paper) * (alpha if image.ndim == 2 else alpha[..., None])

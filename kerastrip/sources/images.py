@@ -20,7 +20,8 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._checks import Told, message
 from kerastrip._labels import label_array
-from kerastrip.sources.arrays import BrokenSamples, alone
+from kerastrip.sources._turns import alone
+from kerastrip.sources.arrays import BrokenSamples
 from kerastrip.sources.decoding import (
     CHANNELS,
     MAX_PIXELS,
@@ -33,21 +34,24 @@ from kerastrip.sources.decoding import (
 
 # By the encoder that OpenCV must have been built with, where it may be missing.
 EXTENSIONS = {
-    "": "bmp dib jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp".split(),
+    "": ["bmp", "dib", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"],
     ".avif": ["avif"],
     ".gif": ["gif"],
     ".jp2": ["j2k", "jp2"],
 }
 # What lies beside images without being one. Of other files it is told that they are
 # left out.
-NO_IMAGES = (
-    "cfg csv db htm html ini json jsonl lnk lock log md py sh toml tsv txt url xml "
-    "yaml yml zip"
-).split()
+NO_IMAGES = ["cfg", "csv", "db", "htm", "html", "ini", "json", "jsonl", "lnk", "lock", "log", "md", "py", "sh", "toml", "tsv", "txt", "url", "xml", "yaml", "yml", "zip"]
 ON_ERROR = ("raise", "skip")
 LABEL_FROM = ("parent", "top", "path")
 # Errors of the system that say something about a file, and not about the moment.
-_OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_OF_THE_FILE = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 
 
 class ImageFiles:
@@ -154,7 +158,7 @@ class ImageFiles:
         if read is None and not self._skip:
             _check_files(self.paths)
         self._own = read is not None and read is not read_file
-        self._read = alone(read) if read is not None and self._own else read_file
+        self._read = alone(read or read_file)
         self._memory: _Memory | None = None
         self._file: Any = None
         if cache == "memory":
@@ -541,7 +545,9 @@ def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
     if not left:
         return []
     counts = Counter(_ending(path) for path in left).most_common()
-    told = [f"{count} {f'.{end}' if end else 'without ending'}" for end, count in counts]
+    told = [
+        f"{count} {f'.{end}' if end else 'without ending'}" for end, count in counts
+    ]
     more = f" and {len(told) - 10} other endings" if len(told) > 10 else ""
     text = (
         f"{len(left)} files that are known here by no ending ({', '.join(told[:10])}"
