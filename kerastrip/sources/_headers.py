@@ -38,8 +38,14 @@ def read_header(data: bytes) -> Header | None:
 
 
 def _png(data: bytes) -> Header:
+    """A chain of chunks: a length, four letters, what it holds, and a checksum."""
     width, height = struct.unpack_from(">II", data, 16)
-    return Header(height, width, deep=True)
+    at, kind = 8, b""
+    while at + 8 <= len(data) and kind != b"IEND":
+        kind = data[at + 4 : at + 8]
+        # OpenCV takes memory for a length of 4 GB before it looks whether it is there.
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return Header(height, width, deep=True, least=at)
 
 
 def _jpeg(data: bytes) -> Header | None:
@@ -160,6 +166,8 @@ def _netpbm(data: bytes) -> Header:
         if len(words) >= needed:
             break
     width, height, *top = (int(word) for word in words[:needed])
+    if data[1:2] in b"23" and top[0] < 256:  # as text: OpenCV scales these by itself
+        top = []
     return Header(height, width, True, *top)
 
 

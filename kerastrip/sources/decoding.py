@@ -24,6 +24,7 @@ _DAMAGED = (
     "JPEG 2000, PGM, PNG, PPM, TIFF, WebP)"
 )
 _BYTES_PER_PIXEL = 8  # four channels of 16 bits, not compressed
+_BINARY, _NOT_TO_WAIT = getattr(os, "O_BINARY", 0), getattr(os, "O_NONBLOCK", 0)
 
 
 def read_image(
@@ -97,13 +98,20 @@ def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
     Returns:
         The bytes.
     """
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for its writer
-        folder = stat.S_ISDIR(found.st_mode)
-        raise ValueError(f"it is a {'directory' if folder else 'pipe or device'}")
-    check_bytes(found.st_size, max_pixels)
-    with open(path, "rb") as file:
-        return file.read()
+    # Not to wait: the opening of a pipe would last until somebody writes.
+    handle = os.open(path, os.O_RDONLY | _BINARY | _NOT_TO_WAIT)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            folder = stat.S_ISDIR(found.st_mode)
+            raise ValueError(f"it is a {'directory' if folder else 'pipe or device'}")
+        check_bytes(found.st_size, max_pixels)
+        data = os.read(handle, found.st_size)
+        while len(data) < found.st_size and (more := os.read(handle, 1 << 26)):
+            data += more
+        return data
+    finally:
+        os.close(handle)
 
 
 def check_bytes(size: int, max_pixels: int) -> None:
@@ -176,12 +184,13 @@ def _checked_header(data: bytes, max_pixels: int) -> Header:
     header = read_header(data)
     if header is None or min(header.height, header.width) < 1:
         raise ValueError(_DAMAGED)
-    told = f"{header.height:,} x {header.width:,} pixels"
-    if header.height * header.width > max_pixels:
-        raise ValueError(f"its {told} are more than max_pixels={max_pixels:,}")
-    if len(data) < header.least:
+    too_large = header.height * header.width > max_pixels
+    if too_large or len(data) < header.least:
+        told = f"{header.height:,} x {header.width:,} pixels"
         raise ValueError(
-            f"it is cut short, or its header lies: {told} in {len(data):,} bytes"
+            f"its {told} are more than max_pixels={max_pixels:,}"
+            if too_large
+            else f"it is cut short, or its header lies: {told} in {len(data):,} bytes"
         )
     return header
 
@@ -235,9 +244,12 @@ def _eight_bits(image: np.ndarray, bits: int | None, top: int | None) -> np.ndar
 
 def _is_flat(image: np.ndarray) -> bool:
     """Whether all pixels are equal. Two lines through the middle tell it mostly."""
-    first, middle = image[0, 0], image.shape[0] // 2
-    parts = (image[middle], image[:, image.shape[1] // 2], image)
-    return all(bool((part == first).all()) for part in parts)
+    pixel = image[0, 0].tobytes()
+    for part in (image[image.shape[0] // 2], image[:, image.shape[1] // 2], image):
+        values = part.tobytes()
+        if values != pixel * (len(values) // len(pixel)):
+            return False
+    return True
 
 
 def _from_alpha(data: bytes, image: np.ndarray) -> np.ndarray:

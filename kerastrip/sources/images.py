@@ -34,14 +34,52 @@ from kerastrip.sources.decoding import (
 
 # By the encoder that OpenCV must have been built with, where it may be missing.
 EXTENSIONS = {
-    "": ["bmp", "dib", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"],
+    "": [
+        "bmp",
+        "dib",
+        "jfif",
+        "jpe",
+        "jpeg",
+        "jpg",
+        "pbm",
+        "pgm",
+        "png",
+        "pnm",
+        "ppm",
+        "tif",
+        "tiff",
+        "webp",
+    ],
     ".avif": ["avif"],
     ".gif": ["gif"],
     ".jp2": ["j2k", "jp2"],
 }
 # What lies beside images without being one. Of other files it is told that they are
 # left out.
-NO_IMAGES = ["cfg", "csv", "db", "htm", "html", "ini", "json", "jsonl", "lnk", "lock", "log", "md", "py", "sh", "toml", "tsv", "txt", "url", "xml", "yaml", "yml", "zip"]
+NO_IMAGES = [
+    "cfg",
+    "csv",
+    "db",
+    "htm",
+    "html",
+    "ini",
+    "json",
+    "jsonl",
+    "lnk",
+    "lock",
+    "log",
+    "md",
+    "py",
+    "sh",
+    "toml",
+    "tsv",
+    "txt",
+    "url",
+    "xml",
+    "yaml",
+    "yml",
+    "zip",
+]
 ON_ERROR = ("raise", "skip")
 LABEL_FROM = ("parent", "top", "path")
 # Errors of the system that say something about a file, and not about the moment.
@@ -425,13 +463,13 @@ class _Found:
 
 
 def _files_below(root: str) -> tuple[list[str], list[str]]:
-    """The files in a folder and all folders below it, each real one once.
+    """The files in a folder and in all folders below it, each real one once.
 
     What lies in the folders themselves comes first, then what links lead to: folders,
     then files. So a file that is reached in several ways has the name of its place.
 
     Returns:
-        Their relative paths, with "/"; and sentences on links and pipes left out.
+        Their relative paths, with "/"; and words on links and pipes left out.
     """
     real, found = os.path.realpath(root), _Found()
     found.visit(real, "")
@@ -459,16 +497,18 @@ def _files_below(root: str) -> tuple[list[str], list[str]]:
         aim = os.path.join(folder, base)
         if os.path.islink(aim):
             folder, base = os.path.split(aim := os.path.realpath(aim))
-        if aim in reached or (folder in found.visited and not base.startswith(".")):
+        if not os.path.exists(aim):
+            found.names.append(name)  # a file that is gone
+        elif aim in reached or (folder in found.visited and not base.startswith(".")):
             again.append(name)
-        elif os.path.isfile(aim) or not os.path.exists(aim):
+        elif os.path.isfile(aim):
             reached.add(aim)
-            found.names.append(name)  # a link to nothing is a file that is gone
+            found.names.append(name)
         else:
             found.pipes.append(name)
     told = (
-        (again, "{} lead to what is there already or to a folder above"),
-        (found.pipes, "{} are pipes or devices"),
+        (again, "links that lead to what is there already, or to a folder above ({})"),
+        (found.pipes, "pipes or devices ({})"),
     )
     return found.names, [text.format(_some(names)) for names, text in told if names]
 
@@ -490,7 +530,7 @@ def labelled_images(
         name: the argument that they come from, for errors.
         paths: relative paths, parts separated by "/".
         label_from: as for `ImageFolder`.
-        notes: what else was left out, without the full stop.
+        notes: what else was left out, in words.
 
     Returns:
         Paths and labels.
@@ -502,7 +542,7 @@ def labelled_images(
         _checks.one_of("label_from", label_from, LABEL_FROM)
     paths = list(paths)
     images = sorted(path for path in paths if is_image(path))
-    notes = [*notes, *_left_out(paths, images)]
+    notes = [*_left_out(paths, images), *notes]
     if not images:
         told = f"images ({', '.join(sorted(_extensions()))}) in class folders"
         advice = " ".join(f"Left out: {note}." for note in notes)
@@ -536,7 +576,7 @@ def labelled_images(
 
 
 def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
-    """Sentences on files in class folders that may be images but are not read."""
+    """Words on files in class folders that may be images but are not read."""
     left = [
         path
         for path in set(paths).difference(images)
@@ -549,14 +589,14 @@ def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
         f"{count} {f'.{end}' if end else 'without ending'}" for end, count in counts
     ]
     more = f" and {len(told) - 10} other endings" if len(told) > 10 else ""
-    text = (
-        f"{len(left)} files that are known here by no ending ({', '.join(told[:10])}"
-        f"{more}); convert them, or give those that are AVIF, BMP, GIF, JPEG, JPEG "
-        "2000, PGM, PNG, PPM, TIFF or WebP inside to ImageFiles, which asks no ending"
-    )
     kept = {path.rpartition("/")[0] for path in images}
     lost = {path.rpartition("/")[0] for path in left} - kept
-    return [text, f"the whole of {_some([*lost])}"] if lost else [text]
+    whole = f", the whole of {_some([*lost])} among them" if lost else ""
+    return [
+        f"{len(left)} files by their ending ({', '.join(told[:10])}{more}){whole} "
+        "(convert them, or give them to ImageFiles, which looks into the file, if they "
+        "are AVIF, BMP, GIF, JPEG, JPEG 2000, PGM, PNG, PPM, TIFF or WebP)"
+    ]
 
 
 def _folder_label(name: str, path: str, word: str | None) -> str:
