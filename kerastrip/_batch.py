@@ -428,37 +428,34 @@ def weights(sample_weight: Any, targets: Any, samples: int) -> Any:
                 )
             )
 
-    def reader(name: str, value: Any) -> Reader:
-        if value is None:
-            raise ValueError(
-                _checks.message(
-                    name, "an array", value, "For an output without weights: np.ones."
-                )
-            )
-        _checks.refuse_masked(name, value)
-        array = np.array(value)
-        if array.dtype.kind not in "biuf" or array.ndim == 0:
-            told = value
-            if array.dtype.kind == "O" and array.ndim:
-                none = [not isinstance(one, numbers.Real) for one in array.flat]
-                first = int(np.argmax(none)) // (array.size // len(array))
-                told = _checks.Told(f"{array[first]} for sample {first}")
-            raise TypeError(_checks.message(name, f"{samples} numbers", told))
-        if len(array) != samples:
-            expected = f"{samples} finite weights >= 0, one per sample"
-            raise ValueError(_checks.message(name, expected, value))
-        if not (fit := np.isfinite(array) & (array >= 0)).all():
-            first = np.unravel_index(int(np.argmin(fit)), fit.shape)
-            raise ValueError(
-                _checks.message(
-                    name,
-                    f"{samples} finite weights >= 0, one per sample",
-                    _checks.Told(f"{array[first]} for sample {first[0]}"),
-                )
-            )
-        return array.astype(np.float32).__getitem__
+    return _per_output("sample_weight", sample_weight, partial(_weight, samples))
 
-    return _per_output("sample_weight", sample_weight, reader)
+
+def _weight(samples: int, name: str, value: Any) -> Reader:
+    if value is None:
+        raise ValueError(
+            _checks.message(
+                name, "an array", value, "For an output without weights: np.ones."
+            )
+        )
+    _checks.refuse_masked(name, value)
+    array = np.array(value)
+    if array.dtype.kind == "O":
+        for sample, one in enumerate(array.reshape(-1)):
+            if not isinstance(one, numbers.Real):
+                told = _checks.Told(f"{one} for sample {sample}")
+                raise TypeError(_checks.message(name, f"{samples} numbers", told))
+    if array.dtype.kind not in "biuf" or array.ndim == 0:
+        raise TypeError(_checks.message(name, f"{samples} numbers", value))
+    expected = f"{samples} finite weights >= 0, one per sample"
+    if len(array) != samples:
+        raise ValueError(_checks.message(name, expected, value))
+    usable = np.isfinite(array) & (array >= 0)
+    if not usable.all():
+        first = np.unravel_index(int(np.argmin(usable)), usable.shape)
+        told = _checks.Told(f"{array[first]} for sample {first[0]}")
+        raise ValueError(_checks.message(name, expected, told))
+    return array.astype(np.float32).__getitem__
 
 
 def _augmentations(augment: Any, x: Any) -> Any:

@@ -290,8 +290,7 @@ def test_targets_that_do_not_work(images, labels, targets, error, words):
         ("label", -np.ones(36), ValueError, ">= 0"),
         ("label", ["a"] * 36, TypeError, "sample_weight"),
         ("label", 3.0, TypeError, "sample_weight"),
-        ("label", [1.0, None] * 18, TypeError, "None for sample 1"),
-        ("label", [], ValueError, "36 finite"),
+        ("label", np.array([1.0, None] * 18), TypeError, "None for sample 1"),
         ("label", (np.ones(36),), ValueError, "tuple of 1 for targets='label'"),
         ("label", {"a": np.ones(36)}, ValueError, "dict of ..a.. for targets='label'"),
         (("label", "label"), (np.ones(36),), ValueError, "tuple of 1.*tuple of 2"),
@@ -1017,13 +1016,14 @@ class OneFile:
 
     def __init__(self, path, rows):
         np.repeat(np.arange(rows, dtype="uint8"), 9000).tofile(path)
-        self.rows, self.file = rows, open(path, "rb")  # noqa: SIM115
+        self.rows, self.file = rows, open(path, "rb", 0)  # noqa: SIM115
 
     def __len__(self):
         return self.rows
 
     def __getitem__(self, index):
         self.file.seek(9000 * index)
+        time.sleep(1e-4)
         return np.frombuffer(self.file.read(9000), "uint8")
 
 
