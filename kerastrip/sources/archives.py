@@ -11,13 +11,9 @@ from typing import Any
 
 from kerastrip import _checks
 from kerastrip._checks import Told, message
+from kerastrip.sources._listing import is_image, labelled_images
 from kerastrip.sources.decoding import MAX_PIXELS, check_bytes
-from kerastrip.sources.images import (
-    ImageFiles,
-    is_image,
-    is_wrong_with_file,
-    labelled_images,
-)
+from kerastrip.sources.images import ImageFiles, is_wrong_with_file
 
 _STORED_OR_DEFLATED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
