@@ -142,7 +142,8 @@ class _Archive:
     def stamps(self, paths: Sequence[str]) -> list[tuple[int, int]]:
         """Size and checksum of the members, as the archive tells them."""
         infos = [self.members[path[len(self.path) + 1 :]] for path in paths]
-        return [(info.file_size, info.CRC) for info in infos]
+        # A damaged table may tell of more bytes than int64 holds.
+        return [(min(info.file_size, 2**63 - 1), info.CRC) for info in infos]
 
     def __call__(self, path: str) -> bytes:
         info = self.members[path[len(self.path) + 1 :]]
