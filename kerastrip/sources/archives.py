@@ -166,8 +166,11 @@ class _Archive:
             except zlib.error as error:
                 raise ValueError(f"the archive is damaged: {error}") from error
         if len(data) != size:
-            told = f"{size:,} bytes, but there are {'more' if len(data) > size else 'less'}"
-            raise ValueError(f"the archive is damaged: the member is to have {told}")
+            found = "more" if len(data) > size else "fewer"
+            raise ValueError(
+                "the archive is damaged: the member should have "
+                f"{size:,} bytes, but there are {found}"
+            )
         if zlib.crc32(data) != info.CRC:
             raise ValueError("the archive is damaged: wrong checksum")
         return data
