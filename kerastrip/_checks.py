@@ -21,7 +21,11 @@ from typing import Any
 
 import numpy as np
 
-_NOT_THE_USERS = {"kerastrip", "keras", "tensorflow", "jax", "torch"}
+# Packages whose lines a warning does not show: they stand between it and the user.
+_NOT_THE_USERS = {
+    *("kerastrip", "keras", "tensorflow", "jax", "torch"),
+    *("contextlib", "concurrent", "threading"),
+}
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -51,22 +55,6 @@ def message(name: str, expected: str, received: Any, advice: str = "") -> str:
     told = received if isinstance(received, Told) else describe(received)
     text = f"Invalid value for `{name}`: expected {expected}, received {told}."
     return f"{text} {advice}" if advice else text
-
-
-def warn(text: str) -> None:
-    """Warns at the line of the user's program that led here.
-
-    A line of this package, or of Keras in the midst of `fit`, tells a user nothing.
-    """
-    frame: types.FrameType | None = sys._getframe(1)
-    level = 2
-    while frame is not None and _package(frame) in _NOT_THE_USERS:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
-
-
-def _package(frame: types.FrameType) -> str:
-    return frame.f_globals.get("__name__", "").partition(".")[0]
 
 
 class Told(str):
@@ -146,3 +134,46 @@ def number(
     ):
         raise ValueError(message(name, expected, value, advice))
     return x
+
+
+def refuse_masked(name: str, value: Any) -> None:
+    """ValueError where entries of a NumPy masked array are masked.
+
+    `np.asarray` would drop the mask, and what lies under it would count.
+
+    Args:
+        name: the argument.
+        value: what came: an array of any kind, or the constant `np.ma.masked`.
+    """
+    if not np.ma.isMaskedArray(value):
+        return
+    mask = np.ma.getmaskarray(value)
+    if not mask.any():
+        return
+    place = np.unravel_index(int(np.argmax(mask)), mask.shape)
+    at = ", ".join(str(int(axis)) for axis in place)
+    told = f"{int(mask.sum())} masked, the first at position {at}" if at else "a mask"
+    raise ValueError(
+        message(
+            name,
+            "an array without masked entries",
+            Told(told),
+            "Leave such samples out, or put values there with `.filled(...)`.",
+        )
+    )
+
+
+def warn(text: str) -> None:
+    """A `UserWarning` that shows the line of the user's program which led to it.
+
+    In a thread of ours there is none: then no line is shown.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and _package(frame) in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
+
+
+def _package(frame: types.FrameType) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]

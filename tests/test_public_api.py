@@ -49,7 +49,7 @@ BELOW = {
     "losses": {"memory", "_replicas", "losses._label_loss"},
     "_schedule": {"_permutation"},
     "plan": {"_schedule", "_labels"},
-    "sources": set(),
+    "sources": {"_labels"},
     "augmentation": {"_keyed", "_targets"},
     "_batch": {"plan", "sources", "augmentation"},
     "sampler": {"_batch", "_workers"},
