@@ -10,10 +10,10 @@ where there is something to say, what would work:
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import numbers
 import reprlib
-import sys
 import types
 import warnings
 from collections.abc import Sequence
@@ -168,8 +168,7 @@ def warn(text: str) -> None:
 
     In a thread of ours there is none: then no line is shown.
     """
-    frame: types.FrameType | None = sys._getframe(1)
-    level = 2
+    frame, level = inspect.currentframe(), 1
     while frame is not None and _package(frame) in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)

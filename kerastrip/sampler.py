@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import operator
 import os
-import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -404,7 +404,10 @@ class PKSampler(keras.utils.PyDataset):
         self._begun = True
 
     def on_epoch_end(self) -> None:
-        starts_over = sys._getframe(2).f_code.co_name == "reset"
+        frame = inspect.currentframe()
+        for _ in range(2):  # to the adapter, to what calls it
+            frame = frame.f_back if frame else None
+        starts_over = frame is not None and frame.f_code.co_name == "reset"
         if self._begun and not starts_over and not self.fixed:
             self._epoch += 1
         self._begun = False

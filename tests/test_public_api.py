@@ -34,7 +34,7 @@ BELOW = {
     "_permutation": set(),
     "_keyed": set(),
     "_targets": set(),
-    "_workers": set(),
+    "_workers": {"sources"},
     "_numerics": set(),
     "_replicas": set(),
     "distances": {"_numerics"},
