@@ -970,17 +970,15 @@ def test_labels_among_the_samples_of_a_data_set_are_told(kind):
 
 
 def test_a_warning_of_a_thread_shows_no_line_of_the_package():
-    def warn():
-        exec(
-            compile("_checks.warn('told')", "kerastrip/x.py", "exec"),
-            {"__name__": "kerastrip.x", "_checks": _checks},
-        )
-
-    with pytest.warns(UserWarning, match="told") as caught:
-        warn()
+    def both():
+        code = compile("_checks.warn('told')", "kerastrip/x.py", "exec")
+        exec(code, {"__name__": "kerastrip.x", "_checks": _checks})
         thread = threading.Thread(target=_checks.warn, args=("told",))
         thread.start()
         thread.join()
+
+    with pytest.warns(UserWarning, match="told") as caught:
+        both()
     assert [w.filename for w in caught] == [__file__, "sys"]
 
 
