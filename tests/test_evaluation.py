@@ -180,7 +180,7 @@ class TestRetrieval:
 
     def test_wrong_types(self):
         x = np.ones((2, 1))
-        for labels in ([0.5, 0.5], [None, None]):
+        for labels in ([0.5, 0.5], ["a", 1]):
             with pytest.raises(TypeError, match="labels"):
                 retrieval_metrics(x, labels)
         with pytest.raises(TypeError, match="gallery_labels"):

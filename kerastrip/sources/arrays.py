@@ -482,6 +482,13 @@ def _stack(
         return parts if isinstance(first, Mapping) else tuple(parts.values())
     if isinstance(first, (str, bytes)):
         return _texts(rows, places, order, first, name)
+    return _arrays(rows, places, order, first, name)
+
+
+def _arrays(
+    rows: Sequence[Any], places: list[int], order: list[int], first: Any, name: str
+) -> np.ndarray:
+    """(len(order), ...) samples, all of the shape and dtype of the first."""
     model = _shown(first, f"{name}[0]")
     if model.dtype.kind in _NO_NUMBERS or model.dtype.names is not None:
         if isinstance(first, os.PathLike):
