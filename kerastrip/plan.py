@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -437,6 +437,10 @@ class PKPlan:
     def decode(self, codes: Any) -> np.ndarray:
         """The labels of `codes`."""
         return self._table.decode(codes)
+
+    def class_weight(self, weights: Mapping[Any, float]) -> dict[int, float]:
+        """Weights by label as weights by code; labels that are left out weigh 1."""
+        return self._table.class_weight(weights)
 
     def report(self) -> SamplingReport:
         """What the plan keeps, leaves out and repeats: a table when printed."""

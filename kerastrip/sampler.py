@@ -7,7 +7,7 @@ import inspect
 import operator
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -93,6 +93,7 @@ class PKSampler(keras.utils.PyDataset):
           a step stays the same. Leave `steps_per_epoch` alone: `len()` is the epoch.
         * `sampler[step]` is a batch of the current epoch, `sampler.batch(step,
           epoch)` of any.
+        * `fit(class_weight=)` counts codes, not labels: `class_weight` translates.
         * Images that cannot be read are an error, unless their source has
           `on_error="skip"`: then another sample of the class takes the place, targets
           and weights included; `broken` names them.
@@ -425,6 +426,24 @@ class PKSampler(keras.utils.PyDataset):
     def decode(self, codes: Any) -> np.ndarray:
         """Codes as the labels that were passed in."""
         return self.plan.decode(codes)
+
+    def class_weight(self, weights: Mapping[Any, float]) -> dict[int, float]:
+        """Weights by label as Keras wants them, by code: for `fit(class_weight=)`.
+
+            model.fit(train, class_weight=train.class_weight({"rare": 5.0}))
+
+        The targets of a batch are codes, so that Keras would take `{1: 5.0}` for the
+        second label. It weighs the losses of a model with one output; with more than
+        one give `sample_weight` to the sampler.
+
+        Args:
+            weights: label -> weight, >= 0. Labels that are left out weigh 1.
+
+        Raises:
+            TypeError, ValueError: for a label that is not in `classes_`, or a weight
+                that is none.
+        """
+        return self.plan.class_weight(weights)
 
     def report(self) -> Any:
         """What is kept, left out, repeated and broken: a `SamplingReport`."""

@@ -515,6 +515,22 @@ def test_a_shard_raises_at_the_first_step_out_of_order(images, labels):
     sampler.batch(4)
 
 
+@backend
+def test_class_weight_counts_labels(images):
+    names = np.repeat(["ant", "bee", "cat"], 12)
+    train = PKSampler(images, names, classes_per_batch=3, samples_per_class=4)
+    weights = train.class_weight({"bee": 5.0, "cat": 0})
+    assert weights == {1: 5.0, 2: 0.0}
+    model = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(3)])
+    model.compile(
+        keras.optimizers.SGD(0.0), lambda y, p: 1.0 + 0.0 * keras.ops.sum(p, axis=-1)
+    )
+    history = model.fit(train, class_weight=weights, verbose=0).history
+    assert history["loss"][0] == pytest.approx((1 + 5 + 0) / 3)
+    with pytest.raises(ValueError, match="class_weight.*'dog'"):
+        train.class_weight({"dog": 1.0})
+
+
 # -- with fit ----------------------------------------------------------------------
 
 
