@@ -13,9 +13,9 @@ import keras
 import numpy as np
 
 from kerastrip import _checks
+from kerastrip._files import write_whole
 from kerastrip._pictures import png
 from kerastrip.callbacks._evaluation import HeldOut
-from kerastrip.callbacks._files import write_whole
 from kerastrip.callbacks._images import Thumbnails, thumbnails_of
 
 # What the projector reads: so many points, and a sprite of so many pixels a side.

@@ -12,10 +12,10 @@ import keras
 import numpy as np
 
 from kerastrip import _checks
+from kerastrip._files import write_whole
 from kerastrip._outputs import embedding_output
 from kerastrip.callbacks import _page
 from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
-from kerastrip.callbacks._files import write_whole
 from kerastrip.callbacks._images import thumbnails_of
 from kerastrip.callbacks._report_parts import (
     Look,
