@@ -28,7 +28,6 @@ from kerastrip.callbacks._report_parts import (
     tiles,
 )
 from kerastrip.callbacks.collapse import CollapseGuard
-from kerastrip.distances import DISTANCES
 from kerastrip.verification import check_codes
 
 
@@ -118,9 +117,6 @@ class TrainingReport(keras.callbacks.Callback):
             "queries": _checks.integer("queries", queries, 1),
             "k": _checks.integer("k", k, 1),
         }
-        if distance is not None:
-            _checks.one_of("distance", distance, DISTANCES)
-        self._distance = distance
         self._output = output
         self._thumbnails = None
         self._evaluation: EpochEvaluation | None = None
@@ -139,7 +135,7 @@ class TrainingReport(keras.callbacks.Callback):
                 keys=(),
                 measure=self._measure,
                 every=every,
-                prefix="",
+                distance=distance,
                 output=output,
                 batch_size=batch_size,
                 verbose=None,
@@ -182,14 +178,14 @@ class TrainingReport(keras.callbacks.Callback):
         self._write()
 
     def _measure(
-        self, embeddings: np.ndarray, labels: Any, *, verbose: bool
+        self, embeddings: np.ndarray, labels: Any, *, distance: str, verbose: bool
     ) -> dict[str, float]:
         loss = embedding_output(self.model, self._output).loss
-        margin, word = (getattr(loss, name, None) for name in ("margin", "distance"))
+        margin = getattr(loss, "margin", None)
         self._latest = look(
             embeddings,
             labels,
-            distance=self._distance or (word if word in DISTANCES else "euclidean"),
+            distance=distance,
             margin=margin if isinstance(margin, float) and margin > 0 else None,
             thumbnails=self._thumbnails,
             verbose=verbose,
