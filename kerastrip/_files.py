@@ -5,6 +5,16 @@ from __future__ import annotations
 import os
 import pathlib
 import secrets
+from typing import Any
+
+
+def readable(value: Any) -> str:
+    """A value as text that can be written and drawn.
+
+    The name of a file that is not in UTF-8 has lone surrogates, which no encoding
+    takes; they become escapes (`\\udce9`).
+    """
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -14,15 +24,14 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
 
     Args:
         path: the file.
-        content: bytes, or text for UTF-8; a lone surrogate, as in the name of a file
-            that is not in UTF-8, becomes an escape (`\\udce9`).
+        content: bytes, or text for UTF-8.
 
     Raises:
         OSError: it cannot be written; what was there is still there.
     """
     path = pathlib.Path(path)
     if isinstance(content, str):
-        content = content.encode("utf-8", "backslashreplace")
+        content = readable(content).encode("utf-8")
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         # "x" makes the file: a link that somebody has put there is not followed.

@@ -225,6 +225,45 @@ def test_two_at_once_wait_for_each_other(tmp_path, images, small_steps):
     assert sorted(len(source.read) for source in sources) == [9, 13]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_two_processes_at_once_wait_for_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_ROWS", 16)
+    monkeypatch.setattr(cache, "_SECONDS", 0.02)
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=cache_images, args=(Slow(), tmp_path)) for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    expected = np.arange(1000)[:, None].repeat(1500, 1)
+    np.testing.assert_array_equal(CachedImages(tmp_path).take(range(1000)), expected)
+
+
+def test_a_data_set_with_one_open_file_is_read_in_turns(tmp_path, monkeypatch):
+    """As are an open archive, or images that are read when they are looked at."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    np.arange(2000, dtype="<i4").repeat(25).tofile(tmp_path / "rows.bin")
+
+    class Rows:
+        def __init__(self):
+            self.file = open(tmp_path / "rows.bin", "rb")
+
+        def __len__(self):
+            return 2000
+
+        def __getitem__(self, row):
+            self.file.seek(100 * row)
+            time.sleep(1e-6)  # another thread's turn
+            return np.frombuffer(self.file.read(100), "<i4")
+
+    cached = cache_images(Rows(), tmp_path / "cache")
+    expected = np.arange(2000)[:, None].repeat(25, 1)
+    np.testing.assert_array_equal(cached.array, expected)
+
+
 # -- damaged, or of something else
 
 
