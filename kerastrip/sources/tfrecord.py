@@ -68,7 +68,8 @@ class TFRecordSource:
             and which reads what is neither, as an integer written as raw bytes; or
             None. Default "label".
         parse: function `(record: bytes) -> sample` in place of `feature`; a sample
-            is an array or a dict or tuple of arrays. Default None.
+            is an array or a dict or tuple of arrays. Threads call it side by side.
+            Default None.
         shape: shape of a feature that is no picture. Default None.
         dtype: its dtype. Raw bytes are read as numbers of it. Numbers in a list are
             converted, which is an error if one of them changes by more than the
