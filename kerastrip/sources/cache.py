@@ -387,14 +387,15 @@ def _compare(
     images, _, known = (_rows(path, name, about, rows) for name in _GROWING)
     changed = np.flatnonzero((known != stamps[:rows]).any(axis=1))
     some = np.linspace(0, rows - 1, _COMPARED).astype(int)
-    compared = np.union1d(some, changed)
+    compared, paths = np.union1d(some, changed), getattr(source, "paths", None)
     for first in range(0, len(compared), _step(about)):
         block = compared[first : first + _step(about)]
         for row, now in zip(block, source.take(block), strict=True):
             if images[row].tobytes() != now.tobytes():
+                file = f" ({paths[row]!r})" if paths else ""
                 raise _refused(
                     path,
-                    f"another sample {row}",
+                    f"another sample {row}{file}",
                     "Its file has changed, or the cache is of another source, or made "
                     f"with other parameters or another decoder. {_AGAIN} "
                     "CachedImages(path) opens it as it is.",
