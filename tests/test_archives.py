@@ -2,6 +2,9 @@
 
 import pathlib
 import pickle
+import struct
+import tracemalloc
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -124,6 +127,64 @@ def test_archives_that_do_not_work_say_why(archive, tmp_path):
         file.writestr("a/2.png", png(1))
     with pytest.raises(ValueError, match="at least two classes, received one, 'a'"):
         ZipImages(packed, size=8)
+
+
+def directory_entry(path, name):
+    """Where the table of contents of an archive tells of a member."""
+    return path.read_bytes().rindex(name.encode()) - 46
+
+
+def test_a_member_that_unpacks_to_more_than_it_tells_is_broken(tmp_path):
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/1.png", bytes(50_000_000))
+        file.writestr("b/1.png", png(0))
+    data = bytearray(path.read_bytes())
+    for told, says in (
+        (100, "100 bytes, but there are more"),
+        (2**31, "2,147,483,648"),
+    ):
+        struct.pack_into("<I", data, directory_entry(path, "a/1.png") + 24, told)
+        path.write_bytes(data)
+        source = ZipImages(path, size=8)
+        tracemalloc.start()
+        with pytest.raises(BrokenSamples, match=f"a/1.png'.*{says}"):
+            source.take([0])
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+        tracemalloc.stop()
+        assert source.take([1]).shape == (1, 8, 8, 3)
+    with pytest.raises(BrokenSamples, match="9 x 9 pixels are more than max_pixels=80"):
+        ZipImages(path, size=8, max_pixels=80).take([1])
+
+
+def test_an_archive_with_flipped_bits_reads_or_gives_a_value_error(archive):
+    rng, whole = np.random.default_rng(0), np.frombuffer(archive.read_bytes(), "u1")
+    table = whole.tobytes().index(b"PK\x01\x02")
+    read = 0
+    for _ in range(300):
+        data = whole.copy()
+        at = rng.integers(table if rng.random() < 0.8 else 0, len(data), 2)
+        data[at] ^= rng.integers(1, 256, 2).astype("u1")
+        archive.write_bytes(
+            data[: rng.integers(0, 9999) if rng.random() < 0.1 else None]
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what was left out
+            try:
+                source = ZipImages(
+                    archive, size=7, label_from="parent", on_error="skip"
+                )
+            except ValueError:
+                continue
+        read += len(source) - len(source.find_broken())
+    assert read > 300
+
+
+def test_the_stamps_are_the_checksums_of_the_members(archive):
+    stamps = ZipImages(archive, size=7, label_from="path").stamps()
+    with zipfile.ZipFile(archive) as file:
+        infos = [file.getinfo(f"letters/{name}") for name in sorted(NAMES)]
+    assert stamps.tolist() == [[info.file_size, info.CRC] for info in infos]
 
 
 @pytest.mark.skipif(not OMNIGLOT.exists(), reason="Omniglot is not here")

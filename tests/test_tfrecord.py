@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 from kerastrip import PKSampler
-from kerastrip.sources import TFRecordSource, tfrecord
+from kerastrip.sources import ImageFiles, TFRecordSource, tfrecord
 
 ROWS = [7, 0, 7, 3, 11]
 
@@ -222,6 +222,18 @@ def test_gray_and_resized(tmp_path, images):
     assert source.take([0, 1]).shape == (2, 3, 2, 1)
     with pytest.raises(ValueError, match=r"record\[1\].*resize"):
         TFRecordSource(path).take([1])
+
+
+def test_pictures_are_read_as_image_files_are(paths, tmp_path, images):
+    file = tmp_path / "one.png"
+    cv2.imwrite(str(file), images[0][..., ::-1])
+    source, files = TFRecordSource(paths, size=3), ImageFiles([file], size=3)
+    assert source.reading == files.reading
+    np.testing.assert_array_equal(source.take([0]), files.take([0]))
+    assert TFRecordSource(paths).reading is None
+    with pytest.raises(ValueError, match=r"Record 0 of .*a\.tfrecord .*19"):
+        TFRecordSource(paths, max_pixels=19)
+    assert len(TFRecordSource(paths, max_pixels=20)) == 12
 
 
 # -- the index

@@ -11,6 +11,7 @@ from kerastrip.sources.arrays import (
     as_source,
 )
 from kerastrip.sources.cache import CachedImages, cache_images
+from kerastrip.sources.decoding import read_image
 from kerastrip.sources.images import ImageFiles, ImageFolder
 from kerastrip.sources.tfrecord import TFRecordSource
 
@@ -28,4 +29,5 @@ __all__ = [
     "ZipImages",
     "as_source",
     "cache_images",
+    "read_image",
 ]

@@ -9,8 +9,11 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kerastrip import _checks
 from kerastrip._checks import Told, message
-from kerastrip.sources.images import ImageFiles, is_image, labelled_images
+from kerastrip.sources._listing import is_image, labelled_images
+from kerastrip.sources.decoding import MAX_PIXELS, check_bytes
+from kerastrip.sources.images import ImageFiles, is_wrong_with_file
 
 _STORED_OR_DEFLATED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -24,6 +27,8 @@ def ZipImages(
     reduce: str = "auto",
     cache: str | os.PathLike[str] | None = None,
     on_error: str = "raise",
+    bits: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageFiles:
     """The images of a zip archive that holds one folder for each class.
 
@@ -43,6 +48,10 @@ def ZipImages(
         reduce: "auto" (default) or "never", as for `ImageFiles`.
         cache: None (default), "memory" or a path, as for `ImageFiles`.
         on_error: "raise" (default) or "skip", as for `ImageFiles`.
+        bits: None (default) or 9 ... 16, as for `ImageFiles`.
+        max_pixels: the largest image that is decoded, as for `ImageFiles`. A member
+            is not unpacked if it is larger than such an image, or beyond the size
+            that the archive tells.
 
     Returns:
         `ImageFiles` with `labels`; its `paths` are those of the members, behind that
@@ -63,7 +72,8 @@ def ZipImages(
         >>> ZipImages(path, size=8, label_from="path").labels.tolist()
         ['Greek/alpha', 'Latin/alpha']
     """
-    archive = _Archive(os.fspath(path))
+    limit = _checks.integer("max_pixels", max_pixels, 1)
+    archive = _Archive(os.fspath(path), limit)
     # Some Windows programs write "\" between the parts, against the specification.
     members = {name.replace("\\", "/"): name for name in archive.members}
     names = {name for name in members if not name.startswith("__MACOSX/")}
@@ -85,14 +95,18 @@ def ZipImages(
         cache=cache,
         on_error=on_error,
         read=archive,
+        bits=bits,
+        max_pixels=max_pixels,
     )
 
 
 class _Archive:
     """Reads members by "archive/member", from any thread or process."""
 
-    def __init__(self, path: str):
-        self.path = path
+    thread_safe = True  # each call opens the archive for itself
+
+    def __init__(self, path: str, max_pixels: int):
+        self.path, self._max_pixels = path, max_pixels
         try:
             with zipfile.ZipFile(path) as archive:
                 self.members = {
@@ -100,7 +114,11 @@ class _Archive:
                     for info in archive.infolist()
                     if not info.is_dir()
                 }
-        except (OSError, zipfile.BadZipFile) as error:
+        except Exception as error:
+            # zipfile answers a damaged table with errors of a dozen kinds.
+            of_the_moment = isinstance(error, OSError) and not is_wrong_with_file(error)
+            if of_the_moment or isinstance(error, MemoryError):
+                raise
             raise ValueError(
                 message("path", "a zip archive", path, f"{error}.")
             ) from error
@@ -121,9 +139,20 @@ class _Archive:
                     )
                 )
 
+    def stamps(self, paths: Sequence[str]) -> list[tuple[int, int]]:
+        """Size and checksum of the members, as the archive tells them."""
+        infos = [self.members[path[len(self.path) + 1 :]] for path in paths]
+        # A damaged table may tell of more bytes than int64 holds.
+        return [(min(info.file_size, 2**63 - 1), info.CRC) for info in infos]
+
     def __call__(self, path: str) -> bytes:
         info = self.members[path[len(self.path) + 1 :]]
+        size = info.file_size
+        check_bytes(size, self._max_pixels)
         with open(self.path, "rb") as file:
+            ends = info.header_offset + 30 + info.compress_size
+            if info.header_offset < 0 or ends > os.fstat(file.fileno()).st_size:
+                raise ValueError("the archive is damaged: it ends before the member")
             file.seek(info.header_offset)
             header = file.read(30)
             if header[:4] != b"PK\x03\x04":
@@ -132,9 +161,13 @@ class _Archive:
             data = file.read(info.compress_size)
         if info.compress_type == zipfile.ZIP_DEFLATED:
             try:
-                data = zlib.decompress(data, -zlib.MAX_WBITS)
+                # One byte too many is enough to see that more would come.
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
             except zlib.error as error:
                 raise ValueError(f"the archive is damaged: {error}") from error
+        if len(data) != size:
+            told = f"{size:,} bytes, but there are {'more' if len(data) > size else 'less'}"
+            raise ValueError(f"the archive is damaged: the member is to have {told}")
         if zlib.crc32(data) != info.CRC:
             raise ValueError("the archive is damaged: wrong checksum")
         return data

@@ -6,8 +6,8 @@ in an archive are in `kerastrip.sources.archives`.
 
 from __future__ import annotations
 
+import errno
 import os
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,31 +15,54 @@ from typing import Any
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip._checks import Told, message
+from kerastrip._checks import message
+from kerastrip._labels import label_array
+from kerastrip.sources._listing import files_below, labelled_images
+from kerastrip.sources._turns import alone
 from kerastrip.sources.arrays import BrokenSamples
+from kerastrip.sources.decoding import (
+    CHANNELS,
+    MAX_PIXELS,
+    REDUCE,
+    checked_bits,
+    checked_size,
+    decode_image,
+    read_file,
+)
 
-EXTENSIONS = ("bmp", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
-CHANNELS = {"rgb": 3, "gray": 1}
-REDUCE = ("auto", "never")
 ON_ERROR = ("raise", "skip")
-LABEL_FROM = ("parent", "top", "path")
+# Errors of the system that say something about a file, and not about the moment.
+_OF_THE_FILE = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 
 
 class ImageFiles:
     """Images in files, decoded with OpenCV: (height, width, channels) uint8 rows.
 
-    Files are read when a batch asks for them, in the thread or process that does.
-    What an image goes through: the bytes are decoded to 8 bits per channel (the upper
-    ones of 16), turned upright as its EXIF orientation says, resized to `size`
+    Files are read when a batch asks for them, in the thread or process that does; what
+    they hold counts, not the ending of their name. What an image goes through: the
+    bytes are decoded to 8 bits per channel (the upper ones of 16, see `bits`), turned
+    upright as its EXIF orientation says (JPEG, PNG, TIFF, WebP), resized to `size`
     (averaging pixels where it shrinks, bilinear where it grows; the aspect ratio
-    is not kept) and put in the order red, green, blue. Transparency is dropped.
+    is not kept) and put in the order red, green, blue. Transparency is dropped, unless
+    the whole image has one colour: then it is a drawing in that colour, and put on
+    white paper (on black if the colour is light). Of an animation the first picture
+    is taken. `read_image` does the same with one new image.
 
     With `on_error="skip"` a `PKSampler` draws another sample of the class in place
     of one that is missing or broken: batches stay P x K and a pure function of
     (seed, epoch, step). It warns once; `sampler.broken` and `sampler.report()` tell.
     Whoever wants every sample in order (`embed`, evaluation, a cache file) gets the
     error all the same, because rows must line up: leave out what `find_broken()`
-    finds, with `Subset`.
+    finds, with `Subset`. Only what is wrong with the file itself counts: it is gone,
+    empty, damaged, too large. Where the system is short of memory or of file handles,
+    where a disk or network fails or a permission lacks, the error is raised, whatever
+    `on_error` says, because the image may be whole.
 
     Args:
         paths: paths of the files, in the order of the rows.
@@ -52,16 +75,27 @@ class ImageFiles:
             full.
         cache: where decoded rows are kept. None (default): nowhere. "memory": in
             an array that fills up as they are read; threads share it, each process
-            has its own. A path: in the file of `kerastrip.cache_images`, which is
-            written now, or used if it is there; processes share it.
+            has its own, and a file that changes afterwards is not read again. A path:
+            in the file of `kerastrip.cache_images`, which is written now, or used if
+            it is there; processes share it.
         on_error: what a missing or broken file does: "raise" (default) or "skip".
         read: function path -> bytes, if the images are not in files; picklable for
-            processes that are spawned; an OSError or ValueError of it says that
-            an image is broken. Default None: the file is read.
+            processes that are spawned. A ValueError, a FileNotFoundError or an OSError
+            without a number says that an image is broken; others are raised. Threads
+            call it one at a time, unless it has an attribute `thread_safe = True`.
+            Default None: the file is read.
+        bits: how many bits of a file with 16 per channel hold the picture: 12 in
+            many X-ray and microscope images. Default None: 16, but a file whose
+            upper four bits are empty is an error, because it would come out black.
+        max_pixels: the largest image, height x width, that is decoded; checked before
+            memory is taken for it. A larger one is broken. Default 200 million: those
+            of the largest phone cameras.
 
     Attributes:
         paths: list of the paths, as text.
         labels: array of the labels, or None.
+        reading: how images are read, as a dict that goes to JSON beside the model and
+            to `read_image`.
 
     Raises:
         TypeError, ValueError: for arguments that do not work, a missing file
@@ -89,6 +123,8 @@ class ImageFiles:
         cache: str | os.PathLike[str] | None = None,
         on_error: str = "raise",
         read: Callable[[str], bytes] | None = None,
+        bits: int | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
         if isinstance(paths, (str, bytes, os.PathLike)):
             advice = "ImageFolder(directory) reads a folder of class folders."
@@ -96,27 +132,20 @@ class ImageFiles:
         self.paths = [os.fspath(path) for path in paths]
         if not self.paths:
             raise ValueError(message("paths", "at least one path", self.paths))
-        self.labels = None if labels is None else np.array(labels)
+        self.labels = None if labels is None else label_array(labels)
         if self.labels is not None and len(self.labels) != len(self.paths):
             expected = f"{len(self.paths)} labels, one per path"
             raise ValueError(message("labels", expected, self.labels))
         self._size = checked_size(size)
         self._color = _checks.one_of("color", color, tuple(CHANNELS))
-        self._reduce = _checks.one_of("reduce", reduce, REDUCE) == "auto"
+        self._reduce = _checks.one_of("reduce", reduce, REDUCE)
+        self._bits = checked_bits(bits)
+        self._max_pixels = _checks.integer("max_pixels", max_pixels, 1)
         self._skip = _checks.one_of("on_error", on_error, ON_ERROR) == "skip"
         if read is None and not self._skip:
-            missing = [path for path in self.paths if not os.path.isfile(path)]
-            if missing:
-                raise ValueError(
-                    message(
-                        "paths",
-                        "paths of files",
-                        missing[0],
-                        f"{len(missing)} of {len(self.paths)} are not there. "
-                        "on_error='skip' draws others of their class.",
-                    )
-                )
-        self._read = read or read_file
+            _check_files(self.paths)
+        self._own = read is not None and read is not read_file
+        self._read = alone(read or read_file)
         self._memory: _Memory | None = None
         self._file: Any = None
         if cache == "memory":
@@ -130,8 +159,31 @@ class ImageFiles:
     def _shape(self) -> tuple[int, int, int]:
         return (*self._size, CHANNELS[self._color])
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        return {
+            "size": list(self._size),
+            "color": self._color,
+            "reduce": self._reduce,
+            "bits": self._bits,
+            "resize": "stretch",
+            "turn": "exif",
+        }
+
     def __len__(self) -> int:
         return len(self.paths)
+
+    def stamps(self) -> np.ndarray | None:
+        """(n, 2) int64 array by which a file that has changed is known.
+
+        Its size in bytes and the time of its last change in nanoseconds, or for the
+        member of an archive its size and checksum; -1 where there is no file. None if
+        `read` is a function of your own.
+        """
+        tell = getattr(self._read, "stamps", None)
+        if tell is not None:
+            return np.array(tell(self.paths), np.int64)
+        return None if self._own else np.array([*map(_stamp, self.paths)], np.int64)
 
     def take(self, indices: Any) -> np.ndarray:
         """(len(indices), height, width, channels) fresh uint8 array, in that order.
@@ -163,14 +215,22 @@ class ImageFiles:
         if memory is not None and memory.filled[row]:
             out[...] = memory.rows[row]
             return ""
+        path, limit = self.paths[row], self._max_pixels
         try:
-            data = self._read(self.paths[row])
+            data = self._read(path) if self._own else read_file(path, limit)
             out[...] = decode_image(
-                data, self._size, color=self._color, reduce=self._reduce
+                data,
+                self._size,
+                color=self._color,
+                reduce=self._reduce == "auto",
+                bits=self._bits,
+                max_pixels=limit,
             )
         except (OSError, ValueError) as error:
+            if not is_wrong_with_file(error):
+                raise
             why = getattr(error, "strerror", None) or str(error)
-            return f"{self.paths[row]!r}: {why}"
+            return f"{path!r}: {why}"
         if memory is not None:
             memory.rows[row] = out
             memory.filled[row] = True  # last: others may read what is marked
@@ -192,6 +252,43 @@ class ImageFiles:
         if self.labels is not None:
             told += f", {len(np.unique(self.labels))} classes"
         return f"ImageFiles({told})"
+
+
+def _check_files(paths: Sequence[str]) -> None:
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(
+            message(
+                "paths",
+                "paths of files",
+                missing[0],
+                f"{len(missing)} of {len(paths)} are not there. "
+                "on_error='skip' draws others of their class.",
+            )
+        )
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        if not is_wrong_with_file(error):
+            raise
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def is_wrong_with_file(error: Exception) -> bool:
+    """Whether an error of reading an image says that the image is broken, for good.
+
+    Others are of the moment: no file handle or memory left, a disk or a network that
+    fails, a permission that lacks. To leave the image out for them would be wrong.
+    """
+    if not isinstance(error, OSError):
+        return isinstance(error, ValueError)
+    if error.errno is None:  # made by a program, such as the `read` of a user
+        return type(error) in (OSError, FileNotFoundError)
+    return error.errno in _OF_THE_FILE
 
 
 class _Memory:
@@ -217,14 +314,19 @@ def ImageFolder(
     reduce: str = "auto",
     cache: str | os.PathLike[str] | None = None,
     on_error: str = "raise",
+    bits: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageFiles:
     """The images of a folder that holds one folder for each class.
 
         photos/cat/01.jpg, photos/cat/02.jpg, photos/dog/01.jpg, ...
 
-    Files are found by their extension (bmp, jpeg, jpg, pgm, png, ppm, tif, tiff,
-    webp, in any case), at any depth, through links; names that begin with a dot
-    are left out. Rows are sorted by path.
+    Files are found at any depth by the ending of their name, in any case: bmp, dib,
+    jfif, jpe, jpeg, jpg, pbm, pgm, png, pnm, ppm, tif, tiff, webp, and where OpenCV was
+    built with these, avif, gif, j2k, jp2. Names that begin with a dot are left out.
+    Links are followed, but every file comes once: one that leads to what is there
+    already, or to a folder above, is left out. One warning tells what was left out
+    though it may be an image. Rows are sorted by path.
 
     Args:
         directory: the folder.
@@ -240,6 +342,8 @@ def ImageFolder(
         reduce: "auto" (default) or "never", as for `ImageFiles`.
         cache: None (default), "memory" or a path, as for `ImageFiles`.
         on_error: "raise" (default) or "skip", as for `ImageFiles`.
+        bits: None (default) or 9 ... 16, as for `ImageFiles`.
+        max_pixels: the largest image that is decoded, as for `ImageFiles`.
 
     Returns:
         `ImageFiles` with `labels`.
@@ -261,12 +365,8 @@ def ImageFolder(
     root = os.fspath(directory)
     if not os.path.isdir(root):
         raise ValueError(message("directory", "a folder", directory))
-    names = []
-    for parent, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        within = os.path.relpath(parent, root).replace(os.sep, "/")
-        names += [name if within == "." else f"{within}/{name}" for name in files]
-    names, labels = labelled_images("directory", names, label_from)
+    names, notes = files_below(root)
+    names, labels = labelled_images("directory", names, label_from, notes)
     return ImageFiles(
         [os.path.join(root, *name.split("/")) for name in names],
         labels,
@@ -276,163 +376,6 @@ def ImageFolder(
         cache=cache,
         on_error=on_error,
         read=read_file,  # they were there a moment ago
+        bits=bits,
+        max_pixels=max_pixels,
     )
-
-
-def labelled_images(
-    name: str, paths: Iterable[str], label_from: Any
-) -> tuple[list[str], np.ndarray]:
-    """The images among `paths`, sorted, and their labels.
-
-    Args:
-        name: the argument that they come from, for errors.
-        paths: relative paths, parts separated by "/".
-        label_from: as for `ImageFolder`.
-
-    Returns:
-        Paths and labels.
-
-    Raises:
-        TypeError, ValueError: as `ImageFolder`.
-    """
-    if label_from is not None and not callable(label_from):
-        _checks.one_of("label_from", label_from, LABEL_FROM)
-    images = sorted(path for path in paths if is_image(path))
-    if not images:
-        told = f"images ({', '.join(EXTENSIONS)}) in class folders"
-        raise ValueError(message(name, told, Told("none")))
-    if callable(label_from):
-        pairs = [(path, label_from(path)) for path in images]
-        pairs = [(path, label) for path, label in pairs if label is not None]
-        if not pairs:
-            expected = "a label for some of the images"
-            raise ValueError(message("label_from", expected, Told("None for all")))
-        images, labels = [list(part) for part in zip(*pairs, strict=True)]
-    else:
-        labels = [_folder_label(name, path, label_from) for path in images]
-    if len(set(labels)) < 2:
-        raise ValueError(
-            message(
-                name,
-                "at least two classes",
-                Told(f"one, {labels[0]!r}, with {len(labels)} images"),
-                "Give the folder above, or read images without classes with "
-                "ImageFiles(paths).",
-            )
-        )
-    return images, np.array(labels)
-
-
-def _folder_label(name: str, path: str, word: str | None) -> str:
-    *folders, _ = path.split("/")
-    if not folders:
-        raise ValueError(
-            message(
-                name,
-                "every image in the folder of its class",
-                path,
-                "A callable label_from= makes labels of file names.",
-            )
-        )
-    if word == "path":
-        return "/".join(folders)
-    if word is None and len(folders) > 1:
-        raise ValueError(
-            message(
-                "label_from",
-                "a word, as folders lie within folders",
-                None,
-                f"For {path!r} the class is {folders[-1]!r} with 'parent', "
-                f"{folders[0]!r} with 'top', {'/'.join(folders)!r} with 'path'.",
-            )
-        )
-    return folders[0] if word == "top" else folders[-1]
-
-
-def is_image(path: str) -> bool:
-    """Whether a path has the extension of an image and no hidden part."""
-    hidden = any(part.startswith(".") for part in path.split("/"))
-    return path.lower().rpartition(".")[2] in EXTENSIONS and not hidden
-
-
-def read_file(path: str) -> bytes:
-    """The bytes of a file."""
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def decode_image(
-    data: bytes,
-    size: tuple[int, int] | None,
-    *,
-    color: str = "rgb",
-    reduce: bool = True,
-) -> np.ndarray:
-    """An encoded image as (height, width, channels) uint8 array: see `ImageFiles`.
-
-    Args:
-        data: the bytes of the file.
-        size: (height, width) of the result, or None for that of the image.
-        color: "rgb" (default) or "gray".
-        reduce: whether large JPEGs may be decoded at a fraction of their size.
-
-    Returns:
-        The array.
-
-    Raises:
-        ValueError: if OpenCV does not decode it.
-    """
-    import cv2
-
-    if not data:
-        raise ValueError("the file is empty")
-    factor = _reduction(data, max(size)) if size and reduce else 1
-    kind = "GRAYSCALE" if color == "gray" else "COLOR"
-    flag = f"IMREAD_REDUCED_{kind}_{factor}" if factor > 1 else f"IMREAD_{kind}"
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, flag))
-    except cv2.error as error:
-        raise ValueError(f"OpenCV does not decode it: {error}") from error
-    if image is None:
-        raise ValueError("it is cut short, damaged, or no image that OpenCV decodes")
-    if size and image.shape[:2] != size:
-        height, width = size
-        shrinks = height < image.shape[0] or width < image.shape[1]
-        way = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        image = cv2.resize(image, (width, height), interpolation=way)
-    if color == "gray":
-        return image[..., None]
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _reduction(data: bytes, least: int) -> int:
-    """The fraction (1, 2, 4 or 8) that leaves both sides of a JPEG `least` pixels."""
-    shorter = min(_jpeg_size(data))
-    return next((n for n in (8, 4, 2) if shorter // n >= least), 1)
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Height and width from the header of a JPEG; (0, 0) for anything else.
-
-    A header is a chain of segments: a marker (0xFF and a byte) and a length.
-    """
-    at = 2 if data.startswith(b"\xff\xd8") else len(data)
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return struct.unpack_from(">HH", data, at + 5)
-        if marker == 0xFF:  # filling
-            at += 1
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return 0, 0
-
-
-def checked_size(size: Any) -> tuple[int, int]:
-    """(height, width) of what `size=` got: such a pair, or one integer for both."""
-    if isinstance(size, (tuple, list)) and len(size) == 2:
-        height, width = (_checks.integer("size", side, 1) for side in size)
-        return height, width
-    advice = "(height, width) is two of them."
-    side = _checks.integer("size", size, 1, advice)
-    return side, side

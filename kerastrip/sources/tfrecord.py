@@ -26,10 +26,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from kerastrip import _checks
 from kerastrip._checks import Told, message, one_of
 from kerastrip._files import write_whole
 from kerastrip.sources.arrays import RowSource
-from kerastrip.sources.images import checked_size, decode_image
+from kerastrip.sources.decoding import (
+    MAX_PIXELS,
+    checked_bits,
+    checked_size,
+    decode_image,
+)
 
 _VERSION = 2
 _HEAD, _FOOT = 12, 4  # bytes before and after the data
@@ -78,11 +84,14 @@ class TFRecordSource:
         color: "rgb" (default) or "gray".
         size: (height, width) that pictures are resized to, or one integer for both.
             Default: as they are.
+        bits: None (default) or 9 ... 16, as for `ImageFiles`.
+        max_pixels: the largest picture that is decoded, as for `ImageFiles`.
         index: True (default) keeps the index beside the files, a directory keeps it
             there, False in memory only.
 
     Attributes:
         labels: (n,) integers or strings; None with `label=None`.
+        reading: how pictures are read, as of `ImageFiles`; None without `size=`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -122,6 +131,8 @@ class TFRecordSource:
         dtype: Any = None,
         color: str = "rgb",
         size: int | tuple[int, int] | None = None,
+        bits: int | None = None,
+        max_pixels: int = MAX_PIXELS,
         index: bool | str | os.PathLike[str] = True,
     ):
         one_of("color", color, ("rgb", "gray"))
@@ -130,9 +141,15 @@ class TFRecordSource:
         files = [pathlib.Path(path) for path in paths]
         if not files:
             raise ValueError(message("paths", "at least one file", paths))
+        self.reading: dict[str, Any] | None = None
         if parse is None:
             size = None if size is None else checked_size(size)
-            parse = partial(_picture, feature, color, size)
+            options: dict[str, Any] = {"color": color, "bits": checked_bits(bits)}
+            if size is not None and shape is None:
+                always = {"reduce": "auto", "resize": "stretch", "turn": "exif"}
+                self.reading = {"size": list(size), **options, **always}
+            limit = _checks.integer("max_pixels", max_pixels, 1)
+            parse = partial(_picture, feature, size=size, max_pixels=limit, **options)
             if shape is not None:
                 kind = None if dtype is None else np.dtype(dtype)
                 parse = partial(_numbers, feature, shape, kind)
@@ -242,6 +259,8 @@ def _parsed(
 ) -> Any:
     try:
         return parse(data)
+    except MemoryError:
+        raise  # says nothing of the record
     except Exception as error:
         raise ValueError(
             f"Record {place} of {path} cannot be parsed: {error}"
@@ -502,13 +521,13 @@ def _converted(name: str, numbers: np.ndarray, dtype: np.dtype | None) -> np.nda
 
 
 def _picture(
-    name: str, color: str, size: tuple[int, int] | None, record: bytes
+    name: str, record: bytes, size: tuple[int, int] | None, **options: Any
 ) -> np.ndarray:
     data = _single(name, record)
     if not isinstance(data, bytes):
         raise ValueError(f"{name!r} is no picture but numbers: pass their shape=")
     try:
-        return decode_image(data, size, color=color)
+        return decode_image(data, size, **options)
     except ValueError as error:
         raise ValueError(
             f"{name!r} is no picture: {error}. Raw pixels need shape="

@@ -1,0 +1,281 @@
+"""Which files of a folder, or members of an archive, are images, and their labels."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kerastrip import _checks
+from kerastrip._checks import Told, message
+from kerastrip._labels import label_array
+
+# By the encoder that OpenCV must have been built with, where it may be missing.
+EXTENSIONS = {
+    "": [
+        "bmp",
+        "dib",
+        "jfif",
+        "jpe",
+        "jpeg",
+        "jpg",
+        "pbm",
+        "pgm",
+        "png",
+        "pnm",
+        "ppm",
+        "tif",
+        "tiff",
+        "webp",
+    ],
+    ".avif": ["avif"],
+    ".gif": ["gif"],
+    ".jp2": ["j2k", "jp2"],
+}
+# What lies beside images without being one. Of other files it is told that they are
+# left out.
+NO_IMAGES = [
+    "cfg",
+    "csv",
+    "db",
+    "htm",
+    "html",
+    "ini",
+    "json",
+    "jsonl",
+    "lnk",
+    "lock",
+    "log",
+    "md",
+    "py",
+    "sh",
+    "toml",
+    "tsv",
+    "txt",
+    "url",
+    "xml",
+    "yaml",
+    "yml",
+    "zip",
+]
+LABEL_FROM = ("parent", "top", "path")
+
+
+class _Found:
+    """What a walk has met: relative paths with "/", and the real folders it was in."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.links: list[tuple[str, str]] = []
+        self.pipes: list[str] = []
+        self.visited: set[str] = set()
+
+    def visit(self, folder: str, within: str) -> None:
+        """All that lies in a folder and below; links are kept for later."""
+        todo = [(folder, within)]
+        while todo:
+            folder, within = todo.pop()
+            if folder in self.visited:
+                continue
+            self.visited.add(folder)
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    name = within + entry.name
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_symlink():
+                        self.links.append((name, entry.path))
+                    elif entry.is_dir():
+                        todo.append((entry.path, name + "/"))
+                    else:
+                        (self.names if entry.is_file() else self.pipes).append(name)
+
+
+def files_below(root: str) -> tuple[list[str], list[str]]:
+    """The files in a folder and in all folders below it, each real one once.
+
+    What lies in the folders themselves comes first, then what links lead to: folders,
+    then files. So a file that is reached in several ways has the name of its place.
+
+    Returns:
+        Their relative paths, with "/"; and words on links and pipes left out.
+    """
+    real, found = os.path.realpath(root), _Found()
+    found.visit(real, "")
+    again, to_files = [], []
+    while found.links:
+        links, found.links = sorted(found.links), []
+        for name, path in links:
+            if not os.path.isdir(path):
+                to_files.append((name, path))
+                continue
+            target = os.path.realpath(path)
+            above = f"{real}{os.sep}".startswith(target.rstrip(os.sep) + os.sep)
+            if above or target in found.visited:
+                again.append(name)
+            else:
+                found.visit(target, name + "/")
+    reached: set[str] = set()
+    real_folder = functools.cache(os.path.realpath)  # asks for every part of a path
+    for name, path in sorted(to_files):
+        if not is_image(name):
+            continue
+        aim = os.path.join(os.path.dirname(path), os.readlink(path))
+        folder, base = os.path.split(aim)
+        folder = real_folder(folder)
+        aim = os.path.join(folder, base)
+        if os.path.islink(aim):
+            folder, base = os.path.split(aim := os.path.realpath(aim))
+        if not os.path.exists(aim):
+            found.names.append(name)  # a file that is gone
+        elif aim in reached or (folder in found.visited and not base.startswith(".")):
+            again.append(name)
+        elif os.path.isfile(aim):
+            reached.add(aim)
+            found.names.append(name)
+        else:
+            found.pipes.append(name)
+    told = (
+        (again, "links that lead to what is there already, or to a folder above ({})"),
+        (found.pipes, "pipes or devices ({})"),
+    )
+    return found.names, [text.format(_some(names)) for names, text in told if names]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    text = ", ".join(repr(name) for name in sorted(names)[:3])
+    return f"{text} and {len(names) - 3} more" if len(names) > 3 else text
+
+
+def labelled_images(
+    name: str, paths: Iterable[str], label_from: Any, notes: Sequence[str] = ()
+) -> tuple[list[str], np.ndarray]:
+    """The images among `paths`, sorted, and their labels.
+
+    One warning tells what was left out.
+
+    Args:
+        name: the argument that they come from, for errors.
+        paths: relative paths, parts separated by "/".
+        label_from: as for `ImageFolder`.
+        notes: what else was left out, in words.
+
+    Returns:
+        Paths and labels.
+
+    Raises:
+        TypeError, ValueError: as `ImageFolder`.
+    """
+    if label_from is not None and not callable(label_from):
+        _checks.one_of("label_from", label_from, LABEL_FROM)
+    paths = list(paths)
+    images = sorted(path for path in paths if is_image(path))
+    notes = [*_left_out(paths, images), *notes]
+    if not images:
+        told = f"images ({', '.join(sorted(_extensions()))}) in class folders"
+        advice = " ".join(f"Left out: {note}." for note in notes)
+        raise ValueError(message(name, told, Told("none"), advice))
+    if callable(label_from):
+        pairs = [(path, label_from(path)) for path in images]
+        pairs = [(path, label) for path, label in pairs if label is not None]
+        if not pairs:
+            expected = "a label for some of the images"
+            raise ValueError(message("label_from", expected, Told("None for all")))
+        images, labels = [list(part) for part in zip(*pairs, strict=True)]
+    else:
+        labels = [_folder_label(name, path, label_from) for path in images]
+    checked = label_array(labels, "labels" if label_from is None else "label_from")
+    if checked.ndim == 1 and (checked == checked[0]).all():
+        raise ValueError(
+            message(
+                name,
+                "at least two classes",
+                Told(f"one, {labels[0]!r}, with {len(labels)} images"),
+                "Give the folder above, or read images without classes with "
+                "ImageFiles(paths).",
+            )
+        )
+    if notes:
+        _checks.warn(f"`{name}` holds more than is read. Left out: {'; '.join(notes)}.")
+    return images, checked
+
+
+def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
+    """Words on files in class folders that may be images but are not read."""
+    left = [
+        path
+        for path in set(paths).difference(images)
+        if "/" in path and not _is_hidden(path) and _ending(path) not in NO_IMAGES
+    ]
+    if not left:
+        return []
+    counts = Counter(_ending(path) for path in left).most_common()
+    told = [
+        f"{count} {f'.{end}' if end else 'without ending'}" for end, count in counts
+    ]
+    more = f" and {len(told) - 10} other endings" if len(told) > 10 else ""
+    kept = {path.rpartition("/")[0] for path in images}
+    lost = {path.rpartition("/")[0] for path in left} - kept
+    whole = f", the whole of {_some([*lost])} among them" if lost else ""
+    return [
+        f"{len(left)} files by their ending ({', '.join(told[:10])}{more}){whole} "
+        "(convert them, or give them to ImageFiles, which looks into the file, if they "
+        "are AVIF, BMP, GIF, JPEG, JPEG 2000, PGM, PNG, PPM, TIFF or WebP)"
+    ]
+
+
+def _folder_label(name: str, path: str, word: str | None) -> str:
+    *folders, _ = path.split("/")
+    if not folders:
+        raise ValueError(
+            message(
+                name,
+                "every image in the folder of its class",
+                path,
+                "A callable label_from= makes labels of file names.",
+            )
+        )
+    if word == "path":
+        return "/".join(folders)
+    if word is None and len(folders) > 1:
+        raise ValueError(
+            message(
+                "label_from",
+                "a word, as folders lie within folders",
+                None,
+                f"For {path!r} the class is {folders[-1]!r} with 'parent', "
+                f"{folders[0]!r} with 'top', {'/'.join(folders)!r} with 'path'.",
+            )
+        )
+    return folders[0] if word == "top" else folders[-1]
+
+
+def is_image(path: str) -> bool:
+    """Whether a path has the extension of an image and no hidden part."""
+    return _ending(path) in _extensions() and not _is_hidden(path)
+
+
+@functools.cache
+def _extensions() -> frozenset[str]:
+    import cv2
+
+    return frozenset(
+        extension
+        for encoder, group in EXTENSIONS.items()
+        if not encoder or cv2.haveImageWriter(encoder)
+        for extension in group
+    )
+
+
+def _is_hidden(path: str) -> bool:
+    return path.startswith(".") or "/." in path
+
+
+def _ending(path: str) -> str:
+    _, dot, ending = path.rpartition("/")[2].lower().rpartition(".")
+    return ending if dot else ""

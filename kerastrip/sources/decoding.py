@@ -1,0 +1,287 @@
+"""One encoded image as an array: the rule by which every picture is read.
+
+The rule is part of a model that was trained with it. `read_image` applies it to one
+new image, with the `reading` of the source that the model was trained on.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Any
+
+import numpy as np
+
+from kerastrip import _checks
+from kerastrip._checks import message
+from kerastrip.sources._headers import Header, read_header
+
+CHANNELS = {"rgb": 3, "gray": 1}
+REDUCE = ("auto", "never")
+MAX_PIXELS = 200_000_000
+_DAMAGED = (
+    "it is cut short, damaged, or no image that is read here (AVIF, BMP, GIF, JPEG, "
+    "JPEG 2000, PGM, PNG, PPM, TIFF, WebP)"
+)
+_BYTES_PER_PIXEL = 8  # four channels of 16 bits, not compressed
+_BINARY, _NOT_TO_WAIT = getattr(os, "O_BINARY", 0), getattr(os, "O_NONBLOCK", 0)
+
+
+def read_image(
+    image: str | os.PathLike[str] | bytes,
+    *,
+    size: int | tuple[int, int],
+    color: str = "rgb",
+    reduce: str = "auto",
+    bits: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    resize: str = "stretch",
+    turn: str = "exif",
+) -> np.ndarray:
+    """One image as the sources read it: (height, width, channels) uint8.
+
+    How images were resized and turned is part of a model: an embedding moves when the
+    same photograph is resized another way. So store `reading` of the source beside the
+    model, and give it here.
+
+    Args:
+        image: path of the file, or its bytes.
+        size: (height, width) of the result, or one integer for both.
+        color: "rgb" (default) or "gray".
+        reduce: "auto" (default) or "never", as for `ImageFiles`.
+        bits: None (default) or 9 ... 16, as for `ImageFiles`.
+        max_pixels: the largest image that is decoded, as for `ImageFiles`.
+        resize: "stretch", the one way there is: the whole image goes to `size`,
+            pixels are averaged where it shrinks, and bilinear where it grows.
+        turn: "exif", the one way there is: upright, as the EXIF orientation says.
+
+    Returns:
+        The array.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not work, or if the image is
+            damaged or too large.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> import cv2, numpy as np
+        >>> from kerastrip.sources import ImageFiles
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.png"
+        >>> done = cv2.imwrite(str(path), np.zeros((90, 60, 3), "uint8"))
+        >>> text = json.dumps(ImageFiles([path], size=(48, 32)).reading)
+        >>> read_image(path, **json.loads(text)).shape
+        (48, 32, 3)
+    """
+    _checks.one_of("resize", resize, ("stretch",))
+    _checks.one_of("turn", turn, ("exif",))
+    _checks.one_of("color", color, tuple(CHANNELS))
+    limit = _checks.integer("max_pixels", max_pixels, 1)
+    data = image if isinstance(image, bytes) else read_file(os.fspath(image), limit)
+    return decode_image(
+        data,
+        checked_size(size),
+        color=color,
+        reduce=_checks.one_of("reduce", reduce, REDUCE) == "auto",
+        bits=checked_bits(bits),
+        max_pixels=limit,
+    )
+
+
+def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
+    """The bytes of a file; ValueError for what is no file, or larger than a picture.
+
+    Args:
+        path: the file.
+        max_pixels: the largest image that shall be decoded.
+
+    Returns:
+        The bytes.
+    """
+    # Not to wait: the opening of a pipe would last until somebody writes.
+    handle = os.open(path, os.O_RDONLY | _BINARY | _NOT_TO_WAIT)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            folder = stat.S_ISDIR(found.st_mode)
+            raise ValueError(f"it is a {'directory' if folder else 'pipe or device'}")
+        check_bytes(found.st_size, max_pixels)
+        data = os.read(handle, found.st_size)
+        while len(data) < found.st_size and (more := os.read(handle, 1 << 26)):
+            data += more
+        return data
+    finally:
+        os.close(handle)
+
+
+def check_bytes(size: int, max_pixels: int) -> None:
+    """ValueError if a file is larger than an image of `max_pixels` can be."""
+    limit = max_pixels * _BYTES_PER_PIXEL + (1 << 20)
+    if size > limit:
+        raise ValueError(
+            f"its {size:,} bytes are more than an image of max_pixels={max_pixels:,} "
+            f"takes ({limit:,})"
+        )
+
+
+def decode_image(
+    data: bytes,
+    size: tuple[int, int] | None,
+    *,
+    color: str = "rgb",
+    reduce: bool = True,
+    bits: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """An encoded image as (height, width, channels) uint8 array: see `ImageFiles`.
+
+    Args:
+        data: the bytes of the file.
+        size: (height, width) of the result, or None for that of the image.
+        color: "rgb" (default) or "gray".
+        reduce: whether large JPEGs may be decoded at a fraction of their size.
+        bits: how many bits of files with 16 per channel hold the picture.
+        max_pixels: the largest image that is decoded.
+
+    Returns:
+        The array.
+
+    Raises:
+        ValueError: if it is damaged, too large, or in a format that is not read.
+        MemoryError: the system has too little memory; the image may be whole.
+    """
+    import cv2
+
+    data = data if isinstance(data, bytes) else bytes(memoryview(data))
+    header = _checked_header(data, max_pixels)
+    jpeg = data.startswith(b"\xff\xd8")
+    factor = _reduction(header, max(size)) if jpeg and size and reduce else 1
+    kind = "GRAYSCALE" if color == "gray" else "COLOR"
+    word = f"IMREAD_REDUCED_{kind}_{factor}" if factor > 1 else f"IMREAD_{kind}"
+    flags = getattr(cv2, word) | (cv2.IMREAD_ANYDEPTH if header.deep else 0)
+    image = _eight_bits(_decoded(data, flags, header), bits, header.top)
+    if not jpeg and _is_flat(image):
+        image = _from_alpha(data, image)
+    if size and image.shape[:2] != size:
+        height, width = size
+        shrinks = height < image.shape[0] or width < image.shape[1]
+        way = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        image = cv2.resize(image, (width, height), interpolation=way)
+    if color == "gray":
+        return image[..., None]
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _reduction(header: Header, least: int) -> int:
+    """The fraction (1, 2, 4 or 8) that leaves both sides of a JPEG `least` pixels."""
+    shorter = min(header.height, header.width)
+    return next((n for n in (8, 4, 2) if shorter // n >= least), 1)
+
+
+def _checked_header(data: bytes, max_pixels: int) -> Header:
+    if not data:
+        raise ValueError("the file is empty")
+    header = read_header(data)
+    if header is None or min(header.height, header.width) < 1:
+        raise ValueError(_DAMAGED)
+    too_large = header.height * header.width > max_pixels
+    if too_large or len(data) < header.least:
+        told = f"{header.height:,} x {header.width:,} pixels"
+        raise ValueError(
+            f"its {told} are more than max_pixels={max_pixels:,}"
+            if too_large
+            else f"it is cut short, or its header lies: {told} in {len(data):,} bytes"
+        )
+    return header
+
+
+def _decoded(data: bytes, flags: int, header: Header) -> np.ndarray:
+    import cv2
+
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError(str(error)) from error
+        raise ValueError(f"OpenCV does not decode it: {error}") from error
+    if image is None:
+        # A decoder that gets no memory gives None too. This raises MemoryError then.
+        np.empty(header.height * header.width * _BYTES_PER_PIXEL, np.uint8)
+        raise ValueError(_DAMAGED)
+    return image
+
+
+def _eight_bits(image: np.ndarray, bits: int | None, top: int | None) -> np.ndarray:
+    """The values as uint8, of which 255 is white: a rule of the file, not of its pixels.
+
+    Args:
+        image: the decoded values.
+        bits: how many bits of 16 hold the picture.
+        top: the value of white, where the file names it.
+    """
+    if top is not None and top not in (255, 65535):  # a PGM file of 12 bits: 4095
+        if not 0 < top < 65535:
+            raise ValueError(_DAMAGED)
+        wide = np.minimum(image, top).astype(np.uint32)
+        return ((wide * 255 + top // 2) // top).astype(np.uint8)
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype != np.uint16:
+        raise ValueError(f"its values are {image.dtype}, not of 8 or 16 bits")
+    highest = int(image.max())
+    if bits is None and 0 < highest < 4096:
+        raise ValueError(
+            f"its highest value is {highest} of 65535, so it would come out black: "
+            "bits=12 says that these files hold 12 bits (or how many there are), "
+            "bits=16 that they are as dark as that"
+        )
+    if highest >> (bits or 16):
+        raise ValueError(
+            f"its highest value, {highest}, has more than bits={bits} bits"
+        )
+    return (image >> ((bits or 16) - 8)).astype(np.uint8)
+
+
+def _is_flat(image: np.ndarray) -> bool:
+    """Whether all pixels are equal. Two lines through the middle tell it mostly."""
+    pixel = image[0, 0].tobytes()
+    for part in (image[image.shape[0] // 2], image[:, image.shape[1] // 2], image):
+        values = part.tobytes()
+        if values != pixel * (len(values) // len(pixel)):
+            return False
+    return True
+
+
+def _from_alpha(data: bytes, image: np.ndarray) -> np.ndarray:
+    """What an image of one colour shows by its transparency: a drawing on paper.
+
+    The paper is white under a dark colour and black under a light one. An image
+    without transparency is given back as it is.
+    """
+    import cv2
+
+    whole = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if whole is None or whole.ndim < 3 or whole.shape[2] < 4 or _is_flat(whole):
+        return image
+    alpha = whole[..., 3] / np.float32(255 if whole.dtype == np.uint8 else 65535)
+    ink = image[0, 0].astype(np.float32)
+    paper = 255 if ink.mean() < 128 else 0
+    mixed = paper + (ink - paper) * (alpha if image.ndim == 2 else alpha[..., None])
+    return np.rint(mixed).astype(np.uint8)
+
+
+def checked_bits(bits: Any) -> int | None:
+    """What `bits=` got: None, or an integer from 9 to 16."""
+    if bits is not None and _checks.integer("bits", bits, 9) > 16:
+        raise ValueError(message("bits", "None or an integer from 9 to 16", bits))
+    return bits
+
+
+def checked_size(size: Any) -> tuple[int, int]:
+    """(height, width) of what `size=` got: such a pair, or one integer for both."""
+    if isinstance(size, (tuple, list)) and len(size) == 2:
+        height, width = (_checks.integer("size", side, 1) for side in size)
+        return height, width
+    advice = "(height, width) is two of them."
+    side = _checks.integer("size", size, 1, advice)
+    return side, side
