@@ -253,8 +253,8 @@ def test_a_page_that_cannot_be_written_does_not_end_the_training(
     for _ in range(2):  # once in every fit
         with pytest.warns(UserWarning, match="report.html .No space left") as caught:
             run(report, model, LOSSES)
-        assert len(caught) == 1
-        assert caught[0].filename == __file__
+        told = [one for one in caught if "cannot write" in str(one.message)]
+        assert [one.filename for one in told] == [__file__]
     assert os.listdir(path.parent) == []
     monkeypatch.setattr(os, "fsync", fsync)
     shutil.rmtree(path.parent)
@@ -264,7 +264,7 @@ def test_a_page_that_cannot_be_written_does_not_end_the_training(
     path.parent.write_text("a file where the folder was")
     with pytest.warns(UserWarning, match=r"cannot write .*report.html") as caught:
         run(report, model, LOSSES)
-    assert len(caught) == 1
+    assert len([one for one in caught if "cannot write" in str(one.message)]) == 1
 
 
 @pytest.mark.parametrize(

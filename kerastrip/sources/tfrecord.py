@@ -216,7 +216,7 @@ class _Records:
         self._files, self._indices, self._parse = files, indices, parse
         counts = [len(some.checks) for some in indices]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
-        self._checked = [np.zeros(count, bool) for count in counts]
+        self._checked = [bytearray(count) for count in counts]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -250,7 +250,7 @@ class _Records:
             if zlib.crc32(data) != index.checks[place]:
                 what = "a record that has changed since the file was indexed"
                 raise _damaged(self._files[number], place, start, what)
-            self._checked[number][place] = True
+            self._checked[number][place] = 1
         return _parsed(self._parse, data, self._files[number], place)
 
 
@@ -490,12 +490,12 @@ def _numbers(
     name: str, shape: Sequence[int], dtype: np.dtype | None, record: bytes
 ) -> np.ndarray:
     values = _values(name, record)
-    if any(isinstance(value, bytes) for value in values):
+    first = values[0] if values else 0.0  # all are of one kind
+    if isinstance(first, bytes):
         if len(values) > 1:
             raise ValueError(f"{name!r} has {len(values)} byte strings, not one")
-        raw = np.uint8 if dtype is None else dtype
-        return np.frombuffer(values[0], raw).reshape(shape)
-    whole = any(isinstance(value, int) for value in values)
+        return np.frombuffer(first, np.uint8 if dtype is None else dtype).reshape(shape)
+    whole = isinstance(first, int)
     numbers = np.array(values, np.int64 if whole else np.float32)
     return _converted(name, numbers, dtype).reshape(shape)
 
