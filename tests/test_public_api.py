@@ -28,6 +28,7 @@ PACKAGE = ROOT / "kerastrip"
 # name unless a module of it has its own line.
 BELOW = {
     "_checks": set(),
+    "_files": set(),
     "_version": set(),
     "_labels": set(),
     "_outputs": set(),
@@ -49,7 +50,7 @@ BELOW = {
     "losses": {"memory", "_replicas", "losses._label_loss"},
     "_schedule": {"_permutation"},
     "plan": {"_schedule", "_labels"},
-    "sources": {"_labels"},
+    "sources": {"_files", "_labels"},
     "augmentation": {"_keyed", "_targets"},
     "_batch": {"plan", "sources", "augmentation"},
     "sampler": {"_batch", "_workers"},
@@ -58,7 +59,7 @@ BELOW = {
     "verification": {"evaluation"},
     "_pictures": set(),
     "_neighbours": {"inference"},
-    "plotting": {"verification", "_pictures", "_neighbours"},
+    "plotting": {"verification", "_files", "_pictures", "_neighbours"},
     "callbacks": {"metrics", "plotting"},
 }
 BELOW["__init__"] = set(BELOW)
@@ -70,7 +71,7 @@ BACKENDS = {"jax", "tensorflow", "torch"}
 # The one private name of Keras, and the standard library's way out of a process.
 FOREIGN_PRIVATE = {"_metrics", "_exit"}
 # What a NamedTuple offers to everybody.
-NAMED_TUPLE = {"_replace"}
+NAMED_TUPLE = {"_asdict", "_fields", "_replace"}
 TOP_LEVEL = {
     "LICENSE",
     "README.md",

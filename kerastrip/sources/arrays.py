@@ -330,6 +330,10 @@ class Subset:
     def __repr__(self) -> str:
         return f"Subset({len(self)} of {len(self._source)} samples)"
 
+    def origin(self) -> tuple[Any, np.ndarray]:
+        """The source the samples are of, and their positions in it."""
+        return self._source, self._rows
+
     def take(self, indices: Any) -> Any:
         """Fresh arrays of the samples, in the order asked for."""
         indices = np.asarray(indices)
