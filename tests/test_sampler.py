@@ -527,7 +527,7 @@ def test_class_weight_counts_labels(images):
     )
     history = model.fit(train, class_weight=weights, verbose=0).history
     assert history["loss"][0] == pytest.approx((1 + 5 + 0) / 3)
-    with pytest.raises(ValueError, match="class_weight.*'dog'"):
+    with pytest.raises(ValueError, match=r"class_weight.*'dog'"):
         train.class_weight({"dog": 1.0})
 
 
