@@ -15,6 +15,7 @@ under XLA. Second derivatives are not defined.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,12 +28,13 @@ from kerastrip._mining_blocks import (
     Batch,
     OtherRows,
     compiled,
+    compiled_on_jax,
     inverse_order,
     order_by_label,
     padded_size,
     take_padded,
 )
-from kerastrip._numerics import integer_labels, safe_divide
+from kerastrip._numerics import integer_labels, nan_unless, safe_divide
 from kerastrip.distances import DISTANCES, is_rooted, prepare
 
 __all__ = [
@@ -114,9 +116,13 @@ def check_choice(mining: str, soft: bool, average_over: str) -> None:
         )
 
 
-def _checked(labels: Any, embeddings: Any) -> tuple[Any, Any]:
-    """Integer labels and the embeddings as tensors of one known length."""
-    labels, embeddings = integer_labels(labels), ops.convert_to_tensor(embeddings)
+def _checked(labels: Any, embeddings: Any) -> tuple[Any, Any, Any]:
+    """Integer labels and embeddings as tensors of one length; whether they are labels.
+
+    The third is None, or a () bool tensor where the labels are not seen yet.
+    """
+    labels, known = integer_labels(labels)
+    embeddings = ops.convert_to_tensor(embeddings)
     if len(embeddings.shape) != 2:
         raise ValueError(
             _checks.message(
@@ -136,7 +142,51 @@ def _checked(labels: Any, embeddings: Any) -> tuple[Any, Any]:
             )
         )
     # Lengths known only at run time: the reshape fails where they differ.
-    return ops.reshape(labels, (ops.shape(embeddings)[0],)), embeddings
+    return ops.reshape(labels, (ops.shape(embeddings)[0],)), embeddings, known
+
+
+def _mined(
+    function: Callable,
+    labels: Any,
+    embeddings: Any,
+    margin: Any,
+    others: Others | None,
+    **settings: Any,
+) -> tuple[Any, Any]:
+    """What `function` finds in a batch that is checked; whether its labels are labels.
+
+    Args:
+        function: of labels (batch,), embeddings (batch, dim), margin and others.
+        labels, embeddings, margin, others: as given to the public functions.
+        **settings: keyword arguments of `function`, `distance` among them.
+
+    Returns:
+        The result, and None or a () bool tensor for `nan_unless`.
+    """
+    labels, embeddings, known = _checked(labels, embeddings)
+    margin = ops.convert_to_tensor(margin, "float32")
+    given, positives = None, False
+    if others is not None:
+        given = *_checked(others.labels, others.embeddings)[:2], others.size
+        positives = others.positives  # decides what is traced: no tensor
+    # A callable distance may hold tensors that belong to one trace only.
+    bind = functools.partial if callable(settings["distance"]) else compiled_on_jax
+    mine = bind(_with_others, function=function, positives=positives, **settings)
+    return mine(labels, embeddings, margin, given), known
+
+
+def _with_others(
+    labels: Any,
+    embeddings: Any,
+    margin: Any,
+    given: tuple[Any, Any, Any] | None,
+    *,
+    function: Callable,
+    positives: bool,
+    **settings: Any,
+) -> Any:
+    others = None if given is None else Others(*given, positives=positives)
+    return function(labels, embeddings, margin, others, **settings)
 
 
 def _ordered(
@@ -159,8 +209,8 @@ def _ordered(
 
 
 def _ordered_others(others: Others, batch: Batch, distance: Any) -> OtherRows:
-    labels, rows = _checked(others.labels, others.embeddings)
-    rows = ops.stop_gradient(prepare(rows, distance))
+    labels = others.labels
+    rows = ops.stop_gradient(prepare(others.embeddings, distance))
     padded, given = ops.shape(batch.rows)[0], ops.shape(rows)[0]
     more = padded_size(padded + given) - padded
     size = ops.convert_to_tensor(given if others.size is None else others.size, "int32")
@@ -213,12 +263,13 @@ def triplet_census(
         others: rows that serve as negatives and positives too, but not as anchors.
 
     Returns:
-        A `Census` of (batch,) tensors. They carry no gradient.
+        A `Census` of (batch,) tensors. They carry no gradient. Labels that are found
+        to be none while a function is traced make the distances NaN.
 
     Raises:
-        TypeError: for labels of a float dtype.
-        ValueError: for an unknown `distance`, embeddings that are not 2-D, or lengths
-            that differ.
+        TypeError: for labels that are no numbers.
+        ValueError: for an unknown `distance`, embeddings that are not 2-D, lengths
+            that differ, rows that are not one-hot, or fractions as labels.
 
     Example:
 
@@ -232,12 +283,27 @@ def triplet_census(
     """
     _checks.one_of("distance", distance, DISTANCES)
     _checks.number("margin", margin, above=0)
-    labels, embeddings = _checked(labels, embeddings)
+    census, known = _mined(
+        _counted, labels, embeddings, margin, others, distance=distance
+    )
+    return _marked(census, known)
+
+
+def _marked(census: Census, known: Any) -> Census:
+    """The census, its distances NaN if the labels turn out to be none."""
+    pos_dist, neg_dist = (
+        nan_unless(known, sums) for sums in (census.pos_dist, census.neg_dist)
+    )
+    return census._replace(pos_dist=pos_dist, neg_dist=neg_dist)
+
+
+def _counted(
+    labels: Any, embeddings: Any, margin: Any, others: Others | None, *, distance: str
+) -> Census:
     ordered = _ordered(labels, prepare(embeddings, distance), others, distance)
     count = compiled(
         _mining_pairs.sweep, mining=None, rooted=is_rooted(distance), census=True
     )
-    margin = ops.convert_to_tensor(margin, "float32")
     return _census(count(ordered.batch, margin), ordered)
 
 
@@ -260,7 +326,7 @@ def triplet_losses(
         (batch,) float32: the sum of the losses of a row's units (pairs, anchors or
         triplets), times batch / number of units in the batch.
     """
-    values, _ = _triplet_losses(
+    values, _ = _triplets(
         labels, embeddings, margin, mining, distance, soft, average_over, others, False
     )
     return values
@@ -279,7 +345,7 @@ def triplet_losses_and_census(
 ) -> tuple[Any, Census]:
     """`triplet_losses` and `triplet_census` from one pass over the distances."""
     _checks.one_of("distance", distance, DISTANCES)
-    return _triplet_losses(
+    return _triplets(
         labels, embeddings, margin, mining, distance, soft, average_over, others, True
     )
 
@@ -300,14 +366,23 @@ def contrastive_losses(
         times batch / number of pairs.
     """
     _checks.one_of("average_over", average_over, AVERAGES)
-    labels, embeddings = _checked(labels, embeddings)
-    margins = ops.convert_to_tensor([positive_margin, negative_margin], "float32")
-    return _dense(
-        labels, embeddings, margins, "contrastive", distance, False, average_over
+    if not callable(distance):
+        _checks.one_of("distance", distance, DISTANCES)
+    values, known = _mined(
+        _dense,
+        labels,
+        embeddings,
+        [positive_margin, negative_margin],
+        None,
+        mining="contrastive",
+        distance=distance,
+        soft=False,
+        average_over=average_over,
     )
+    return nan_unless(known, values)
 
 
-def _triplet_losses(
+def _triplets(
     labels: Any,
     embeddings: Any,
     margin: float,
@@ -318,6 +393,7 @@ def _triplet_losses(
     others: Others | None,
     census: bool,
 ) -> tuple[Any, Any]:
+    """Losses by row, and the census if it is wanted, of arguments not checked yet."""
     check_choice(mining, soft, average_over)
     _checks.number("margin", margin, above=0)
     if others is not None and callable(distance):
@@ -329,20 +405,48 @@ def _triplet_losses(
                 "A callable makes the matrix of the batch alone.",
             )
         )
-    labels, embeddings = _checked(labels, embeddings)
-    counts = None
-    if census and mining == "all":
-        counts = triplet_census(
-            labels, embeddings, margin=margin, distance=distance, others=others
-        )
-    margin = ops.convert_to_tensor(margin, "float32")
+    if not callable(distance):
+        _checks.one_of("distance", distance, DISTANCES)
+    (values, counts), known = _mined(
+        _triplet_losses,
+        labels,
+        embeddings,
+        margin,
+        others,
+        mining=mining,
+        distance=distance,
+        soft=soft,
+        average_over=average_over,
+        census=census,
+    )
+    values = nan_unless(known, values)
+    return values, _marked(counts, known) if census else None
+
+
+def _triplet_losses(
+    labels: Any,
+    embeddings: Any,
+    margin: Any,
+    others: Others | None,
+    *,
+    mining: str,
+    distance: Any,
+    soft: bool,
+    average_over: str,
+    census: bool,
+) -> tuple[Any, Any]:
     if mining == "all" or callable(distance):
+        batch = labels, embeddings, margin, others
+        counts = _counted(*batch, distance=distance) if census else None
         values = _dense(
-            labels, embeddings, margin, mining, distance, soft, average_over, others
+            *batch,
+            mining=mining,
+            distance=distance,
+            soft=soft,
+            average_over=average_over,
         )
         return values, counts
 
-    _checks.one_of("distance", distance, DISTANCES)
     rows = prepare(embeddings, distance)
     rooted = is_rooted(distance)
     ordered = _ordered(labels, rows, others, distance)
@@ -407,11 +511,12 @@ def _dense(
     labels: Any,
     embeddings: Any,
     margin: Any,
+    others: Others | None,
+    *,
     mining: str,
     distance: Any,
     soft: bool,
     average_over: str,
-    others: Others | None = None,
 ) -> Any:
     """The losses by coefficients, for distance words and for callables."""
     matrix = callable(distance)
@@ -422,7 +527,6 @@ def _dense(
             rows = rows - ops.stop_gradient(ops.min(rows, initial=0.0))
         rooted = False
     else:
-        _checks.one_of("distance", distance, DISTANCES)
         rows, rooted = prepare(embeddings, distance), is_rooted(distance)
     ordered = _ordered(labels, rows, others, distance)
     rule = _mining_dense.Rule(mining, rooted, soft, matrix)
