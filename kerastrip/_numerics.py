@@ -76,7 +76,8 @@ def log_softmax(logits: Any) -> Any:
     """
     least = float(np.finfo(keras.backend.standardize_dtype(logits.dtype)).min)
     logits = ops.where(logits == -float("inf"), least, logits)
-    top = ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True))
+    top = ops.max(logits, axis=-1, keepdims=True, initial=least)  # of no rows, too
+    top = ops.stop_gradient(top)
     half = 0.5 * logits - 0.5 * top  # cannot overflow, and halves are exact
     half = half + ops.stop_gradient(ops.maximum(half, 0.5 * least) - half)
     return ops.log_softmax(2.0 * half, axis=-1)

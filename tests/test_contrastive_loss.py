@@ -45,8 +45,8 @@ def test_values_and_gradient_agree_with_the_loops(distance, average_over, rng):
 
 def test_one_pair_by_hand():
     loss = ContrastiveLoss(positive_margin=0.5, negative_margin=2.0)
-    assert float(loss([0, 0], [[0.0], [1.5]])) == pytest.approx(0.5)
-    assert float(loss([0, 1], [[0.0], [1.5]])) == pytest.approx(0.125)
+    assert float(loss([0, 0], [[0.0, 0.0], [1.5, 0.0]])) == pytest.approx(0.5)
+    assert float(loss([0, 1], [[0.0, 0.0], [1.5, 0.0]])) == pytest.approx(0.125)
 
 
 @pytest.mark.parametrize("size", [0, 1])
