@@ -16,6 +16,7 @@ under XLA. Second derivatives are not defined.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -474,18 +475,20 @@ def _triplet_losses(
         if census:
             found = _with_many(found, extra)
 
-    def gradient(weights: Any) -> Any:
+    def gradient(ordered: _Ordered, state: Any, weights: Any) -> Any:
+        margin, found, kept = state
         result = backward(ordered.batch, weights, found)
         if not many:
             return result
         return result + ops.cond(
             found["most"] > rule.above,
-            lambda: many_gradient(ordered.batch, margin, weights, extra.coefficients),
+            lambda: many_gradient(ordered.batch, margin, weights, kept),
             lambda: ops.zeros_like(result),
         )
 
+    state = margin, found, extra.coefficients if many else None
     units = found["units"] if average_over == "all" else active
-    values = _attach(rows, ordered, losses, units, gradient)
+    values = _attach(rows, ordered, losses, units, state, gradient)
     return values, _census(found, ordered) if census else None
 
 
@@ -534,12 +537,14 @@ def _dense(
     terms, units = forward(ordered.batch, margin)
     backward = _mining_dense.prepared(_mining_dense.dense_gradient, rule)
 
-    def gradient(weights: Any) -> Any:
-        result = backward(ordered.batch, margin, weights, terms.coefficients)
+    def gradient(ordered: _Ordered, state: Any, weights: Any) -> Any:
+        margin, kept = state
+        result = backward(ordered.batch, margin, weights, kept)
         return ordered.restore(result, axis=1) if matrix else result
 
     units = units if average_over == "all" else terms.active
-    return _attach(rows, ordered, terms.losses, units, gradient)
+    state = margin, terms.coefficients
+    return _attach(rows, ordered, terms.losses, units, state, gradient)
 
 
 def _called(distance: Callable[[Any], Any], embeddings: Any) -> Any:
@@ -562,7 +567,12 @@ def _called(distance: Callable[[Any], Any], embeddings: Any) -> Any:
 
 
 def _attach(
-    rows: Any, ordered: _Ordered, losses: Any, units: Any, gradient: Callable
+    rows: Any,
+    ordered: _Ordered,
+    losses: Any,
+    units: Any,
+    state: Any,
+    gradient: Callable,
 ) -> Any:
     """Values of the batch with the given gradient with respect to `rows`.
 
@@ -571,19 +581,35 @@ def _attach(
         ordered: the batch in the order of its labels.
         losses: (padded,) sums by row.
         units: (padded,) the number of units that the mean goes over, by row.
-        gradient: from (padded,) weights by row to the gradient of the ordered rows.
+        state: a structure of all tensors that `gradient` needs beside `ordered`.
+        gradient: from `ordered`, `state` and (padded,) weights by row to the gradient
+            of the ordered rows.
     """
     units = ops.sum(ops.cast(units, "float32"))
     scale = safe_divide(ops.cast(ordered.batch.size, "float32"), units)
     values = ordered.restore(losses) * scale
+    needed = ordered, state, scale, values
+    # JAX differentiates a compiled function only where a gradient of one's own, within
+    # it, gets tensors as arguments. The other backends take them from the closure.
+    leaves = keras.tree.flatten(needed)
+    on_jax = keras.backend.backend() == "jax"
+    passed = [on_jax and ops.is_tensor(leaf) for leaf in leaves]
 
     @ops.custom_gradient
-    def attach(rows: Any) -> Any:
+    def attach(rows: Any, *tensors: Any) -> Any:
+        given = iter(tensors)
+        refilled = [
+            next(given) if is_passed else leaf
+            for leaf, is_passed in zip(leaves, passed, strict=True)
+        ]
+        ordered, state, scale, values = keras.tree.pack_sequence_as(needed, refilled)
+
         def grad(*args: Any, upstream: Any = None) -> Any:
             weights = args[0] if upstream is None else upstream
             weights = take_padded(weights * scale, ordered.order)
-            return ordered.restore(gradient(weights))
+            result = ordered.restore(gradient(ordered, state, weights))
+            return (result, *(None for _ in tensors)) if tensors else result
 
         return values, grad
 
-    return attach(rows)
+    return attach(rows, *itertools.compress(leaves, passed))
