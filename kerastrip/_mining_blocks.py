@@ -414,3 +414,18 @@ def compiled(function: Callable, **static: Any) -> Callable:
     import tensorflow as tf
 
     return tf.function(bound, jit_compile=True, autograph=False, reduce_retracing=True)
+
+
+@functools.cache
+def compiled_on_jax(function: Callable, /, **static: Any) -> Callable:
+    """`function` with the keyword arguments bound; on JAX compiled, once for all calls.
+
+    Its loops and branches are closures made anew in every call, which JAX, outside a
+    compiled step, would compile anew in every call as well.
+    """
+    bound = functools.partial(function, **static)
+    if keras.backend.backend() != "jax":
+        return bound
+    import jax
+
+    return jax.jit(bound)

@@ -5,9 +5,11 @@ Everything here is `keras.ops` on tensors and works on every backend.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from kerastrip import _checks
@@ -36,67 +38,165 @@ def log_one_minus_softmax(log_p: Any) -> Any:
 
     `log1p(-p)` is exact while p stays away from 1. At most one class of a row has
     p > 1/2; its 1 - p is the sum of the other classes, taken in log space. So the
-    gradient is finite even where p rounds to 1.
+    gradient is finite even where p rounds to 1. Where p is 0 in any dtype, the gradient
+    is 0 whatever comes from above, infinity too.
 
     Args:
-        log_p: (..., classes) logarithms of probabilities that sum to 1.
+        log_p: (..., classes) logarithms of probabilities that sum to 1, all finite.
 
     Returns:
-        (..., classes) tensor, negative and finite.
+        (..., classes) tensor, finite and not above 0.
     """
     leads = log_p > -0.5  # p > 0.61, so never two of one row
     others = ops.where(leads, -1e30, log_p)  # finite: a row may have one class only
     log_rest = ops.logsumexp(others, axis=-1, keepdims=True)
-    return ops.where(
-        leads, log_rest, ops.log1p(-ops.exp(ops.where(leads, -1.0, log_p)))
-    )
+    none = log_p < NOTHING
+    log_q = ops.log1p(-ops.exp(ops.where(leads | none, -1.0, log_p)))
+    return ops.where(leads, log_rest, ops.where(none, 0.0, log_q))
 
 
-def whole_numbers(name: str, labels: Any) -> Any:
-    """`labels` as a tensor of an integer (or bool) dtype; TypeError for floats."""
-    labels = ops.convert_to_tensor(labels)
+def softplus(x: Any) -> Any:
+    """`log(1 + exp(x))`, finite for any x but NaN.
+
+    The gradient is 0 below `NOTHING` whatever comes from above, infinity too, and at
+    infinity, where the value is the largest float.
+    """
+    largest = float(np.finfo(keras.backend.standardize_dtype(x.dtype)).max)
+    none = x < NOTHING
+    x = ops.where(none, 0.0, ops.where(x == float("inf"), largest, x))
+    return ops.where(none, 0.0, ops.softplus(x))
+
+
+def log_softmax(logits: Any) -> Any:
+    """Logarithms of the softmax over the last axis, all finite, with exact gradients.
+
+    Logits may be as large as floats get: the difference of two is held at the largest
+    float where it would be infinite. A logit of -inf makes a class of probability 0,
+    whose logarithm is the least float and whose gradient is 0.
+    """
+    least = float(np.finfo(keras.backend.standardize_dtype(logits.dtype)).min)
+    logits = ops.where(logits == -float("inf"), least, logits)
+    top = ops.max(logits, axis=-1, keepdims=True, initial=least)  # of no rows, too
+    top = ops.stop_gradient(top)
+    half = 0.5 * logits - 0.5 * top  # cannot overflow, and halves are exact
+    half = half + ops.stop_gradient(ops.maximum(half, 0.5 * least) - half)
+    return ops.log_softmax(2.0 * half, axis=-1)
+
+
+NOTHING = -1000.0  # exp of less is 0 in float32 and in float64
+
+# The least whole number that a float shares with a neighbour is 2 to this power.
+_EXACT_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
+
+
+def seen(x: Any) -> Any:
+    """The values of a tensor as an array, or None while a function is traced."""
+    try:
+        return ops.convert_to_numpy(x)
+    except (NotImplementedError, TypeError):  # what the backends raise then
+        return None
+
+
+def confirmed(known: Any, error: Callable[[], str]) -> Any:
+    """A condition on values, which are seen or not yet.
+
+    Args:
+        known: () bool tensor.
+        error: makes the text of the ValueError for a condition that is seen to fail.
+
+    Returns:
+        None where the condition is seen to hold; while a function is traced `known`
+        itself, for `nan_unless`, since a compiled step cannot raise.
+    """
+    value = seen(known)
+    if value is None:
+        return known
+    if not value:
+        raise ValueError(error())
+    return None
+
+
+def nan_unless(known: Any, x: Any) -> Any:
+    """`x`; where the scalar `known` is neither None nor true, NaN with gradient 0."""
+    return x if known is None else ops.where(known, x, float("nan"))
+
+
+def as_given(name: str, labels: Any) -> Any:
+    """`labels` as a tensor; ValueError for integers that the backend would wrap."""
+    tensor = ops.convert_to_tensor(labels)
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu" and labels.size:
+        # JAX makes int32 of int64: the classes 0 and 2^32 would be one.
+        dtype = keras.backend.standardize_dtype(tensor.dtype)
+        limits = np.iinfo(dtype)
+        for label in (int(labels.min()), int(labels.max())):
+            if not limits.min <= label <= limits.max:
+                expected = f"class ids that fit {dtype}, the widest integer at hand"
+                advice = "Number the classes from 0 on, as PKSampler does."
+                raise ValueError(_checks.message(name, expected, label, advice))
+    return tensor
+
+
+def whole_numbers(name: str, labels: Any) -> tuple[Any, Any]:
+    """Labels in an integer (or bool) dtype, and whether they are whole numbers.
+
+    Keras casts the targets of a loss function, and of a loss class that a user writes,
+    to floats. So whole numbers in a float tensor are labels, as long as the cast cannot
+    have made one class of two.
+
+    Args:
+        name: the argument, for errors.
+        labels: numbers of any shape.
+
+    Returns:
+        The labels, and None or a () bool tensor as from `confirmed`.
+
+    Raises:
+        TypeError: for labels that are no numbers.
+        ValueError: for integers that the backend cannot hold; for floats that are
+            seen to be fractions, or too large for their dtype.
+    """
+    labels = as_given(name, labels)
     dtype = keras.backend.standardize_dtype(labels.dtype)
     if "int" in dtype or dtype == "bool":
-        return labels
-    if _is_shape_only():
-        return ops.cast(labels, "int32")
-    raise TypeError(
-        _checks.message(
+        return labels, None
+    if dtype not in _EXACT_BITS:
+        told = _checks.Told(f"dtype {dtype}")
+        raise TypeError(_checks.message(name, "an integer dtype", told))
+    bits = _EXACT_BITS[dtype]
+    whole = ops.equal(labels, ops.floor(labels)) & (ops.abs(labels) < 2.0**bits)
+
+    def error() -> str:
+        wrong = seen(labels)[~seen(whole)].flat[0]
+        return _checks.message(
             name,
-            "an integer dtype",
-            _checks.Told(f"dtype {dtype}"),
-            "Cast class ids to int32; a float cannot hold every integer.",
+            f"integers, or whole numbers below 2^{bits} in {dtype}",
+            float(wrong),
+            f"Keras casts what a plain loss function gets as targets to {dtype}. "
+            "Number the classes from 0 on, or compile with a loss object, whose "
+            "integer labels stay as they are.",
         )
-    )
+
+    known = confirmed(ops.all(whole), error)
+    return ops.cast(labels, "int64" if dtype == "float64" else "int32"), known
 
 
-def _is_shape_only() -> bool:
-    """Whether Keras is building a model for several replicas.
-
-    Before the first step of a `tf.distribute` strategy it traces the losses outside
-    the replicas, on the mean of their batches: floats, of which only shapes are used.
-    """
-    if keras.backend.backend() != "tensorflow":
-        return False
-    import tensorflow as tf
-
-    return tf.distribute.in_cross_replica_context()
-
-
-def integer_labels(labels: Any) -> Any:
+def integer_labels(labels: Any) -> tuple[Any, Any]:
     """Labels of shape (batch,), (batch, 1) or one-hot (batch, classes) as integers.
 
     Args:
-        labels: an integer or boolean tensor; a one-hot matrix may be of any dtype.
+        labels: integers or booleans, or whole numbers in floats; a one-hot matrix may
+            be of any dtype.
 
     Returns:
-        (batch,) integer tensor, in the integer dtype that came (one-hot: int32).
+        (batch,) integer tensor, in the integer dtype that came (one-hot: int32), and
+        None or a () bool tensor as from `confirmed`: whether they are labels.
 
     Raises:
-        TypeError: for float labels that are not a one-hot matrix.
-        ValueError: for more than two axes, or none.
+        TypeError: for labels that are no numbers.
+        ValueError: for more than two axes, or none; for a matrix that is seen not to
+            be one-hot; for numbers that are no labels, see `whole_numbers`.
     """
-    labels = ops.convert_to_tensor(labels)
+    labels = as_given("labels", labels)
     rank = len(labels.shape)
     if rank not in (1, 2):
         raise ValueError(
@@ -107,8 +207,35 @@ def integer_labels(labels: Any) -> Any:
             )
         )
     if rank == 2 and labels.shape[1] != 1:
-        return ops.cast(ops.argmax(labels, axis=-1), "int32")
-    labels = ops.reshape(whole_numbers("labels", labels), (-1,))
+        return ops.cast(ops.argmax(labels, axis=-1), "int32"), _one_hot(labels)
+    labels, known = whole_numbers("labels", labels)
+    labels = ops.reshape(labels, (-1,))
     dtype = keras.backend.standardize_dtype(labels.dtype)
     narrow = dtype in ("bool", "int8", "uint8", "int16", "uint16")
-    return ops.cast(labels, "int32") if narrow else labels
+    return ops.cast(labels, "int32") if narrow else labels, known
+
+
+def _one_hot(rows: Any) -> Any:
+    """Whether every row (batch, classes) is one-hot, as from `confirmed`."""
+    one = ops.equal(rows, 1)
+    binary = ops.all(one | ops.equal(rows, 0))
+    single = ops.equal(ops.sum(ops.cast(one, "int32"), axis=-1), 1)
+    known = binary & ops.all(single)
+    # Keras builds a model on PyTorch with ones for all that it does not know.
+    if keras.backend.backend() == "torch" and seen(ops.all(one)):
+        return known
+
+    def error() -> str:
+        values = seen(rows)
+        counts = (values != 0).sum(axis=-1), (values == 1).sum(axis=-1)
+        at = int(np.argmax((counts[0] != 1) | (counts[1] != 1)))
+        return _checks.message(
+            "labels",
+            "one class a row: integers (batch,), or a one-hot matrix",
+            _checks.Told(f"the row {values[at].tolist()} at position {at}"),
+            "Rows with several labels, with a class and a camera, mixed or smoothed "
+            "ones are of no single class: give the column, or the class, that the "
+            "embedding has to tell apart.",
+        )
+
+    return confirmed(known, error)

@@ -9,7 +9,8 @@ import keras
 from keras import ops
 
 from kerastrip import _checks
-from kerastrip._numerics import integer_labels
+from kerastrip._mining_blocks import choose
+from kerastrip._numerics import integer_labels, nan_unless
 from kerastrip._replicas import gathered, whole
 from kerastrip.distances import DISTANCES
 from kerastrip.mining import Census, Others, triplet_census
@@ -54,7 +55,7 @@ def _effective_dim(rows: Any, total: Any) -> Any:
     unit = rows / ops.sqrt(ops.maximum(total, 1e-30))
     size, dim = ops.shape(unit)
     # Both Gram matrices have the same sum of squares: take the smaller one.
-    squares = ops.cond(
+    squares = choose(
         size < dim,
         lambda: ops.sum(ops.square(ops.matmul(unit, ops.transpose(unit)))),
         lambda: ops.sum(ops.square(ops.matmul(ops.transpose(unit), unit))),
@@ -86,9 +87,11 @@ def _measure(
     with all rows of the batch.
     """
     embeddings = ops.stop_gradient(ops.cast(embeddings, "float32"))
+    labels, known = integer_labels(labels)
+    embeddings = nan_unless(known, embeddings)
     own_part: Callable[[Any], Any] = whole
     if gather:
-        labels, embeddings, own_part = gathered(integer_labels(labels), embeddings)
+        labels, embeddings, own_part = gathered(labels, embeddings)
     census = triplet_census(
         labels, embeddings, margin=margin, distance=distance, others=others
     )

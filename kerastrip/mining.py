@@ -15,6 +15,8 @@ under XLA. Second derivatives are not defined.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,12 +29,13 @@ from kerastrip._mining_blocks import (
     Batch,
     OtherRows,
     compiled,
+    compiled_on_jax,
     inverse_order,
     order_by_label,
     padded_size,
     take_padded,
 )
-from kerastrip._numerics import integer_labels, safe_divide
+from kerastrip._numerics import integer_labels, nan_unless, safe_divide
 from kerastrip.distances import DISTANCES, is_rooted, prepare
 
 __all__ = [
@@ -114,9 +117,13 @@ def check_choice(mining: str, soft: bool, average_over: str) -> None:
         )
 
 
-def _checked(labels: Any, embeddings: Any) -> tuple[Any, Any]:
-    """Integer labels and the embeddings as tensors of one known length."""
-    labels, embeddings = integer_labels(labels), ops.convert_to_tensor(embeddings)
+def _checked(labels: Any, embeddings: Any) -> tuple[Any, Any, Any]:
+    """Integer labels and embeddings as tensors of one length; whether they are labels.
+
+    The third is None, or a () bool tensor where the labels are not seen yet.
+    """
+    labels, known = integer_labels(labels)
+    embeddings = ops.convert_to_tensor(embeddings)
     if len(embeddings.shape) != 2:
         raise ValueError(
             _checks.message(
@@ -136,7 +143,51 @@ def _checked(labels: Any, embeddings: Any) -> tuple[Any, Any]:
             )
         )
     # Lengths known only at run time: the reshape fails where they differ.
-    return ops.reshape(labels, (ops.shape(embeddings)[0],)), embeddings
+    return ops.reshape(labels, (ops.shape(embeddings)[0],)), embeddings, known
+
+
+def _mined(
+    function: Callable,
+    labels: Any,
+    embeddings: Any,
+    margin: Any,
+    others: Others | None,
+    **settings: Any,
+) -> tuple[Any, Any]:
+    """What `function` finds in a batch that is checked; whether its labels are labels.
+
+    Args:
+        function: of labels (batch,), embeddings (batch, dim), margin and others.
+        labels, embeddings, margin, others: as given to the public functions.
+        **settings: keyword arguments of `function`, `distance` among them.
+
+    Returns:
+        The result, and None or a () bool tensor for `nan_unless`.
+    """
+    labels, embeddings, known = _checked(labels, embeddings)
+    margin = ops.convert_to_tensor(margin, "float32")
+    given, positives = None, False
+    if others is not None:
+        given = *_checked(others.labels, others.embeddings)[:2], others.size
+        positives = others.positives  # decides what is traced: no tensor
+    # A callable distance may hold tensors that belong to one trace only.
+    bind = functools.partial if callable(settings["distance"]) else compiled_on_jax
+    mine = bind(_with_others, function=function, positives=positives, **settings)
+    return mine(labels, embeddings, margin, given), known
+
+
+def _with_others(
+    labels: Any,
+    embeddings: Any,
+    margin: Any,
+    given: tuple[Any, Any, Any] | None,
+    *,
+    function: Callable,
+    positives: bool,
+    **settings: Any,
+) -> Any:
+    others = None if given is None else Others(*given, positives=positives)
+    return function(labels, embeddings, margin, others, **settings)
 
 
 def _ordered(
@@ -159,8 +210,8 @@ def _ordered(
 
 
 def _ordered_others(others: Others, batch: Batch, distance: Any) -> OtherRows:
-    labels, rows = _checked(others.labels, others.embeddings)
-    rows = ops.stop_gradient(prepare(rows, distance))
+    labels = others.labels
+    rows = ops.stop_gradient(prepare(others.embeddings, distance))
     padded, given = ops.shape(batch.rows)[0], ops.shape(rows)[0]
     more = padded_size(padded + given) - padded
     size = ops.convert_to_tensor(given if others.size is None else others.size, "int32")
@@ -213,12 +264,13 @@ def triplet_census(
         others: rows that serve as negatives and positives too, but not as anchors.
 
     Returns:
-        A `Census` of (batch,) tensors. They carry no gradient.
+        A `Census` of (batch,) tensors. They carry no gradient. Labels that are found
+        to be none while a function is traced make the distances NaN.
 
     Raises:
-        TypeError: for labels of a float dtype.
-        ValueError: for an unknown `distance`, embeddings that are not 2-D, or lengths
-            that differ.
+        TypeError: for labels that are no numbers.
+        ValueError: for an unknown `distance`, embeddings that are not 2-D, lengths
+            that differ, rows that are not one-hot, or fractions as labels.
 
     Example:
 
@@ -232,12 +284,27 @@ def triplet_census(
     """
     _checks.one_of("distance", distance, DISTANCES)
     _checks.number("margin", margin, above=0)
-    labels, embeddings = _checked(labels, embeddings)
+    census, known = _mined(
+        _counted, labels, embeddings, margin, others, distance=distance
+    )
+    return _marked(census, known)
+
+
+def _marked(census: Census, known: Any) -> Census:
+    """The census, its distances NaN if the labels turn out to be none."""
+    pos_dist, neg_dist = (
+        nan_unless(known, sums) for sums in (census.pos_dist, census.neg_dist)
+    )
+    return census._replace(pos_dist=pos_dist, neg_dist=neg_dist)
+
+
+def _counted(
+    labels: Any, embeddings: Any, margin: Any, others: Others | None, *, distance: str
+) -> Census:
     ordered = _ordered(labels, prepare(embeddings, distance), others, distance)
     count = compiled(
         _mining_pairs.sweep, mining=None, rooted=is_rooted(distance), census=True
     )
-    margin = ops.convert_to_tensor(margin, "float32")
     return _census(count(ordered.batch, margin), ordered)
 
 
@@ -260,7 +327,7 @@ def triplet_losses(
         (batch,) float32: the sum of the losses of a row's units (pairs, anchors or
         triplets), times batch / number of units in the batch.
     """
-    values, _ = _triplet_losses(
+    values, _ = _triplets(
         labels, embeddings, margin, mining, distance, soft, average_over, others, False
     )
     return values
@@ -279,7 +346,7 @@ def triplet_losses_and_census(
 ) -> tuple[Any, Census]:
     """`triplet_losses` and `triplet_census` from one pass over the distances."""
     _checks.one_of("distance", distance, DISTANCES)
-    return _triplet_losses(
+    return _triplets(
         labels, embeddings, margin, mining, distance, soft, average_over, others, True
     )
 
@@ -300,14 +367,23 @@ def contrastive_losses(
         times batch / number of pairs.
     """
     _checks.one_of("average_over", average_over, AVERAGES)
-    labels, embeddings = _checked(labels, embeddings)
-    margins = ops.convert_to_tensor([positive_margin, negative_margin], "float32")
-    return _dense(
-        labels, embeddings, margins, "contrastive", distance, False, average_over
+    if not callable(distance):
+        _checks.one_of("distance", distance, DISTANCES)
+    values, known = _mined(
+        _dense,
+        labels,
+        embeddings,
+        [positive_margin, negative_margin],
+        None,
+        mining="contrastive",
+        distance=distance,
+        soft=False,
+        average_over=average_over,
     )
+    return nan_unless(known, values)
 
 
-def _triplet_losses(
+def _triplets(
     labels: Any,
     embeddings: Any,
     margin: float,
@@ -318,6 +394,7 @@ def _triplet_losses(
     others: Others | None,
     census: bool,
 ) -> tuple[Any, Any]:
+    """Losses by row, and the census if it is wanted, of arguments not checked yet."""
     check_choice(mining, soft, average_over)
     _checks.number("margin", margin, above=0)
     if others is not None and callable(distance):
@@ -329,20 +406,48 @@ def _triplet_losses(
                 "A callable makes the matrix of the batch alone.",
             )
         )
-    labels, embeddings = _checked(labels, embeddings)
-    counts = None
-    if census and mining == "all":
-        counts = triplet_census(
-            labels, embeddings, margin=margin, distance=distance, others=others
-        )
-    margin = ops.convert_to_tensor(margin, "float32")
+    if not callable(distance):
+        _checks.one_of("distance", distance, DISTANCES)
+    (values, counts), known = _mined(
+        _triplet_losses,
+        labels,
+        embeddings,
+        margin,
+        others,
+        mining=mining,
+        distance=distance,
+        soft=soft,
+        average_over=average_over,
+        census=census,
+    )
+    values = nan_unless(known, values)
+    return values, _marked(counts, known) if census else None
+
+
+def _triplet_losses(
+    labels: Any,
+    embeddings: Any,
+    margin: Any,
+    others: Others | None,
+    *,
+    mining: str,
+    distance: Any,
+    soft: bool,
+    average_over: str,
+    census: bool,
+) -> tuple[Any, Any]:
     if mining == "all" or callable(distance):
+        batch = labels, embeddings, margin, others
+        counts = _counted(*batch, distance=distance) if census else None
         values = _dense(
-            labels, embeddings, margin, mining, distance, soft, average_over, others
+            *batch,
+            mining=mining,
+            distance=distance,
+            soft=soft,
+            average_over=average_over,
         )
         return values, counts
 
-    _checks.one_of("distance", distance, DISTANCES)
     rows = prepare(embeddings, distance)
     rooted = is_rooted(distance)
     ordered = _ordered(labels, rows, others, distance)
@@ -370,18 +475,20 @@ def _triplet_losses(
         if census:
             found = _with_many(found, extra)
 
-    def gradient(weights: Any) -> Any:
+    def gradient(ordered: _Ordered, state: Any, weights: Any) -> Any:
+        margin, found, kept = state
         result = backward(ordered.batch, weights, found)
         if not many:
             return result
         return result + ops.cond(
             found["most"] > rule.above,
-            lambda: many_gradient(ordered.batch, margin, weights, extra.coefficients),
+            lambda: many_gradient(ordered.batch, margin, weights, kept),
             lambda: ops.zeros_like(result),
         )
 
+    state = margin, found, extra.coefficients if many else None
     units = found["units"] if average_over == "all" else active
-    values = _attach(rows, ordered, losses, units, gradient)
+    values = _attach(rows, ordered, losses, units, state, gradient)
     return values, _census(found, ordered) if census else None
 
 
@@ -407,11 +514,12 @@ def _dense(
     labels: Any,
     embeddings: Any,
     margin: Any,
+    others: Others | None,
+    *,
     mining: str,
     distance: Any,
     soft: bool,
     average_over: str,
-    others: Others | None = None,
 ) -> Any:
     """The losses by coefficients, for distance words and for callables."""
     matrix = callable(distance)
@@ -422,7 +530,6 @@ def _dense(
             rows = rows - ops.stop_gradient(ops.min(rows, initial=0.0))
         rooted = False
     else:
-        _checks.one_of("distance", distance, DISTANCES)
         rows, rooted = prepare(embeddings, distance), is_rooted(distance)
     ordered = _ordered(labels, rows, others, distance)
     rule = _mining_dense.Rule(mining, rooted, soft, matrix)
@@ -430,12 +537,14 @@ def _dense(
     terms, units = forward(ordered.batch, margin)
     backward = _mining_dense.prepared(_mining_dense.dense_gradient, rule)
 
-    def gradient(weights: Any) -> Any:
-        result = backward(ordered.batch, margin, weights, terms.coefficients)
+    def gradient(ordered: _Ordered, state: Any, weights: Any) -> Any:
+        margin, kept = state
+        result = backward(ordered.batch, margin, weights, kept)
         return ordered.restore(result, axis=1) if matrix else result
 
     units = units if average_over == "all" else terms.active
-    return _attach(rows, ordered, terms.losses, units, gradient)
+    state = margin, terms.coefficients
+    return _attach(rows, ordered, terms.losses, units, state, gradient)
 
 
 def _called(distance: Callable[[Any], Any], embeddings: Any) -> Any:
@@ -458,7 +567,12 @@ def _called(distance: Callable[[Any], Any], embeddings: Any) -> Any:
 
 
 def _attach(
-    rows: Any, ordered: _Ordered, losses: Any, units: Any, gradient: Callable
+    rows: Any,
+    ordered: _Ordered,
+    losses: Any,
+    units: Any,
+    state: Any,
+    gradient: Callable,
 ) -> Any:
     """Values of the batch with the given gradient with respect to `rows`.
 
@@ -467,19 +581,35 @@ def _attach(
         ordered: the batch in the order of its labels.
         losses: (padded,) sums by row.
         units: (padded,) the number of units that the mean goes over, by row.
-        gradient: from (padded,) weights by row to the gradient of the ordered rows.
+        state: a structure of all tensors that `gradient` needs beside `ordered`.
+        gradient: from `ordered`, `state` and (padded,) weights by row to the gradient
+            of the ordered rows.
     """
     units = ops.sum(ops.cast(units, "float32"))
     scale = safe_divide(ops.cast(ordered.batch.size, "float32"), units)
     values = ordered.restore(losses) * scale
+    needed = ordered, state, scale, values
+    # JAX differentiates a compiled function only where a gradient of one's own, within
+    # it, gets tensors as arguments. The other backends take them from the closure.
+    leaves = keras.tree.flatten(needed)
+    on_jax = keras.backend.backend() == "jax"
+    passed = [on_jax and ops.is_tensor(leaf) for leaf in leaves]
 
     @ops.custom_gradient
-    def attach(rows: Any) -> Any:
+    def attach(rows: Any, *tensors: Any) -> Any:
+        given = iter(tensors)
+        refilled = [
+            next(given) if is_passed else leaf
+            for leaf, is_passed in zip(leaves, passed, strict=True)
+        ]
+        ordered, state, scale, values = keras.tree.pack_sequence_as(needed, refilled)
+
         def grad(*args: Any, upstream: Any = None) -> Any:
             weights = args[0] if upstream is None else upstream
             weights = take_padded(weights * scale, ordered.order)
-            return ordered.restore(gradient(weights))
+            result = ordered.restore(gradient(ordered, state, weights))
+            return (result, *(None for _ in tensors)) if tensors else result
 
         return values, grad
 
-    return attach(rows)
+    return attach(rows, *itertools.compress(leaves, passed))

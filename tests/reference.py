@@ -241,3 +241,16 @@ def value_and_gradient(function, x):
     value = function(x)
     value.sum().backward()
     return value.detach().numpy(), x.grad.numpy()
+
+
+def traced(function):
+    """`function` as a training step sees it, on the backends that trace."""
+    import keras
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(function)
+    import tensorflow as tf
+
+    return tf.function(function)

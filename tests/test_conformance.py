@@ -8,6 +8,7 @@ else than its default fails `test_every_argument_is_exercised`.
 import inspect
 import itertools
 import json
+import operator
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import kerastrip
 
 pytestmark = pytest.mark.backend
 
+ON_JAX = keras.config.backend() == "jax"
 ON_TENSORFLOW = keras.config.backend() == "tensorflow"
 ROWS, CLASSES = 12, 3
 LABELS = np.arange(ROWS) % CLASSES
@@ -78,13 +80,33 @@ LOSSES = {
     "TripletSemiHardLoss": Trained(
         "embedding",
         "label",
-        ({"margin": 0.5, "distance_metric": "squared-L2", "gather": True},),
+        (
+            {
+                "margin": 0.5,
+                "distance_metric": "squared-L2",
+                "mining": "hard",
+                "gather": True,
+            },
+        ),
     ),
     "TripletHardLoss": Trained(
         "embedding",
         "label",
-        ({"margin": 0.5, "distance_metric": "angular", "gather": True}, {"soft": True}),
+        (
+            {"margin": 0.5, "distance_metric": "angular", "gather": True},
+            {"soft": True, "mining": "semi_hard"},
+        ),
     ),
+}
+# Every function that can be given to `compile`, and the loss that computes the same.
+FUNCTIONS = {
+    "binary_focal_loss": ("BinaryFocalLoss", {}),
+    "categorical_focal_loss": ("CategoricalFocalLoss", {}),
+    "sparse_categorical_focal_loss": ("SparseCategoricalFocalLoss", {}),
+    "triplet_semihard_loss": ("TripletSemiHardLoss", {}),
+    "triplet_hard_loss": ("TripletHardLoss", {}),
+    "mining.triplet_losses": ("TripletLoss", {}),
+    "mining.contrastive_losses": ("ContrastiveLoss", {}),
 }
 METRICS = {
     "TripletCensus": Trained(
@@ -384,6 +406,75 @@ def test_gradient_is_finite_for_hostile_batches(name):
             told = f"{settings}, rows {rows}, labels {labels}"
             assert np.isfinite(value).all(), told
             assert np.isfinite(model.get_weights()[0]).all(), told
+
+
+def ways_to_compile(function, loss):
+    """A function as Keras' users give it: alone, in a function, in a Loss; its loss."""
+
+    class Mine(keras.losses.Loss):
+        def call(self, y_true, y_pred):
+            return function(y_true, y_pred)
+
+    class Around(keras.losses.Loss):
+        def call(self, y_true, y_pred):
+            return loss(y_true, y_pred)
+
+    return {
+        "alone": function,
+        "in a function": lambda y, x: keras.ops.mean(function(y, x)),
+        "in a loss": Mine(),
+        "the loss in a function": lambda y, x: loss(y, x),
+        "the loss in a loss": Around(),
+    }
+
+
+@pytest.mark.parametrize("column", [False, True], ids=["vector", "column"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_trains_as_the_loss_does(name, column):
+    loss, settings = FUNCTIONS[name]
+    case, loss = LOSSES[loss], make(loss, settings)
+    x, y = data(case)
+    if column and case.targets != "label":
+        pytest.skip("only labels have two shapes")
+    y = y[:, None] if column else y
+    function = operator.attrgetter(name)(kerastrip)
+    head = network(case.head)
+    if case.head == "logits":
+        head = keras.Sequential([head, keras.layers.Activation("sigmoid")])
+    start = head.get_weights()
+    expected = float(loss(y, head(x)))
+    assert expected > 0
+    for way, given in ways_to_compile(function, loss).items():
+        head.set_weights(start)
+        # One traced step is enough: compiling takes long.
+        eager = not (way == "alone" and ON_TENSORFLOW) and not ON_JAX
+        head.compile(keras.optimizers.SGD(0.1), given, run_eagerly=eager)
+        found = head.train_on_batch(x, y)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=way)
+        assert_trained(start, weights_of(head))
+
+
+def test_every_loss_has_a_function():
+    named = {loss for loss, _ in FUNCTIONS.values()}
+    assert named == set(LOSSES)
+
+
+@pytest.mark.parametrize("name", ["TripletLoss", "ContrastiveLoss", "TripletHardLoss"])
+def test_labels_that_are_none_end_in_an_error_or_in_nan(name):
+    """In a compiled step NaN, and the weights stay as they are."""
+    x, _ = data(LOSSES[name])
+    model = network("embedding")
+    before = weights_of(model)
+    model.compile(keras.optimizers.SGD(0.1), make(name, {}))
+    several = np.ones((ROWS, CLASSES), "int32")
+    several[0, 0] = 0
+    if keras.config.backend() == "torch":
+        with pytest.raises(ValueError, match="one class a row"):
+            model.train_on_batch(x, several)
+    else:
+        assert np.isnan(model.train_on_batch(x, several))
+    for old, new in zip(before, weights_of(model), strict=True):
+        np.testing.assert_array_equal(old, new)
 
 
 # Metrics

@@ -1,3 +1,5 @@
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -43,8 +45,8 @@ def test_values_and_gradient_agree_with_the_loops(distance, average_over, rng):
 
 def test_one_pair_by_hand():
     loss = ContrastiveLoss(positive_margin=0.5, negative_margin=2.0)
-    assert float(loss([0, 0], [[0.0], [1.5]])) == pytest.approx(0.5)
-    assert float(loss([0, 1], [[0.0], [1.5]])) == pytest.approx(0.125)
+    assert float(loss([0, 0], [[0.0, 0.0], [1.5, 0.0]])) == pytest.approx(0.5)
+    assert float(loss([0, 1], [[0.0, 0.0], [1.5, 0.0]])) == pytest.approx(0.125)
 
 
 @pytest.mark.parametrize("size", [0, 1])
@@ -94,7 +96,16 @@ def test_bad_arguments_are_named(options, words):
 
 
 def test_bad_calls_are_named():
-    with pytest.raises(TypeError, match="labels"):
-        ContrastiveLoss()(np.zeros(4), np.zeros((4, 2)))
+    with pytest.raises(ValueError, match="labels"):
+        ContrastiveLoss()(np.full(4, 0.5), np.zeros((4, 2)))
     with pytest.raises(ValueError, match="embeddings"):
         ContrastiveLoss()([0, 0], np.zeros((2, 2, 2)))
+
+
+def test_distances_of_pairs_are_met_with_a_warning():
+    with pytest.warns(UserWarning, match="embed single samples") as told:
+        ContrastiveLoss()([0, 1, 1], np.ones((3, 1), "float32"))
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ContrastiveLoss()([0, 1, 1], np.ones((3, 2), "float32"))

@@ -5,6 +5,7 @@ import math
 import keras
 import numpy as np
 import pytest
+import reference
 from keras import ops
 
 from kerastrip.losses import (
@@ -452,6 +453,148 @@ def test_an_impossible_label_is_nan_and_not_zero(label):
     assert values[2] == 0.0
 
 
+# Logits that mask, and logits as large as floats get
+
+
+def softmax_losses(labels, **options):
+    """The categorical and the sparse loss of integer labels, by name."""
+    rows = one_hot(labels, 5)
+    return {
+        "categorical": lambda x: categorical_focal_loss(
+            rows, x, from_logits=True, **options
+        ),
+        "sparse": lambda x: sparse_categorical_focal_loss(
+            labels, x, from_logits=True, **options
+        ),
+    }
+
+
+@backend
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_a_masked_class_is_a_class_that_is_not_there(rng, gamma, smoothing):
+    x = rng.normal(size=(6, 5)).astype("float32")
+    x[:, 3] = -np.inf
+    labels, left = np.array([0, 1, 2, 4, 0, 1]), [0, 1, 2, 4]
+    alpha = [0.5, 1.0, 2.0, 3.0, 1.5]
+    options = {"gamma": gamma, "label_smoothing": smoothing}
+
+    def without(x):
+        return categorical_focal_loss(
+            one_hot(labels, 5)[:, left],
+            x,
+            from_logits=True,
+            alpha=[alpha[c] for c in left],
+            **options,
+        )
+
+    for name, loss in softmax_losses(labels, alpha=alpha, **options).items():
+        expected = as_numpy(without(x[:, left]))
+        np.testing.assert_allclose(as_numpy(loss(x)), expected, rtol=1e-5, err_msg=name)
+        # As large an upstream gradient as the loss scaling of float16 begins with.
+        slope = gradient(lambda x, loss=loss: loss(x) * 2.0**15, x) / 2.0**15
+        np.testing.assert_array_equal(slope[:, 3], 0.0)
+        expected = gradient(without, x[:, left])
+        np.testing.assert_allclose(slope[:, left], expected, rtol=1e-4, atol=1e-6)
+
+
+@backend
+def test_a_label_on_a_masked_class_costs_infinity():
+    x = np.array([[0.0, -np.inf, 0.0, 1.0, 2.0]], "float32")
+    for loss in softmax_losses(np.array([1])).values():
+        assert as_numpy(loss(x)) == np.inf
+    assert as_numpy(binary_focal_loss([[1]], x[:, 1:2], from_logits=True)) == np.inf
+    assert as_numpy(binary_focal_loss([[0]], -x[:, 1:2], from_logits=True)) == np.inf
+
+
+@backend
+def test_an_ignored_row_may_mask_any_class():
+    x = np.array([[-np.inf, 0.0, 1.0]], "float32")
+    loss = SparseCategoricalFocalLoss(from_logits=True, ignore_class=255)
+    assert float(loss([255], x)) == 0.0
+    np.testing.assert_array_equal(gradient(lambda x: loss([255], x), x), 0.0)
+
+
+@backend
+def test_a_row_of_masked_classes_alone_is_not_finite():
+    x = np.full((1, 5), -np.inf, "float32")
+    for loss in softmax_losses(np.array([1])).values():
+        assert not np.isfinite(as_numpy(loss(x)))
+
+
+@backend
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_the_largest_logits_have_the_value_and_gradient_of_cross_entropy(gamma):
+    x = np.array([[3e38, 0, 1, -1, 0], [0, 3e38, -3e38, 0, 1]], "float32")
+    p = np.eye(5)[[0, 1]]
+    for labels in ([0, 1], [1, 0], [3, 2]):
+        right = np.array(labels) == [0, 1]
+        expected = np.where(right, 0.0, 3e38)
+        for loss in softmax_losses(np.array(labels), gamma=gamma).values():
+            found = as_numpy(loss(x))
+            slope = gradient(loss, x)
+            assert np.isfinite(slope).all()
+            if labels == [3, 2]:  # a difference of 6e38 is no float
+                expected = [3e38, np.finfo("float32").max]
+            np.testing.assert_allclose(found, expected, rtol=1e-6)
+            np.testing.assert_allclose(slope, p - np.eye(5)[labels], atol=1e-6)
+
+
+@backend
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_extreme_logits_in_the_binary_loss(gamma, smoothing):
+    x = np.array([[-np.inf], [np.inf], [-3e38], [3e38]], "float32")
+    loss = BinaryFocalLoss(
+        gamma, from_logits=True, label_smoothing=smoothing, reduction=None
+    )
+    y = np.array([[0.0], [1.0], [0.0], [1.0]], "float32")
+    beside = 0.5 * smoothing * 3e38
+    np.testing.assert_allclose(as_numpy(loss(y, x)), [0, 0, beside, beside], rtol=1e-5)
+    slope = gradient(lambda x: loss(y, x) * 2.0**15, x) / 2.0**15
+    expected = [0, 0, -0.5 * smoothing, 0.5 * smoothing]
+    np.testing.assert_allclose(slope[:, 0], expected, atol=1e-6)
+    wrong = as_numpy(loss(1.0 - y, x))
+    np.testing.assert_allclose(wrong[2:], (1 - 0.5 * smoothing) * 3e38, rtol=1e-5)
+    slope = gradient(lambda x: loss(1.0 - y, x), x)[2:, 0]
+    np.testing.assert_allclose(np.abs(slope), 1 - 0.5 * smoothing, rtol=1e-5)
+
+
+# Targets and probabilities out of range
+
+OUT_OF_RANGE = {
+    "a mask of 0 and 255": (BinaryFocalLoss(), [[0], [255]], [[0.1], [0.9]], "y_true"),
+    "a mask in bytes": (
+        BinaryFocalLoss(),
+        np.array([[0], [255]], np.uint8),
+        [[0.1], [0.9]],
+        "y_true",
+    ),
+    "binary logits": (BinaryFocalLoss(), [[0], [1]], [[0.5], [3.0]], "from_logits"),
+    "class rows": (CategoricalFocalLoss(), [[0, 2]], [[0.5, 0.5]], "y_true"),
+    "logits": (CategoricalFocalLoss(), [[0, 1]], [[-2.0, 3.0]], "from_logits"),
+    "sparse": (SparseCategoricalFocalLoss(), [0], [[-2.0, 3.0]], "from_logits"),
+}
+
+
+@backend
+@pytest.mark.parametrize("case", OUT_OF_RANGE)
+def test_targets_and_probabilities_outside_0_and_1_do_not_pass(case):
+    loss, y, x, words = OUT_OF_RANGE[case]
+    x = np.array(x, "float32")
+    with pytest.raises(ValueError, match=rf"in \[0, 1\].*{words}|{words}.*in \[0, 1\]"):
+        loss(y, x)
+    if keras.config.backend() != "torch":
+        assert np.isnan(reference.traced(loss)(np.array(y), x))
+
+
+@backend
+def test_soft_targets_and_rounded_probabilities_pass():
+    y = np.array([[0.25, 0.75]], "float32")
+    for loss in (BinaryFocalLoss(), CategoricalFocalLoss()):
+        assert np.isfinite(float(loss(y, np.array([[0.0, 1.004]], "float32"))))
+
+
 # Reductions
 
 
@@ -595,7 +738,12 @@ def test_bad_settings_of_one_loss():
             (4, 2),
             r"`y_true`.*\(4, 2\).*\(4, 3\).*order.*classes=",
         ),
-        (sparse_categorical_focal_loss, (4, 2), (4, 2), "`y_true`.*One-hot"),
+        (
+            sparse_categorical_focal_loss,
+            (4, 2),
+            (4, 2),
+            "`y_true`.*One-hot rows go to CategoricalFocalLoss",
+        ),
         (sparse_categorical_focal_loss, (3,), (4, 2), r"`y_true`.*\(4,\).*\(3,\)"),
         (sparse_categorical_focal_loss, (), (2,), "`y_pred`"),
     ],
@@ -619,11 +767,11 @@ def test_alpha_of_the_wrong_length():
 
 
 @backend
-def test_float_labels_are_refused():
+def test_fractions_as_labels_are_refused():
     x = np.zeros((2, 3), "float32")
     for loss in (sparse_categorical_focal_loss, SparseCategoricalFocalLoss()):
-        with pytest.raises(TypeError, match=r"`y_true`.*integer.*float32.*Cast"):
-            loss(np.array([0.0, 1.0], "float32"), x)
+        with pytest.raises(ValueError, match=r"`y_true`.*integers.*float32.*0\.5"):
+            loss(np.array([0.0, 0.5], "float32"), x)
 
 
 @pytest.mark.parametrize(

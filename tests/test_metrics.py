@@ -315,5 +315,5 @@ def test_bad_arguments(options, error, says):
 
 
 def test_float_labels_are_refused():
-    with pytest.raises(TypeError, match="labels"):
+    with pytest.raises(ValueError, match="labels"):
         TripletCensus().update_state(np.array([0.5, 1.5]), np.eye(2))

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import keras
@@ -215,8 +216,8 @@ def test_bad_input_is_named():
     rows = np.zeros((4, 2), np.float32)
     with pytest.raises(ValueError, match="distance"):
         mining.triplet_census([0, 0, 1, 1], rows, distance="l2")
-    with pytest.raises(TypeError, match=r"labels.*integer"):
-        mining.triplet_census(np.zeros(4, np.float32), rows)
+    with pytest.raises(ValueError, match=r"labels.*integers.*0\.5"):
+        mining.triplet_census(np.full(4, 0.5, np.float32), rows)
     with pytest.raises(ValueError, match=r"labels.*4 embeddings.*3 labels"):
         mining.triplet_census([0, 0, 1], rows)
     with pytest.raises(ValueError, match=r"embeddings.*\(batch, dim\)"):
@@ -237,15 +238,48 @@ def test_bad_input_is_named():
 
 
 @needs_tf
-def test_bad_input_is_found_when_traced():
+def test_bad_labels_make_nan_when_traced(rng):
     import tensorflow as tf
 
     @tf.function(input_signature=[tf.TensorSpec([None]), tf.TensorSpec([None, 2])])
     def float_labels(y, x):
-        return mining.triplet_census(y, x)
+        values, census = mining.triplet_losses_and_census(y, x)
+        return values, census.pos_dist, census.neg_dist
 
-    with pytest.raises(TypeError, match=r"labels"):
-        float_labels.get_concrete_function()
+    rows = rng.normal(size=(4, 2))
+    for label, is_nan in ((0.5, True), (1.0, False)):
+        for found in float_labels(np.array([0.0, 0.0, 1.0, label]), rows):
+            assert np.isnan(found.numpy()).all() == is_nan
+
+
+@pytest.mark.backend
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="compiles when called")
+def test_jax_compiles_nothing_anew_for_a_call_like_the_one_before(rng):
+    import jax
+
+    labels, rows = np.arange(12) % 4, rng.normal(size=(12, 3)).astype(np.float32)
+    others = mining.Others(labels[:5], rows[:5], 3, True)
+    calls = [
+        lambda x: mining.contrastive_losses(labels, x),
+        lambda x: mining.triplet_census(labels, x).pos_dist,
+        lambda x: mining.triplet_losses(labels, x, others=others),
+        *(
+            functools.partial(mining.triplet_losses, labels, mining=word)
+            for word in mining.MININGS
+        ),
+    ]
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append("backend_compile" in name)
+    )
+    for call in calls:
+        slope = jax.grad(lambda x, call=call: ops.sum(call(x)))
+        for _ in range(3):
+            before = sum(compiled)
+            call(rows)
+            slope(rows)
+        assert sum(compiled) == before
+    assert sum(compiled) > 0
 
 
 @needs_tf

@@ -340,6 +340,30 @@ def test_training_separates_the_classes(rng):
     assert history["loss"][-1] < 0.8 * history["loss"][0]
 
 
+# Attributes that a schedule changes ---------------------------------------------------
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("word", mining.MININGS)
+@pytest.mark.parametrize("kind", [TripletLoss, TripletSemiHardLoss, TripletHardLoss])
+def test_what_a_schedule_changes_changes_the_loss_and_is_saved(kind, word, rng):
+    labels, rows = np.arange(24) % 4, rng.normal(size=(24, 3)).astype("float32")
+    loss = kind(0.7)
+    loss.mining, loss.margin = word, 0.3
+    expected = float(TripletLoss(0.3, word)(labels, rows))
+    assert float(loss(labels, rows)) == pytest.approx(expected, rel=1e-6)
+    loaded = kind.from_config(loss.get_config())
+    assert float(loaded(labels, rows)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [TripletSemiHardLoss, TripletHardLoss])
+def test_a_configuration_saved_without_a_mining_word_is_read(kind):
+    config = kind(0.5, distance_metric="angular").get_config()
+    word = config.pop("mining")
+    loss = kind.from_config(config)
+    assert (loss.mining, loss.margin, loss.distance) == (word, 0.5, "cosine")
+
+
 # Errors -------------------------------------------------------------------------------
 
 
@@ -364,8 +388,8 @@ def test_bad_arguments_are_named():
 @pytest.mark.backend
 def test_bad_calls_are_named(rng):
     rows = rng.normal(size=(4, 3)).astype("float32")
-    with pytest.raises(TypeError, match="labels"):
-        TripletLoss()(np.zeros(4), rows)
+    with pytest.raises(ValueError, match="labels"):
+        TripletLoss()(np.full(4, 0.5), rows)
     with pytest.raises(ValueError, match="embeddings"):
         TripletLoss()([0, 0, 1, 1], rows[:, :, None])
     with pytest.raises(ValueError, match="4 embeddings"):

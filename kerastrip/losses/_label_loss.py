@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from kerastrip._numerics import integer_labels
+from kerastrip._numerics import as_given
 from kerastrip._replicas import gathered
 
 
@@ -26,10 +26,10 @@ class _Bound(keras.losses.Loss):
 
 
 class LabelLoss(keras.losses.Loss):
-    """A `keras.losses.Loss` that hands integer labels to `call` undamaged.
+    """A `keras.losses.Loss` that hands labels to `call` as they were given.
 
     Keras casts `y_true` to the dtype of the loss before `call`: in float32 class
-    ids above 2^24 collide. Here the labels go round that cast.
+    ids above 2^24 collide. Here the labels go round that cast, in their own shape.
 
     With a true `gather`, `call` gets the batch of all replicas, and of the values it
     returns each replica keeps those of its own rows.
@@ -38,7 +38,7 @@ class LabelLoss(keras.losses.Loss):
     gather = False
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        labels = integer_labels(y_true)
+        labels = as_given("y_true", y_true)
         return _Bound(self, labels)(y_pred, y_pred, sample_weight)
 
     def get_config(self) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras import ops
 
 from kerastrip import _checks
 from kerastrip.distances import checked_distance, serialized_distance
@@ -26,6 +28,10 @@ class ContrastiveLoss(LabelLoss):
     formula of Hadsell, Chopra and LeCun; a positive m+ stops pulling rows that are
     near enough, which keeps classes from collapsing to a point.
 
+    The model embeds single samples, and the loss makes the pairs. A siamese model with
+    two inputs, which returns their distance (batch, 1), is for other losses: predictions
+    of dimension 1 are met with a warning.
+
     Corner cases: a batch of one row, or of none, has no pair and value 0; two rows at
     distance 0 get gradient 0 (there is no direction to push them in).
 
@@ -45,19 +51,21 @@ class ContrastiveLoss(LabelLoss):
         dtype: as in `keras.losses.Loss`. Distances are float32 in any case.
 
     Call arguments: `y_true` are labels, (batch,) or (batch, 1) integers or
-    (batch, classes) one-hot; `y_pred` are embeddings, (batch, dim).
+    (batch, classes) one-hot, as in `TripletLoss`; `y_pred` are embeddings, (batch, dim).
 
     Returns:
         With `reduction=None` (batch,) values, one per row, whose mean is the loss.
 
     Raises:
-        ValueError: for margins out of range or unknown words.
-        TypeError: for margins that are not numbers; when called, for float labels.
+        ValueError: for margins out of range or unknown words; when called, for labels
+            that are none (see `TripletLoss`).
+        TypeError: for margins that are not numbers.
 
     Example:
 
     >>> loss = ContrastiveLoss(negative_margin=1.0)
-    >>> float(loss([0, 0, 1], [[0.0], [1.0], [3.0]]))  # 2 of 6 pairs: 1/2 each
+    >>> rows = [[0.0, 0.0], [1.0, 0.0], [3.0, 0.0]]
+    >>> float(loss([0, 0, 1], rows))  # 2 of 6 pairs: 1/2 each
     0.1666...
 
     References:
@@ -90,6 +98,16 @@ class ContrastiveLoss(LabelLoss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """(batch,) values; see the class."""
+        y_pred = ops.convert_to_tensor(y_pred)
+        if y_pred.shape[-1] == 1:
+            warnings.warn(
+                "ContrastiveLoss got predictions of shape (batch, 1) and takes them for "
+                "embeddings of dimension 1. If they are distances of pairs, as a siamese "
+                "model with two inputs returns them, let the model embed single samples "
+                "instead, give their classes as labels, and this loss makes all pairs of "
+                "the batch.",
+                stacklevel=5,  # whoever called the loss
+            )
         return contrastive_losses(
             y_true,
             y_pred,

@@ -9,6 +9,7 @@ and the binary loss is the same with the two classes p and 1 - p. From logits,
 log p and log(1 - p) come straight from the logits, and the modulating factor is
 exp(gamma * log(1 - p)): nothing saturates and no power of 0 is ever taken, so
 value and gradient are right for any logit and any gamma >= 0, gamma < 1 too.
+A logit of -inf masks a class that cannot be: the loss is that of the other classes.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import numpy as np
 from keras import ops
 
 from kerastrip import _checks, _numerics
-from kerastrip.losses._label_loss import LabelLoss, _Bound
+from kerastrip.losses._label_loss import LabelLoss
 
 Alpha = float | Sequence[float] | None
+INFINITE = float("inf")
 
 
 def class_balanced_alpha(counts: Sequence[int], beta: float = 0.999) -> np.ndarray:
@@ -91,7 +93,7 @@ def binary_focal_loss(
 
     Args:
         y_true: (batch, ..., labels) targets in [0, 1]; (batch, ...) is taken too
-            where `y_pred` has a last axis of 1.
+            where `y_pred` has a last axis of 1. Masks of 0 and 255 want a division.
         y_pred: (batch, ..., labels) probabilities, or logits with `from_logits`.
         gamma: focusing parameter, >= 0; 0 is cross-entropy. Defaults to 2.
         alpha: weight in [0, 1] of the positive targets, a number or one per label;
@@ -107,7 +109,9 @@ def binary_focal_loss(
     Raises:
         TypeError: an argument that is not of its kind.
         ValueError: an argument out of range, or `alpha` of the wrong length; shapes
-            that do not match, rank under 2, unknown rank or unknown last axis.
+            that do not match, rank under 2, unknown rank or unknown last axis;
+            targets or probabilities that are seen to be outside [0, 1]. While a
+            function is traced nothing is seen: all values are NaN then.
 
     Example:
 
@@ -127,19 +131,33 @@ def binary_focal_loss(
         y_true = ops.expand_dims(y_true, -1)
     _same_shape(y_true, shape, "Give one target for each prediction.")
     y_true = ops.cast(y_true, y_pred.dtype)
-    y_true = y_true * (1.0 - label_smoothing) + 0.5 * label_smoothing
+    targets = _targets_in_range(y_true)
+    scores = _scores_in_range(y_pred, from_logits)
+    # An infinite logit says that one of the two cannot be. Its target is not smoothed.
+    smooth = y_true * (1.0 - label_smoothing) + 0.5 * label_smoothing
+    y_true = ops.where(ops.isinf(y_pred), y_true, smooth)
+    impossible = ops.logical_or(
+        ops.logical_and(y_pred == -INFINITE, y_true > 0),
+        ops.logical_and(y_pred == INFINITE, y_true < 1),
+    )
 
     if from_logits:
-        minus_log_p, minus_log_q = ops.softplus(-y_pred), ops.softplus(y_pred)
+        minus_log_p = _numerics.softplus(-y_pred)
+        minus_log_q = _numerics.softplus(y_pred)
     else:
         p = _clip(y_pred)
         minus_log_p, minus_log_q = -ops.log(p), -ops.log1p(-p)
-    positive = y_true * ops.exp(-gamma * minus_log_q) * minus_log_p
-    negative = (1.0 - y_true) * ops.exp(-gamma * minus_log_p) * minus_log_q
+    positive = y_true * ops.exp(-gamma * minus_log_q)
+    negative = (1.0 - y_true) * ops.exp(-gamma * minus_log_p)
+    # The logarithm beside a factor 0 may be large, and infinite once it is scaled.
+    positive = positive * ops.where(y_true > 0, minus_log_p, 0.0)
+    negative = negative * ops.where(y_true < 1, minus_log_q, 0.0)
     if alpha is not None:
         weight = ops.convert_to_tensor(alpha, dtype=y_pred.dtype)
         positive, negative = weight * positive, (1.0 - weight) * negative
-    return ops.mean(positive + negative, axis=-1)
+    values = ops.where(impossible, INFINITE, positive + negative)
+    values = ops.mean(values, axis=-1)
+    return _numerics.nan_unless(targets, _numerics.nan_unless(scores, values))
 
 
 def categorical_focal_loss(
@@ -175,7 +193,9 @@ def categorical_focal_loss(
     Raises:
         TypeError: an argument that is not of its kind.
         ValueError: an argument out of range, or `alpha` of the wrong length; shapes
-            that do not match, rank under 2, unknown rank or unknown last axis.
+            that do not match, rank under 2, unknown rank or unknown last axis;
+            targets or probabilities that are seen to be outside [0, 1]. While a
+            function is traced nothing is seen: all values are NaN then.
 
     Example:
 
@@ -193,19 +213,44 @@ def categorical_focal_loss(
     y_true = ops.convert_to_tensor(y_true)
     _same_shape(y_true, shape, _one_hot_advice(_shape("y_true", y_true)))
     y_true = ops.cast(y_true, y_pred.dtype)
-    y_true = y_true * (1.0 - label_smoothing) + label_smoothing / shape[-1]
+    targets = _targets_in_range(y_true)
+    scores = _scores_in_range(y_pred, from_logits)
+    values = _of_rows(y_true, y_pred, gamma, alpha, from_logits, label_smoothing)
+    return _numerics.nan_unless(targets, _numerics.nan_unless(scores, values))
+
+
+def _of_rows(
+    y_true: Any,
+    y_pred: Any,
+    gamma: float,
+    alpha: float | list[float] | None,
+    from_logits: bool,
+    label_smoothing: float,
+) -> Any:
+    """`categorical_focal_loss` of checked arguments, float32 or wider.
+
+    A class whose logit is -inf cannot be: it adds nothing, and the smoothing moves the
+    targets towards 1 / the number of the other classes. A target on it costs infinity.
+    """
+    masked = y_pred == -INFINITE
+    left = ops.sum(ops.cast(~masked, y_pred.dtype), axis=-1, keepdims=True)
+    impossible = ops.any(masked & (y_true > 0), axis=-1)
+    smooth = label_smoothing / ops.maximum(left, 1.0)
+    y_true = ops.where(masked, 0.0, y_true * (1.0 - label_smoothing) + smooth)
 
     if from_logits:
-        log_p = ops.log_softmax(y_pred, axis=-1)
+        log_p = _numerics.log_softmax(y_pred)
         log_q = _numerics.log_one_minus_softmax(log_p)
     else:
         total = ops.sum(y_pred, axis=-1, keepdims=True)
         p = _clip(y_pred / ops.maximum(total, keras.config.epsilon()))
         log_p, log_q = ops.log(p), ops.log1p(-p)
+    # The logarithm beside a factor 0 may be large, and infinite once it is scaled.
+    log_p = ops.where(y_true > 0, log_p, 0.0)
     terms = -y_true * ops.exp(gamma * log_q) * log_p
     if alpha is not None:
         terms = terms * ops.convert_to_tensor(alpha, dtype=y_pred.dtype)
-    return ops.sum(terms, axis=-1)
+    return ops.where(impossible, INFINITE, ops.sum(terms, axis=-1))
 
 
 def sparse_categorical_focal_loss(
@@ -227,7 +272,8 @@ def sparse_categorical_focal_loss(
     label must not pass as a loss of 0.
 
     Args:
-        y_true: (batch, ...) or (batch, ..., 1) class indices.
+        y_true: (batch, ...) or (batch, ..., 1) class indices, integers or whole
+            numbers in floats.
         y_pred: (batch, ..., classes) probabilities, or logits with `from_logits`.
         gamma: focusing parameter, >= 0; 0 is cross-entropy. Defaults to 2.
         alpha: weight >= 0, a number or one per class (`class_balanced_alpha` makes
@@ -246,7 +292,10 @@ def sparse_categorical_focal_loss(
     Raises:
         TypeError: an argument that is not of its kind.
         ValueError: an argument out of range, or `alpha` of the wrong length; shapes
-            that do not match, rank under 2, unknown rank or unknown last axis.
+            that do not match, rank under 2, unknown rank or unknown last axis;
+            probabilities that are seen to be outside [0, 1], labels that are seen to
+            be fractions. While a function is traced nothing is seen: all values are
+            NaN then.
 
     Example:
 
@@ -261,21 +310,18 @@ def sparse_categorical_focal_loss(
         2017, equations 4 and 5.
     """
     ignore_class = _ignored(ignore_class)
-    y_pred, shape = _predictions(y_pred, None)
-    labels = _labels(y_true, shape)
+    gamma, label_smoothing = _settings(gamma, label_smoothing, from_logits)
+    alpha = _alpha(alpha)
+    y_pred, shape = _predictions(y_pred, alpha)
+    labels, whole = _labels(y_true, shape)
+    scores = _scores_in_range(y_pred, from_logits)
     known = ops.logical_and(labels >= 0, labels < shape[-1])
-    values = categorical_focal_loss(
-        ops.one_hot(ops.where(known, labels, 0), shape[-1], dtype=y_pred.dtype),
-        y_pred,
-        gamma=gamma,
-        alpha=alpha,
-        from_logits=from_logits,
-        label_smoothing=label_smoothing,
-    )
+    rows = ops.one_hot(ops.where(known, labels, 0), shape[-1], dtype=y_pred.dtype)
+    values = _of_rows(rows, y_pred, gamma, alpha, from_logits, label_smoothing)
     values = ops.where(known, values, float("nan"))
     if ignore_class is not None:
         values = ops.where(labels == ignore_class, 0.0, values)
-    return values
+    return _numerics.nan_unless(whole, _numerics.nan_unless(scores, values))
 
 
 @keras.saving.register_keras_serializable(package="kerastrip")
@@ -476,11 +522,6 @@ class SparseCategoricalFocalLoss(LabelLoss):
         self.from_logits = from_logits
         self.ignore_class = _ignored(ignore_class)
 
-    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        # Not LabelLoss': labels of images have more than one axis.
-        bound = _Bound(self, ops.convert_to_tensor(y_true))
-        return bound(y_pred, y_pred, sample_weight)
-
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Values of `y_pred.shape[:-1]`."""
         values = sparse_categorical_focal_loss(
@@ -491,7 +532,8 @@ class SparseCategoricalFocalLoss(LabelLoss):
             "mean",
         ):
             return values
-        counted = _labels(y_true, (*values.shape, None)) != self.ignore_class
+        labels, _ = _labels(y_true, (*values.shape, None))
+        counted = labels != self.ignore_class
         share = ops.mean(ops.cast(counted, values.dtype))
         return _numerics.safe_divide(values, share)
 
@@ -575,17 +617,42 @@ def _predictions(y_pred: Any, alpha: Any) -> tuple[Any, tuple[Any, ...]]:
     return y_pred, shape
 
 
-def _labels(y_true: Any, shape: tuple[int | None, ...]) -> Any:
-    """Integer labels of the shape (batch, ...) for predictions of static `shape`."""
-    labels = _numerics.whole_numbers("y_true", y_true)
-    dtype = keras.backend.standardize_dtype(labels.dtype)
-    label_shape = _shape("y_true", labels)
+def _labels(y_true: Any, shape: tuple[int | None, ...]) -> tuple[Any, Any]:
+    """Integer labels of the shape (batch, ...) for predictions of static `shape`.
+
+    With them None, or a () bool tensor: whether they are whole numbers.
+    """
+    y_true = _numerics.as_given("y_true", y_true)
+    label_shape = _shape("y_true", y_true)
     if len(label_shape) == len(shape) and label_shape[-1] == 1:
-        labels = ops.squeeze(labels, axis=-1)
-    advice = "One-hot rows go to the categorical focal loss."
-    _same_shape(labels, shape[:-1], advice)
+        y_true = ops.squeeze(y_true, axis=-1)
+    _same_shape(y_true, shape[:-1], "One-hot rows go to CategoricalFocalLoss.")
+    labels, whole = _numerics.whole_numbers("y_true", y_true)
+    dtype = keras.backend.standardize_dtype(labels.dtype)
     # A narrow dtype can be compared neither with -1 nor with 300.
-    return labels if dtype == "int64" else ops.cast(labels, "int32")
+    return labels if dtype == "int64" else ops.cast(labels, "int32"), whole
+
+
+def _targets_in_range(y_true: Any) -> Any:
+    """Whether all targets are in [0, 1], as from `_numerics.confirmed`."""
+    return _in_range("y_true", "targets", y_true, "Divide masks of 0 and 255 by 255.")
+
+
+def _scores_in_range(y_pred: Any, from_logits: bool) -> Any:
+    """Likewise for probabilities; nothing is asked of logits."""
+    advice = "Logits want from_logits=True."
+    return None if from_logits else _in_range("y_pred", "probabilities", y_pred, advice)
+
+
+def _in_range(name: str, noun: str, x: Any, advice: str) -> Any:
+    # NaN is neither: it shows in the loss. A softmax in bfloat16 may round beyond 1.
+    outside = ops.logical_or(x < -0.01, x > 1.01)
+
+    def error() -> str:
+        wrong = float(_numerics.seen(x)[_numerics.seen(outside)].flat[0])
+        return _checks.message(name, f"{noun} in [0, 1]", wrong, advice)
+
+    return _numerics.confirmed(~ops.any(outside), error)
 
 
 def _same_shape(y_true: Any, expected: tuple[int | None, ...], advice: str) -> None:

@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from kerastrip import _checks
+from kerastrip._numerics import integer_labels, nan_unless
 from kerastrip._replicas import replicas
 from kerastrip.distances import checked_distance, serialized_distance
 from kerastrip.losses._label_loss import LabelLoss
@@ -73,7 +74,13 @@ class TripletLoss(LabelLoss):
         dtype: as in `keras.losses.Loss`. Distances are float32 in any case.
 
     Call arguments: `y_true` are labels, (batch,) or (batch, 1) integers or
-    (batch, classes) one-hot; `y_pred` are embeddings, (batch, dim).
+    (batch, classes) one-hot; `y_pred` are embeddings, (batch, dim). Integers stay as
+    they are: Keras' cast of targets to floats does not reach them. Whole numbers in
+    floats, which Keras makes of the targets of a loss function or class of one's own,
+    are labels where the cast is exact: below 2^24 in float32, 2^11 in float16, 2^8 in
+    bfloat16. Fractions, and rows that are not one-hot (several labels, a class and a
+    camera, mixed or smoothed rows, zeros), are no labels: an error where their values
+    are seen, else NaN with gradient 0, since a compiled step cannot raise.
 
     Returns:
         With `reduction=None` (batch,) values, one per anchor, whose mean is the loss:
@@ -82,8 +89,9 @@ class TripletLoss(LabelLoss):
     Raises:
         ValueError: for a margin that is not > 0, unknown words, `soft` with
             `"active"`; when called, for embeddings that are not 2-D, lengths that
-            differ, or a callable that returns another shape.
-        TypeError: for a margin that is no number; when called, for float labels.
+            differ, labels that are seen to be none, or a callable that returns
+            another shape.
+        TypeError: for a margin that is no number.
 
     Example:
 
@@ -127,7 +135,7 @@ class TripletLoss(LabelLoss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """(batch,) values; see the class."""
-        others = None
+        others = known = None
         if self.memory is not None:
             if not self.gather and replicas() > 1:
                 raise ValueError(
@@ -148,12 +156,13 @@ class TripletLoss(LabelLoss):
                         "keras.Model(inputs, memory(embedding)).",
                     )
                 )
+            y_true, known = integer_labels(y_true)
             y_true = ops.cast(y_true, "int32")  # as the memory keeps them
             self.memory.add(y_true, y_pred)
             others = self.memory.others(ops.shape(y_pred)[0])
             for listener in self.listeners:
                 listener(y_true, y_pred, others)
-        return triplet_losses(
+        values = triplet_losses(
             y_true,
             y_pred,
             margin=self.margin,
@@ -163,6 +172,7 @@ class TripletLoss(LabelLoss):
             average_over=self.average_over,
             others=others,
         )
+        return nan_unless(known, values)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor; of a memory only the name."""
@@ -306,7 +316,7 @@ def triplet_hard_loss(
 
 
 @keras.saving.register_keras_serializable(package="kerastrip")
-class TripletSemiHardLoss(LabelLoss):
+class TripletSemiHardLoss(TripletLoss):
     """`TripletLoss(mining="semi_hard")` with the arguments of TensorFlow Addons.
 
     See `triplet_semihard_loss` for the formula, the corner cases and the paper.
@@ -315,6 +325,8 @@ class TripletSemiHardLoss(LabelLoss):
         margin: > 0. Default 1.
         distance_metric: `"L2"` (euclidean), `"squared-L2"`, `"angular"` (1 - cos), or
             a callable as in `TripletLoss`.
+        mining: as in `TripletLoss`, for a loss that a `MiningSchedule` has changed
+            and that is loaded again.
         gather: as in `TripletLoss`.
         name: name of the loss.
         reduction: of the (batch,) values, as in `keras.losses.Loss`.
@@ -333,43 +345,35 @@ class TripletSemiHardLoss(LabelLoss):
     0.5
     """
 
-    mining = "semi_hard"
-    soft = False
-
     def __init__(
         self,
         margin: float = 1.0,
         distance_metric: str | Callable[[Any], Any] = "L2",
         *,
+        mining: str = "semi_hard",
         gather: bool = False,
         name: str = "triplet_semihard_loss",
         reduction: str | None = "sum_over_batch_size",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.margin = _checks.number("margin", margin, above=0)
-        self.distance = _tfa_distance(distance_metric)
-        self.distance_metric = distance_metric
-        self.gather = _checks.boolean("gather", gather)
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """(batch,) values; see the class."""
-        return triplet_losses(
-            y_true, y_pred, margin=self.margin, distance=self.distance
+        super().__init__(
+            margin,
+            mining,
+            _tfa_distance(distance_metric),
+            gather=gather,
+            name=name,
+            reduction=reduction,
+            dtype=dtype,
         )
+        self.distance_metric = distance_metric
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""
-        return {
-            **super().get_config(),
-            "margin": self.margin,
-            "distance_metric": serialized_distance(self.distance_metric),
-            "gather": self.gather,
-        }
+        return _tfa_config(self, super().get_config())
 
 
 @keras.saving.register_keras_serializable(package="kerastrip")
-class TripletHardLoss(LabelLoss):
+class TripletHardLoss(TripletLoss):
     """`TripletLoss(mining="hard")` with the arguments of TensorFlow Addons.
 
     See `triplet_hard_loss` for the formula, the corner cases and the paper.
@@ -379,6 +383,8 @@ class TripletHardLoss(LabelLoss):
         soft: take the softplus instead of the hinge.
         distance_metric: `"L2"` (euclidean), `"squared-L2"`, `"angular"` (1 - cos), or
             a callable as in `TripletLoss`.
+        mining: as in `TripletLoss`, for a loss that a `MiningSchedule` has changed
+            and that is loaded again.
         gather: as in `TripletLoss`.
         name: name of the loss.
         reduction: of the (batch,) values, as in `keras.losses.Loss`.
@@ -397,44 +403,37 @@ class TripletHardLoss(LabelLoss):
     0.6875
     """
 
-    mining = "hard"
-
     def __init__(
         self,
         margin: float = 1.0,
         soft: bool = False,
         distance_metric: str | Callable[[Any], Any] = "L2",
         *,
+        mining: str = "hard",
         gather: bool = False,
         name: str = "triplet_hard_loss",
         reduction: str | None = "sum_over_batch_size",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.margin = _checks.number("margin", margin, above=0)
-        check_choice(self.mining, soft, "all")
-        self.soft = soft
-        self.distance = _tfa_distance(distance_metric)
-        self.distance_metric = distance_metric
-        self.gather = _checks.boolean("gather", gather)
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """(batch,) values; see the class."""
-        return triplet_losses(
-            y_true,
-            y_pred,
-            margin=self.margin,
-            mining=self.mining,
-            soft=self.soft,
-            distance=self.distance,
+        super().__init__(
+            margin,
+            mining,
+            _tfa_distance(distance_metric),
+            soft,
+            gather=gather,
+            name=name,
+            reduction=reduction,
+            dtype=dtype,
         )
+        self.distance_metric = distance_metric
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""
-        return {
-            **super().get_config(),
-            "margin": self.margin,
-            "soft": self.soft,
-            "distance_metric": serialized_distance(self.distance_metric),
-            "gather": self.gather,
-        }
+        return {**_tfa_config(self, super().get_config()), "soft": self.soft}
+
+
+def _tfa_config(loss: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a TripletLoss in the arguments that both names of TFA take."""
+    for foreign in ("distance", "soft", "average_over", "memory"):
+        del config[foreign]
+    return {**config, "distance_metric": serialized_distance(loss.distance_metric)}
