@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 import os
@@ -188,14 +189,35 @@ class PKSampler(keras.utils.PyDataset):
         self._epoch, self._due, self._begun, self._closed = 0, 0, False, False
         self._rows = _batch.Rows(self.plan)
         self._inputs = _batch.Inputs(self.source, augment, self.plan, self._rows)
+        self._threads = ahead
+        self._processes = workers if use_multiprocessing else 0
+        self._employ(start=True)
+
+    def _employ(self, *, start: bool) -> None:
+        """Gives the sampler threads, or processes that start now or when needed."""
         self._pool: WorkerPool | None = None
-        if use_multiprocessing:
-            self._pool = WorkerPool(self._inputs.arrays, self._inputs.layout, workers)
+        if self._processes and not self._closed:
+            inputs = self._inputs
+            self._pool = WorkerPool(
+                inputs.arrays, inputs.layout, self._processes, start=start
+            )
             weakref.finalize(self, self._pool.close)
         self._ahead: LookAhead | None = None
-        if workers:
-            self._ahead = LookAhead(len(self), ahead, endless=not fixed)
-        self._threads = ahead
+        if self._threads and not self._closed:
+            ahead = self._threads
+            self._ahead = LookAhead(len(self), ahead, endless=not self.fixed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None, "_ahead": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._employ(start=False)
+
+    def __deepcopy__(self, memo: Any) -> PKSampler:
+        # Tuners copy callbacks and what they hold for every trial. The samples do not
+        # change, and may fill the memory: the copy has its own epoch and workers only.
+        return copy.copy(self)
 
     # -- batches -------------------------------------------------------------
 
