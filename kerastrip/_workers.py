@@ -214,7 +214,8 @@ class WorkerPool:
         except _Died as error:
             self._death = error
             if self._closed:
-                raise RuntimeError("The workers of the sampler were closed.") from error
+                told = "The workers of the sampler were closed."
+                raise RuntimeError(told) from None
             raise RuntimeError(f"A worker process of the sampler {error}") from error
         finally:
             with self._lock:
@@ -663,6 +664,10 @@ def in_thread(make: Callable[..., Any], *args: Any) -> Future:
     return future
 
 
+class Ending(RuntimeError):
+    """The process is ending, so nobody wants more batches."""
+
+
 class InFlight:
     """Counts calls that are under way; at exit it stops new ones and waits.
 
@@ -682,10 +687,10 @@ class InFlight:
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """One call; RuntimeError when the process is ending."""
+        """One call; `Ending` when the process is ending."""
         with self._idle:
             if self._closing:
-                raise RuntimeError("The process is ending: no more batches.")
+                raise Ending("The process is ending: no more batches.")
             self._running += 1
             self._used = True
         try:
@@ -711,4 +716,14 @@ class InFlight:
 
 
 in_flight = InFlight()
-atexit.register(in_flight.close)
+
+
+def _leave() -> None:
+    """Lets calls end, then the workers: `multiprocessing` would wait for a stopped one."""
+    in_flight.close()
+    for each in list(_inherited):
+        if isinstance(each, WorkerPool):
+            each.close()
+
+
+atexit.register(_leave)

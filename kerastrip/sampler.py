@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from kerastrip import _batch, _checks
-from kerastrip._workers import LookAhead, WorkerPool, in_flight, in_thread
+from kerastrip._workers import Ending, LookAhead, WorkerPool, in_flight, in_thread
 from kerastrip.plan import PKPlan
 from kerastrip.sources import as_source
 
@@ -201,7 +201,8 @@ class PKSampler(keras.utils.PyDataset):
             self._pool = WorkerPool(
                 inputs.arrays, inputs.layout, self._processes, start=start
             )
-            weakref.finalize(self, self._pool.close)
+            # At exit it would end a batch that somebody waits for.
+            weakref.finalize(self, self._pool.close).atexit = False
         self._ahead: LookAhead | None = None
         if self._threads and not self._closed:
             ahead = self._threads
@@ -318,9 +319,11 @@ class PKSampler(keras.utils.PyDataset):
 
         def make(index: np.ndarray) -> list[np.ndarray]:
             epoch, step = divmod(int(index), len(self))
-            return keras.tree.flatten(
-                self.batch(step, 0 if self.fixed else start + epoch)
-            )
+            try:
+                batch = self.batch(step, 0 if self.fixed else start + epoch)
+            except Ending:
+                raise StopIteration from None  # TensorFlow logs no traceback of it
+            return keras.tree.flatten(batch)
 
         def load(index: Any) -> Any:
             tensors = tf.numpy_function(make, [index], [spec.dtype for spec in specs])
