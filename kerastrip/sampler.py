@@ -13,7 +13,8 @@ import keras
 import numpy as np
 
 from kerastrip import _batch, _checks
-from kerastrip._workers import Ending, LookAhead, WorkerPool, in_flight, in_thread
+from kerastrip._look_ahead import Ending, LookAhead, in_flight, in_thread
+from kerastrip._workers import WorkerPool
 from kerastrip.plan import PKPlan
 from kerastrip.sources import as_source
 

@@ -34,7 +34,8 @@ BELOW = {
     "_permutation": set(),
     "_keyed": set(),
     "_targets": set(),
-    "_workers": set(),
+    "_look_ahead": set(),
+    "_workers": {"_look_ahead"},
     "_numerics": set(),
     "_replicas": set(),
     "distances": {"_numerics"},
@@ -52,7 +53,7 @@ BELOW = {
     "sources": set(),
     "augmentation": {"_keyed", "_targets"},
     "_batch": {"plan", "sources", "augmentation"},
-    "sampler": {"_batch", "_workers"},
+    "sampler": {"_batch", "_look_ahead", "_workers"},
     "inference": {"distances", "sources", "_outputs"},
     "evaluation": {"inference", "_labels"},
     "verification": {"evaluation"},
@@ -68,7 +69,7 @@ FREE_OF_KERAS = {"_checks", "_labels", "_permutation", "_schedule", "_version", 
 OPTIONAL = {"albumentations", "cv2", "faiss", "matplotlib", "sklearn", "tensorboard"}
 BACKENDS = {"jax", "tensorflow", "torch"}
 # The one private name of Keras, and the standard library's way out of a process.
-FOREIGN_PRIVATE = {"_metrics", "_exit"}
+FOREIGN_PRIVATE = {"_metrics", "_exit", "_children"}
 # What a NamedTuple offers to everybody.
 NAMED_TUPLE = {"_replace"}
 TOP_LEVEL = {

@@ -20,8 +20,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from kerastrip import _workers
-from kerastrip._workers import InFlight, LookAhead, WorkerPool, in_thread
+from kerastrip import _look_ahead, _workers
+from kerastrip._look_ahead import InFlight, LookAhead, in_thread
+from kerastrip._workers import WorkerPool
 
 pytestmark = pytest.mark.backend
 
@@ -457,7 +458,8 @@ def test_a_fork_leaves_the_workers_to_its_parent():
         """
         import os, sys
         from test_workers import LAYOUT, work
-        from kerastrip._workers import WorkerPool, in_thread
+        from kerastrip._look_ahead import in_thread
+        from kerastrip._workers import WorkerPool
 
         pool = WorkerPool(work, LAYOUT, processes=2)
         pool(1)
@@ -589,7 +591,7 @@ def test_a_thread_hands_over_what_it_made_or_raised():
 
 
 def test_threads_are_used_again_and_end_without_work(monkeypatch):
-    monkeypatch.setattr(_workers, "_IDLE", 0.3)
+    monkeypatch.setattr(_look_ahead, "_IDLE", 0.3)
     before = threading.active_count()
     seen = set()
     for _ in range(50):
