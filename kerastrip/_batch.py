@@ -7,7 +7,6 @@ worker processes can hold it and a sampler that is dropped is freed.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -52,7 +51,7 @@ class Rows:
     """
 
     def __init__(self, plan: PKPlan):
-        self._plan, self._meetings = plan, itertools.count()
+        self._plan = plan
         self.broken: dict[int, str] = {}
 
     def read(
@@ -81,8 +80,9 @@ class Rows:
             except BrokenSamples as error:
                 if not error.skip or error.broken.keys().isdisjoint(rows.tolist()):
                     raise
+                first_ones = not self.broken
                 self.broken.update(error.broken)
-                if next(self._meetings) == 0:
+                if first_ones:
                     row, why = next(iter(error.broken.items()))
                     _checks.warn(
                         f"Sample {row} cannot be read: {why}. Another of its class is "

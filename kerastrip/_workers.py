@@ -8,31 +8,45 @@ it lies. The place is used again when the last array over it is gone.
 
 A worker is asked for its next batch before it has done the last, so that it need not
 wait for the process that trains, nor that one for a thread of its own.
+
+A fork copies one thread and the locks of all: what another thread holds at that moment
+is held for ever in the child. So the pool takes the locks that it knows (those of the
+handlers of `logging` and of NumPy's global generator) while it forks, the BLAS of a
+worker has one thread and needs no lock, and a worker that says nothing and uses no
+processor time is replaced by another fork. A batch is a pure function of its arguments,
+so nothing is lost but time.
+
+    waiting for its first call -> workers run -> they rest -> workers run -> closed
+
+A pool whose workers rest has none; the next call forks them again.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
+import ctypes
+import itertools
+import logging
 import multiprocessing
+import multiprocessing.process
 import os
 import pickle
-import random
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from functools import partial
 from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
 
+from kerastrip._look_ahead import in_flight, inherited
 from kerastrip.sources._turns import own_files
 
 Layout = Sequence[tuple[tuple[int, ...], np.dtype]]
@@ -40,7 +54,11 @@ Work = Callable[..., Sequence[np.ndarray]]
 
 _ALIGN = 64
 _PLACES = 3  # of a worker for a batch: one lent, one written, one for the next
-_PATIENCE = 60.0
+_PATIENCE = 60.0  # seconds of one batch, then a warning
+_SILENCE = 10.0  # seconds without a word and without processor time: it hangs
+_FORKS = 3  # of a worker that hangs
+_REST = 2.0  # seconds without a call, after which workers may make room for others
+_PDEATHSIG = 1  # of prctl(2)
 # Tasks are done in order, so one that was left out was received when Ctrl-C came.
 _LOST = RuntimeError("A batch was lost to an interrupt."), ""
 _START = "fork" if sys.platform.startswith("linux") else "spawn"
@@ -53,30 +71,54 @@ class WorkerPool:
     do. (The pools of the standard library join their workers when the process ends, and
     so hang with a worker that hangs.)
 
+    Keras never frees a sampler that has been through `fit`, and so its pool. Workers
+    that have worked and rest therefore end when the workers of another pool start for
+    the first time, and come back with the next call.
+
     Args:
         work: writes into arrays of `layout`; inherited by forked workers, pickled for
             spawned ones.
         layout: (shape, dtype) of each array.
         processes: number of workers.
+        start: whether the workers start now. Default; else with the first call.
 
     Raises:
         RuntimeError: if the workers cannot be started.
     """
 
-    def __init__(self, work: Work, layout: Layout, processes: int):
-        self._closed = False
-        self._death: _Died | None = None  # of any of them, after which all is over
+    def __init__(
+        self, work: Work, layout: Layout, processes: int, *, start: bool = True
+    ):
+        self._work, self._layout, self._processes = work, layout, processes
+        self._closed = self._started = False
         self._workers: list[_Worker] = []
+        self.forget()
+        inherited.add(self)
+        if start:
+            self._start()
+
+    def forget(self) -> None:
+        """Begins without workers: in a fork those of its parent are not its own."""
+        for worker in self._workers:
+            # `multiprocessing` would end them when a fork by `os.fork` leaves.
+            multiprocessing.process._children.discard(worker.process)  # type: ignore
+        self._workers = []
+        self._death: _Died | None = None  # of any of them, after which all is over
+        self._lock = threading.RLock()
+        self._calls = 0
+        self._last_call: float | None = None
+
+    def _start(self) -> None:
+        if not self._started:
+            for other in list(inherited):
+                if isinstance(other, WorkerPool) and other is not self:
+                    other.rest()
+        self._started = True
         context = multiprocessing.get_context(_START)
+        make = partial(_Worker, context, self._work, self._layout)
         try:
-            with warnings.catch_warnings():
-                # Python and JAX warn of forks beside threads: a lock may be held for
-                # ever in the child. The workers run NumPy, OpenCV and the user's
-                # functions only, and they are forked before training has threads.
-                warnings.filterwarnings("ignore", ".*fork", RuntimeWarning)
-                warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
-                for _ in range(processes):
-                    self._workers.append(_Worker(context, work, layout))
+            for _ in range(self._processes):
+                self._workers.append(make())
             for worker in self._workers:
                 worker.receive()
         except Exception as error:
@@ -87,6 +129,19 @@ class WorkerPool:
                 "script must guard its entry with `if __name__ == '__main__'`. "
                 "Threads need neither: use_multiprocessing=False."
             ) from error
+
+    def rest(self) -> None:
+        """Ends the workers if they have worked and nobody needs them now."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            last = self._last_call
+            if not self._calls and last and time.monotonic() - last > _REST:
+                workers, self._workers = self._workers, []
+                for worker in workers:
+                    worker.end()
+        finally:
+            self._lock.release()
 
     def __call__(self, *args: Any) -> list[np.ndarray]:
         """The arrays that `work(*args, out=arrays)` wrote; they are the caller's.
@@ -121,8 +176,11 @@ class WorkerPool:
         return sorted(self._workers, key=_Worker.load)
 
     def _result(self, worker: _Worker, task: _Task) -> list[np.ndarray]:
-        with self._alive():
-            worker.wait(lambda: task.done)
+        if not task.done:
+            with self._alive():
+                if worker not in self._workers:
+                    return self(*task.args)  # it ended before the result was wanted
+                worker.wait(lambda: task.done)
         if task.failure is not None:
             raised, told = task.failure
             raise raised from _InWorker(told)
@@ -130,21 +188,26 @@ class WorkerPool:
 
     @contextlib.contextmanager
     def _alive(self) -> Iterator[None]:
-        """Says what happened if a worker died."""
+        """A call, with workers; says what happened if one of them died."""
+        with self._lock:
+            self._calls += 1
         try:
-            if self._death is not None:
-                raise self._death
+            with self._lock:
+                if self._closed or self._death is not None:
+                    raise self._death or _Died("closed")
+                if not self._workers:
+                    self._start()
             yield
         except _Died as error:
             self._death = error
             if self._closed:
-                raise RuntimeError("The workers of the sampler were closed.") from error
-            raise RuntimeError(
-                f"A worker process of the sampler died ({error}): it was killed (often "
-                "for want of memory) or crashed in native code. Make a new sampler, with fewer "
-                "workers if memory was short, or with use_multiprocessing=False to see "
-                "the cause."
-            ) from error
+                told = "The workers of the sampler were closed."
+                raise RuntimeError(told) from None
+            raise RuntimeError(f"A worker process of the sampler {error}") from error
+        finally:
+            with self._lock:
+                self._calls -= 1
+                self._last_call = time.monotonic()
 
     def close(self) -> None:
         """Ends the workers, whatever they do; calls after this fail."""
@@ -156,8 +219,8 @@ class WorkerPool:
 class _Task:
     """What a worker was asked for, and what came of it."""
 
-    def __init__(self, place: int):
-        self.place = place
+    def __init__(self, place: int, args: Sequence[Any]):
+        self.place, self.args = place, args
         self.done = False
         self.arrays: list[np.ndarray] = []
         self.failure: tuple[Exception, str] | None = None  # and its traceback
@@ -168,20 +231,45 @@ class _Worker:
 
     def __init__(self, context: Any, work: Work, layout: Layout):
         # Unnamed shared memory: nothing is left behind, however the process ends.
-        self._layout = layout
+        self._context, self._work, self._layout = context, work, layout
         self._places = [context.RawArray("B", _size(layout)) for _ in range(_PLACES)]
         # A place is here, has a task or is lent. There is always one here or with a
         # task, so whoever wants one gets one.
         self._spare = list(range(_PLACES))
         self._tasks: dict[int, _Task] = {}
-        self._asked = 0
+        self._asked = self._forks = 0
+        self._has_worked = False
         self._asking, self._waiting = threading.Lock(), threading.Lock()
-        self._pipe, far_end = context.Pipe()
-        self.process = context.Process(
-            target=_serve, args=(work, layout, self._places, far_end), daemon=True
-        )
-        self.process.start()
+        self._start()
+
+    def _start(self) -> None:
+        """Starts the process, and has it do what is asked for already."""
+        self._forks += 1
+        self._pipe, far_end = self._context.Pipe()
+        # Linux tells a process of the end of the thread that forked it, and only the
+        # main thread is sure to live as long as its process.
+        watched = threading.current_thread() is threading.main_thread()
+        args = self._work, self._layout, self._places, far_end, watched
+        self.process = self._context.Process(target=_serve, args=args, daemon=True)
+        with _locks_held(), warnings.catch_warnings():
+            # Python and JAX warn of forks beside threads. The workers run NumPy, OpenCV
+            # and the user's functions only; for locks see above.
+            warnings.filterwarnings("ignore", ".*fork", RuntimeWarning)
+            warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
+            self.process.start()
         far_end.close()
+        for number, task in self._tasks.items():
+            self._send(number, task)
+
+    def _send(self, number: int, task: _Task) -> None:
+        # If there is nobody to take it, who waits for it is told.
+        with contextlib.suppress(OSError):
+            self._pipe.send((number, task.place, task.args))
+
+    def end(self) -> None:
+        """Ends the process, whatever it does."""
+        self.process.kill()
+        self.process.join(1)
 
     @property
     def spare(self) -> int:
@@ -198,10 +286,8 @@ class _Worker:
             if len(self._spare) <= left:
                 return None
             self._asked += 1
-            task = self._tasks[self._asked] = _Task(self._spare.pop())
-            # If there is nobody to take it, who waits for it is told.
-            with contextlib.suppress(OSError):
-                self._pipe.send((self._asked, task.place, args))
+            task = self._tasks[self._asked] = _Task(self._spare.pop(), args)
+            self._send(self._asked, task)
         return task
 
     def wait(self, condition: Callable[[], bool]) -> None:
@@ -222,10 +308,18 @@ class _Worker:
 
     def receive(self) -> None:
         """Waits for one word of the process: that it can work, or what came of a task."""
-        ready: Sequence = ()
-        while self._pipe not in ready:
-            ready = wait([self._pipe, self.process.sentinel], _PATIENCE)
-            if not ready:
+        begun = silent = time.monotonic()
+        used = _processor_time(self.process)
+        while not (ready := self._ready()):
+            now, before = time.monotonic(), used
+            used = _processor_time(self.process)
+            if used is None or used != before:
+                silent = now
+            elif now - silent >= _SILENCE * self._forks:
+                self._replace()
+                silent, used = now, _processor_time(self.process)
+            if now - begun >= _PATIENCE:
+                begun = now
                 warnings.warn(
                     f"A worker process has been busy for {_PATIENCE} s with one batch. "
                     "TensorFlow, JAX and PyTorch hang in forked processes: sources and "
@@ -233,8 +327,8 @@ class _Worker:
                     "use_multiprocessing=False.",
                     stacklevel=5,
                 )
-            elif self._pipe not in ready:
-                raise self._died()
+        if self._pipe not in ready:
+            raise self._died()
         try:
             number, failure = self._pipe.recv()
         except (EOFError, OSError) as error:
@@ -243,12 +337,31 @@ class _Worker:
             if each > number:
                 break
             task = self._tasks.pop(each)
-            task.failure = failure if each == number else _LOST
+            task.failure = _unpacked(failure) if each == number else _LOST
             if task.failure is None:
                 task.arrays = self._arrays(task.place)
             else:
                 self._spare.append(task.place)
-            task.done = True
+            task.done = self._has_worked = True
+
+    def _ready(self) -> Sequence:
+        """The pipe, if there is a word in it, or the end of the process; or nothing."""
+        seconds = min(_PATIENCE, _SILENCE / 4)
+        return wait([self._pipe, self.process.sentinel], seconds)
+
+    def _replace(self) -> None:
+        """Forks a process in place of one that hangs, as another lock may be free now."""
+        if self._forks < _FORKS:
+            with self._asking:
+                self.end()
+                self._start()
+        elif not self._has_worked:
+            raise _Died(
+                f"hangs: {_FORKS} forks in turn gave no batch and used no processor "
+                "time. Most likely another thread holds a lock that sources or "
+                "augmentations need. Make the sampler before such threads begin, or "
+                "use use_multiprocessing=False."
+            )
 
     def _arrays(self, place: int) -> list[np.ndarray]:
         """What was written, lent if there is another place to write, or copied."""
@@ -260,11 +373,16 @@ class _Worker:
 
     def _died(self) -> _Died:
         self.process.join(1)
-        return _Died(f"exit code {self.process.exitcode}")
+        return _Died(
+            f"died (exit code {self.process.exitcode}): it was killed (often for want "
+            "of memory) or crashed in native code. Make a new sampler, with fewer "
+            "workers if memory was short, or with use_multiprocessing=False to see the "
+            "cause."
+        )
 
 
 class _Died(Exception):
-    """The process of a worker is gone."""
+    """The process of a worker is gone, or as good as gone."""
 
 
 class _InWorker(Exception):
@@ -286,15 +404,53 @@ def _views(memory: np.ndarray, layout: Layout) -> list[np.ndarray]:
     return views
 
 
-def _serve(work: Work, layout: Layout, places: Sequence, pipe: Any) -> None:
+def _processor_time(process: Any) -> int | None:
+    """Ticks of processor time that a process has used; None where nobody counts."""
+    try:
+        with open(f"/proc/{process.pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return int(fields[11]) + int(fields[12])  # in user and in system mode
+
+
+@contextlib.contextmanager
+def _locks_held() -> Iterator[None]:
+    """Holds locks that a worker may need, so that nobody else does while it is forked.
+
+    `logging` makes the locks of its handlers anew in a fork, but not those of the
+    streams below them, which are held inside those of the handlers only.
+    """
+    loggers = [logging.getLogger(), *list(logging.root.manager.loggerDict.values())]
+    handlers = [each for one in loggers for each in getattr(one, "handlers", ())]
+    locks = [handler.lock for handler in dict.fromkeys(handlers) if handler.lock]
+    with contextlib.ExitStack() as held:
+        for lock in [*locks, _lock_of_numpy()]:
+            if lock.acquire(timeout=1):
+                held.callback(lock.release)
+        yield
+
+
+def _lock_of_numpy() -> Any:
+    """The lock of the generator behind `np.random.rand` and its like."""
+    return np.random.get_bit_generator().lock  # type: ignore[attr-defined]
+
+
+def _serve(
+    work: Work, layout: Layout, places: Sequence, pipe: Any, watched: bool
+) -> None:
     """What a worker process does all its life."""
     own_files()
     # Ctrl-C reaches the whole process group; the parent decides what ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if watched and sys.platform.startswith("linux"):
+        # The thread below does nothing while the process is stopped.
+        with contextlib.suppress(Exception):
+            ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    if "cv2" in sys.modules:
-        # OpenCV's threads do not survive a fork, and the workers are the parallelism.
-        sys.modules["cv2"].setNumThreads(0)
+    with contextlib.suppress(RuntimeError):  # spawned: it is not held
+        _lock_of_numpy().release()
+    _have_one_thread()
     outs = [_views(np.frombuffer(place, np.uint8), layout) for place in places]
     number, failure = 0, None
     while True:
@@ -304,165 +460,61 @@ def _serve(work: Work, layout: Layout, places: Sequence, pipe: Any) -> None:
             work(*args, out=outs[place])
             failure = None
         except BaseException as error:
-            failure = _portable(error), traceback.format_exc()
+            failure = _packed(error)
 
 
-def _portable(error: BaseException) -> Exception:
+def _have_one_thread() -> None:
+    """OpenCV's and OpenBLAS' threads do not survive a fork; workers are the parallelism."""
+    if "cv2" in sys.modules:
+        sys.modules["cv2"].setNumThreads(0)
+    with contextlib.suppress(OSError), open("/proc/self/maps") as maps:
+        paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "blas" in line}
+        for path in paths:
+            library = ctypes.CDLL(path)
+            for before, after in itertools.product(("", "scipy_"), ("", "64_")):
+                name = f"{before}openblas_set_num_threads{after}"
+                if hasattr(library, name):
+                    getattr(library, name)(1)
+
+
+def _packed(error: BaseException) -> tuple[bytes, str, str]:
+    """An error pickled, if that is possible, in words, and its traceback."""
+    try:
+        packed = pickle.dumps(error)
+    except Exception:
+        packed = b""
+    return packed, repr(error), traceback.format_exc()
+
+
+def _unpacked(
+    failure: tuple[bytes, str, str] | None,
+) -> tuple[Exception, str] | None:
     """The error, if it survives pickling and ends no thread in silence."""
+    if failure is None:
+        return None
+    packed, words, told = failure
     with contextlib.suppress(Exception):
-        if isinstance(copy := pickle.loads(pickle.dumps(error)), Exception):
-            return copy
-    return RuntimeError(f"A worker process of the sampler failed: {error!r}")
+        if isinstance(error := pickle.loads(packed), Exception):
+            return error, told
+    return RuntimeError(f"A worker process of the sampler failed: {words}"), told
 
 
 def _leave_with_parent() -> None:
     """Ends this worker when its parent is gone, even if that was killed."""
     parent: Any = multiprocessing.parent_process()
-    pid = os.getppid()
     # The sentinel alone is not enough: forked siblings hold its other end open too.
-    while os.getppid() == pid:
+    while os.getppid() == parent.pid:
         if wait([parent.sentinel], timeout=1):
             break
     os._exit(1)
 
 
-class LookAhead:
-    """Has the next batches begun while the caller works on the last one.
-
-    Keras' own threads stay for ever, with the batches in their queue, when
-    `stop_training` or an error ends an epoch early; on JAX and PyTorch they put the
-    first `fit` a batch ahead. Those of `in_thread` end when their batch is made.
-
-    Keras shuffles the steps by the module `random`, straight after it has asked for
-    their number, so the order can be foreseen. Where it cannot, batches are made when
-    they are asked for: nothing but speed depends on it.
-
-    Args:
-        steps: length of an epoch.
-        ahead: batches under way or ready, beyond the one that was asked for.
-        endless: whether the epoch after this one has batches of its own.
-    """
-
-    def __init__(self, steps: int, ahead: int, endless: bool):
-        self._ahead, self._endless = ahead, endless
-        self._ready: dict[tuple[int, int], Any] = {}
-        self._lock = threading.Lock()
-        self._order: Sequence[int] = range(steps)
-        self._due = self._asked = 0
-        self._dice: Any = None
-
-    def expect_shuffle(self) -> None:
-        """To be called when Keras asks for the number of steps."""
-        with self._lock:
-            self._dice, self._asked = random.getstate(), 0
-
-    def __call__(self, begin: Callable[..., Any], step: int, epoch: int) -> Any:
-        """What was begun for a step, and a beginning of what comes after it.
-
-        Args:
-            begin: (step, epoch) -> a batch that is under way, or None if it cannot be
-                begun now.
-            step, epoch: of the batch that is needed.
-
-        Returns:
-            What `begin` gave for it, now or earlier. None: nothing is under way.
-        """
-        with self._lock:
-            run = self._run(step, epoch)
-            if len(run) > 1:
-                for key in self._ready.keys() - set(run):
-                    del self._ready[key]
-                for key in run:
-                    if key not in self._ready:
-                        begun = begin(*key)
-                        if begun is None:
-                            break
-                        self._ready[key] = begun
-            return self._ready.pop((step, epoch), None)
-
-    def _run(self, step: int, epoch: int) -> list[tuple[int, int]]:
-        """This step and those that follow it, as far as can be told."""
-        steps, asked = len(self._order), self._asked
-        self._asked += 1
-        if step != self._order[self._due]:
-            if step == 0:
-                self._order, self._due = range(steps), 0
-            elif self._dice is not None and asked < steps:
-                shuffled, chance = list(range(steps)), random.Random()
-                chance.setstate(self._dice)
-                chance.shuffle(shuffled)
-                self._dice = None
-                if step != shuffled[asked]:
-                    return [(step, epoch)]
-                self._order, self._due = shuffled, asked
-            else:
-                return [(step, epoch)]
-        places = range(self._due, self._due + self._ahead + 1)
-        self._due = places[1] % steps
-        if isinstance(self._order, list):  # the next epoch is shuffled anew
-            places = range(places[0], min(places[-1] + 1, steps))
-        return [
-            (self._order[place % steps], epoch + place // steps * self._endless)
-            for place in places
-        ]
+def _leave() -> None:
+    """Lets calls end, then the workers: `multiprocessing` would wait for a stopped one."""
+    in_flight.close()
+    for each in list(inherited):
+        if isinstance(each, WorkerPool):
+            each.close()
 
 
-def in_thread(make: Callable[..., Any], *args: Any) -> Future:
-    """`make(*args)`, in a thread that nobody waits for at exit."""
-    future: Future = Future()
-
-    def fulfil() -> None:
-        try:
-            future.set_result(make(*args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    # Not an executor: it would be joined at exit, however long a batch takes.
-    threading.Thread(target=fulfil, daemon=True).start()
-    return future
-
-
-class InFlight:
-    """Counts calls that are under way; at exit it stops new ones and waits.
-
-    After Ctrl-C TensorFlow's prefetch thread asks for batches until the interpreter is
-    gone, and a Python call from such a thread during finalisation hangs the process.
-    """
-
-    def __init__(self) -> None:
-        self._running = 0
-        self._used = self._closing = False
-        self._idle = threading.Condition()
-
-    @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """One call; RuntimeError when the process is ending."""
-        with self._idle:
-            if self._closing:
-                raise RuntimeError("The process is ending: no more batches.")
-            self._running += 1
-            self._used = True
-        try:
-            yield
-        finally:
-            with self._idle:
-                self._running -= 1
-                self._idle.notify_all()
-
-    def close(self, timeout: float = 5.0) -> None:
-        """Stops new calls, waits for those under way and frees abandoned iterators."""
-        with self._idle:
-            self._closing = True
-            self._idle.wait_for(lambda: self._running == 0, timeout)
-        if not self._used:
-            return
-        # The traceback of an uncaught error holds the iterator of `fit`. Freed now, it
-        # joins its threads while they can still run Python.
-        for name in ("last_exc", "last_value", "last_traceback"):
-            if hasattr(sys, name):
-                setattr(sys, name, None)
-        gc.collect()
-
-
-in_flight = InFlight()
-atexit.register(in_flight.close)
+atexit.register(_leave)

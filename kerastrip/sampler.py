@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import operator
@@ -14,7 +15,8 @@ import keras
 import numpy as np
 
 from kerastrip import _batch, _checks
-from kerastrip._workers import LookAhead, WorkerPool, in_flight, in_thread
+from kerastrip._look_ahead import Ending, LookAhead, in_flight, in_thread
+from kerastrip._workers import WorkerPool
 from kerastrip.plan import PKPlan
 from kerastrip.sources import as_source
 
@@ -202,15 +204,38 @@ class PKSampler(keras.utils.PyDataset):
         self._epoch, self._due, self._begun, self._closed = 0, 0, False, False
         self._rows = _batch.Rows(self.plan)
         self._inputs = _batch.Inputs(self.source, augment, self.plan, self._rows)
-        self._pool: WorkerPool | None = None
         if use_multiprocessing:
             self._inputs.check_fixed_size()
-            self._pool = WorkerPool(self._inputs.arrays, self._inputs.layout, workers)
-            weakref.finalize(self, self._pool.close)
-        self._ahead: LookAhead | None = None
-        if workers:
-            self._ahead = LookAhead(len(self), ahead, endless=not fixed)
         self._threads = ahead
+        self._processes = workers if use_multiprocessing else 0
+        self._employ(start=True)
+
+    def _employ(self, *, start: bool) -> None:
+        """Gives the sampler threads, or processes that start now or when needed."""
+        self._pool: WorkerPool | None = None
+        if self._processes and not self._closed:
+            inputs = self._inputs
+            self._pool = WorkerPool(
+                inputs.arrays, inputs.layout, self._processes, start=start
+            )
+            # At exit it would end a batch that somebody waits for.
+            weakref.finalize(self, self._pool.close).atexit = False
+        self._ahead: LookAhead | None = None
+        if self._threads and not self._closed:
+            ahead = self._threads
+            self._ahead = LookAhead(len(self), ahead, endless=not self.fixed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None, "_ahead": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._employ(start=False)
+
+    def __deepcopy__(self, memo: Any) -> PKSampler:
+        # Tuners copy callbacks and what they hold for every trial. The samples do not
+        # change, and may fill the memory: the copy has its own epoch and workers only.
+        return copy.copy(self)
 
     # -- batches -------------------------------------------------------------
 
@@ -321,7 +346,10 @@ class PKSampler(keras.utils.PyDataset):
 
         def make(epoch: np.ndarray, step: np.ndarray) -> list[np.ndarray]:
             self.asked += 1
-            return keras.tree.flatten(self.batch(int(step), int(epoch)))
+            try:
+                return keras.tree.flatten(self.batch(int(step), int(epoch)))
+            except Ending:
+                raise StopIteration from None  # TensorFlow logs no traceback of it
 
         def load(epoch: Any, step: Any) -> Any:
             dtypes = [spec.dtype for spec in specs]

@@ -35,7 +35,8 @@ BELOW = {
     "_permutation": set(),
     "_keyed": set(),
     "_targets": set(),
-    "_workers": {"sources"},
+    "_look_ahead": set(),
+    "_workers": {"_look_ahead", "sources"},
     "_numerics": set(),
     "_replicas": set(),
     "distances": {"_numerics"},
@@ -53,7 +54,7 @@ BELOW = {
     "sources": {"_files", "_labels"},
     "augmentation": {"_keyed", "_targets"},
     "_batch": {"plan", "sources", "augmentation"},
-    "sampler": {"_batch", "_workers"},
+    "sampler": {"_batch", "_look_ahead", "_workers"},
     "inference": {"distances", "sources", "_outputs"},
     "evaluation": {"inference", "_labels"},
     "verification": {"evaluation"},
@@ -69,7 +70,7 @@ FREE_OF_KERAS = {"_checks", "_labels", "_permutation", "_schedule", "_version", 
 OPTIONAL = {"albumentations", "cv2", "faiss", "matplotlib", "sklearn", "tensorboard"}
 BACKENDS = {"jax", "tensorflow", "torch"}
 # The one private name of Keras, and the standard library's way out of a process.
-FOREIGN_PRIVATE = {"_metrics", "_exit"}
+FOREIGN_PRIVATE = {"_metrics", "_exit", "_children"}
 # What a NamedTuple offers to everybody.
 NAMED_TUPLE = {"_asdict", "_fields", "_replace"}
 TOP_LEVEL = {

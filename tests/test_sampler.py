@@ -1,9 +1,11 @@
 """PKSampler: what the model gets, in every mode of working."""
 
+import copy
 import gc
 import itertools
 import os
 import pathlib
+import pickle
 import random
 import signal
 import subprocess
@@ -834,6 +836,25 @@ def test_the_pool_ends_with_its_sampler(images, labels):
     gc.collect()
     worker.join(10)
     assert not worker.is_alive()
+
+
+@backend
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_copies_have_workers_of_their_own_and_the_same_batches(images, labels, mode):
+    arguments = {**SHAPE, "targets": ("one_hot", "label"), "augment": noise, **mode}
+    train = PKSampler(images, labels, **arguments)
+    train.set_epoch(3)
+    train[0]
+    for copied in (copy.deepcopy(train), pickle.loads(pickle.dumps(train))):
+        assert copied.epoch == 3
+        copied.set_epoch(2)
+        for step in range(len(train)):
+            equal(copied[step], train.batch(step, 2))
+        copied.close()
+    assert train.epoch == 3
+    equal(train[1], train.batch(1, 3))
+    assert copy.deepcopy(train).source is train.source  # the data are not copied
+    train.close()
 
 
 @backend

@@ -1,6 +1,9 @@
 """The worker pool: right answers, and an end or an error in every bad case."""
 
+import contextlib
+import gc
 import importlib.util
+import logging
 import os
 import pathlib
 import random
@@ -10,14 +13,16 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import pytest
 
-from kerastrip import _workers
-from kerastrip._workers import InFlight, LookAhead, WorkerPool, in_thread
+from kerastrip import _look_ahead, _workers
+from kerastrip._look_ahead import InFlight, LookAhead, in_thread
+from kerastrip._workers import WorkerPool
 
 pytestmark = pytest.mark.backend
 
@@ -27,12 +32,46 @@ LAYOUT = [((3, 4), np.dtype("float32")), ((5,), np.dtype("uint8"))]
 LIGHT = {"KERAS_BACKEND": "numpy"} if importlib.util.find_spec("jax") else {}
 
 
+MATRIX = np.random.default_rng(0).random((300, 300))
+LOG = logging.getLogger("kerastrip.tests.workers")
+
+
 class Unpicklable(Exception):
     def __init__(self, one, two):
         super().__init__(f"{one} and {two}")
 
 
+PARENT = os.getpid()
+
+
+class Moody(Exception):
+    """Unpickles in worker processes only."""
+
+    def __reduce__(self):
+        return revived, (self.args[0],)
+
+
+def revived(told):
+    if os.getpid() == PARENT:
+        raise TypeError("not here")
+    return Moody(told)
+
+
+LOCK = threading.Lock()
+
+
 def work(number, what="", out=None):
+    if what == "moody":
+        raise Moody("not here")
+    if what == "lock":
+        with LOCK:
+            pass
+    if what == "random":
+        np.random.rand()  # noqa: NPY002
+    if what == "product":
+        np.linalg.inv(MATRIX)
+    if what == "log":
+        LOG.info("batch")
     if what == "pid":
         number = os.getpid() % 251
     if what == "raise":
@@ -130,6 +169,12 @@ def test_a_batch_whose_receipt_was_interrupted_is_lost_and_no_other(pool):
         pool._result(worker, lost)
     del next_one
     assert worker.load()[:2] == (0, 0)
+
+
+def test_an_error_that_unpickles_in_the_worker_only_is_told(pool):
+    with pytest.raises(RuntimeError, match=r"worker process.*Moody.*not here"):
+        pool(4, "moody")
+    np.testing.assert_array_equal(pool(1)[0], work(1)[0])
 
 
 def test_the_work_is_done_elsewhere(pool):
@@ -274,6 +319,189 @@ def test_the_process_ends_beside_a_worker_that_hangs(end):
     assert done.returncode == (-signal.SIGINT if end else 0), done.stderr
 
 
+forks = pytest.mark.skipif(_workers._START != "fork", reason="needs fork")
+
+
+@contextlib.contextmanager
+def held(lock):
+    """A lock that another thread holds."""
+    taken, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            taken.set()
+            leave.wait(600)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(600)
+    try:
+        yield leave
+    finally:
+        leave.set()
+        thread.join()
+
+
+@forks
+def test_a_worker_forked_beside_a_held_lock_is_forked_again(monkeypatch):
+    monkeypatch.setattr(_workers, "_SILENCE", 0.5)
+    with held(LOCK) as leave:
+        pool = WorkerPool(work, LAYOUT, processes=1)
+        threading.Timer(0.2, leave.set).start()
+        np.testing.assert_array_equal(pool(3, "lock")[1], work(3)[1])
+    begun = pool.begin(4), pool.begin(5)
+    assert [each()[1][0] for each in begun] == [4, 5]
+    pool.close()
+
+
+@forks
+def test_a_worker_that_always_hangs_is_told_of(monkeypatch):
+    monkeypatch.setattr(_workers, "_SILENCE", 0.2)
+    with held(LOCK):
+        pool = WorkerPool(work, LAYOUT, processes=1)
+        with pytest.raises(RuntimeError, match=r"hangs.*holds a lock.*multiprocessing"):
+            pool(3, "lock")
+        pool.close()
+
+
+@forks
+def test_locks_of_logging_and_of_the_global_generator_are_free_in_workers(tmp_path):
+    """Other threads hold them nearly always."""
+    handler, stop = logging.FileHandler(tmp_path / "log"), threading.Event()
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+
+    def busy():
+        while not stop.is_set():
+            LOG.info("x" * 500)
+            np.random.rand(5000)  # noqa: NPY002
+
+    threads = [threading.Thread(target=busy) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(5):
+            pool = WorkerPool(work, LAYOUT, processes=2)
+            for number, what in enumerate(("log", "random") * 3):
+                np.testing.assert_array_equal(pool(number, what)[1], work(number)[1])
+            assert [worker._forks for worker in pool._workers] == [1, 1]
+            pool.close()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        LOG.removeHandler(handler)
+        handler.close()
+
+
+@forks
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["product", "lock", "log", "random"])
+def test_a_pool_answers_beside_busy_threads(what):
+    done = run(
+        f"""
+        import os, threading, time
+        from test_workers import LAYOUT, work
+        from kerastrip._workers import WorkerPool
+
+        def busy():
+            while True:
+                work(0, {what!r})
+                time.sleep(0.002)
+
+        threading.Thread(target=busy, daemon=True).start()
+        time.sleep(0.2)
+        for _ in range(5):
+            pool = WorkerPool(work, LAYOUT, processes=2)
+            assert [pool(n, {what!r})[1][0] for n in range(6)] == list(range(6))
+            pool.close()
+        os._exit(0)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_workers_rest_when_others_start_and_come_back(monkeypatch):
+    monkeypatch.setattr(_workers, "_REST", 0.1)
+    train = WorkerPool(work, LAYOUT, processes=2)
+    val = WorkerPool(work, LAYOUT, processes=1)
+    assert [len(pool._workers) for pool in (train, val)] == [2, 1]  # val is yet to work
+    train(1)
+    begun = train.begin(7)
+    time.sleep(0.2)
+    other = WorkerPool(work, LAYOUT, processes=1)
+    assert [len(pool._workers) for pool in (train, val, other)] == [0, 1, 1]
+    np.testing.assert_array_equal(begun()[1], work(7)[1])
+    np.testing.assert_array_equal(train(2)[0], work(2)[0])
+    time.sleep(0.2)
+    other(1)
+    assert [len(pool._workers) for pool in (train, val, other)] == [2, 1, 1]
+    for pool in (train, val, other):
+        pool.close()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
+def test_workers_of_samplers_that_are_never_freed_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(_workers, "_REST", 0.0)
+    kept = []
+    for _ in range(6):
+        kept.append(WorkerPool(work, LAYOUT, processes=2))
+        kept[-1](1)
+    assert sum(len(pool._workers) for pool in kept) == 2
+    kept[-1].close()
+
+
+@forks
+def test_a_fork_leaves_the_workers_to_its_parent():
+    done = run(
+        """
+        import os, sys
+        from test_workers import LAYOUT, work
+        from kerastrip._look_ahead import in_thread
+        from kerastrip._workers import WorkerPool
+
+        pool = WorkerPool(work, LAYOUT, processes=2)
+        pool(1)
+        in_thread(work, 1).result(60)
+        pid = os.fork()
+        if pid == 0:
+            # It has workers and threads of its own, if it needs them.
+            assert pool(3)[1][0] == 3
+            assert in_thread(work, 4).result(60)[1][0] == 4
+            pool.close()
+            sys.exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        if os.fork() == 0:
+            sys.exit(0)
+        os.wait()
+        print([pool(number)[1][0] for number in range(6)])
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.split("[")[1].count(",") == 5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs prctl")
+def test_a_stopped_worker_leaves_with_its_parent():
+    done = run(
+        """
+        import os, signal
+        from test_workers import LAYOUT, work
+        from kerastrip._workers import WorkerPool
+
+        pool = WorkerPool(work, LAYOUT, processes=1)
+        pid = pool._workers[0].process.pid
+        pool(1)
+        os.kill(pid, signal.SIGSTOP)
+        print(pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    assert gone(int(done.stdout))
+
+
 def test_close_frees_those_who_wait(pool):
     with ThreadPoolExecutor(3) as threads:
         calls = [threads.submit(pool, 1, "hang") for _ in range(3)]
@@ -360,6 +588,33 @@ def test_a_thread_hands_over_what_it_made_or_raised():
         in_thread(work, 4, "raise").result(60)
     with pytest.raises(SystemExit):
         in_thread(sys.exit, 3).result(60)
+
+
+def test_threads_are_used_again_and_end_without_work(monkeypatch):
+    monkeypatch.setattr(_look_ahead, "_IDLE", 0.3)
+    before = threading.active_count()
+    seen = set()
+    for _ in range(50):
+        both = [in_thread(threading.get_ident) for _ in range(2)]
+        seen |= {each.result(60) for each in both}
+        time.sleep(0.001)
+    assert len(seen) < 10
+    end = time.monotonic() + 60
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert threading.active_count() <= before
+
+
+def test_a_thread_keeps_nothing_of_what_it_made():
+    class Batch:
+        pass
+
+    batch = in_thread(Batch).result(60)
+    gone = weakref.ref(batch)
+    time.sleep(0.05)
+    del batch
+    gc.collect()
+    assert gone() is None
 
 
 def test_in_flight_waits_for_calls_and_refuses_new_ones():
