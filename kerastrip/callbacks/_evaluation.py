@@ -174,8 +174,7 @@ class EpochEvaluation:
     def begin(self) -> None:
         """Looks for what would fail, or be missed, at the end of the first epoch."""
         self._latest, self._begun = None, False
-        if getattr(self._callback.model, "output_names", None):
-            self._warn_of_foreign_distance()
+        self._warn_of_foreign_distance()
         names = set(self._keys.values())
         for other in _listed_before(self._callback):
             if getattr(other, "monitor", None) in names:
