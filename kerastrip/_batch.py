@@ -6,8 +6,9 @@ worker processes can hold it and a sampler that is dropped is freed.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import warnings
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,11 +20,12 @@ from kerastrip import _checks
 from kerastrip.augmentation import Augmentation
 from kerastrip.plan import PKPlan
 from kerastrip.sources import BrokenSamples, CachedImages, as_source
-from kerastrip.sources.arrays import ArraySource
+from kerastrip.sources.arrays import ArraySource, from_data_set
 
 Reader = Callable[..., Any]
 
 _WORDS = ("label", "one_hot")
+_TEXTS = "OSU"  # kinds of dtype
 
 # Sources whose `take` gathers rows of an `array`, and does nothing else.
 _IN_MEMORY = (ArraySource, CachedImages)
@@ -82,11 +84,10 @@ class Rows:
                 self.broken.update(error.broken)
                 if next(self._meetings) == 0:
                     row, why = next(iter(error.broken.items()))
-                    warnings.warn(
+                    _checks.warn(
                         f"Sample {row} cannot be read: {why}. Another of its class is "
                         "drawn instead, and so for all that turn out broken: "
-                        "`sampler.broken` names them, `sampler.report()` counts them.",
-                        stacklevel=2,
+                        "`sampler.broken` names them, `sampler.report()` counts them."
                     )
 
     def planned(self, epoch: int, step: int) -> np.ndarray:
@@ -131,10 +132,12 @@ class Inputs:
 
     def __init__(self, source: Any, augment: Any, plan: PKPlan, rows: Rows):
         self._source, self._key, self._first = source, plan.seed, plan.first_row
-        first, x = rows.read(lambda indices, *_: source.take(indices), 0, 0)
+        first, x = rows.read(self._take, 0, 0)
+        if isinstance(x, (Mapping, tuple)) and from_data_set(source):
+            self._warn_of_labels(x, plan, rows)
         self._augment, self._images = _augmentations(augment, x), None
         if isinstance(self._augment, Augmentation) and type(source) in _IN_MEMORY:
-            self._images = source.array
+            self._images = source.array if source.array.dtype.isnative else None
         self._at_once = len(first)
         if self._augment is not None and self._images is None:
             whole = sum(np.asarray(part).nbytes for part in keras.tree.flatten(x))
@@ -152,6 +155,57 @@ class Inputs:
                     )
                 )
         self.layout = [(array.shape, array.dtype) for array in arrays]
+        self._texts = any(dtype.kind in _TEXTS for _, dtype in self.layout)
+        if self._texts and keras.backend.backend() != "tensorflow":
+            raise TypeError(
+                _checks.message(
+                    "x",
+                    f"numbers, as a model on {keras.backend.backend()} takes no texts",
+                    next(array for array in arrays if array.dtype.kind in _TEXTS),
+                    "Encode them first: arrays of tokens go in. On TensorFlow a model "
+                    "may begin with TextVectorization.",
+                )
+            )
+
+    def _take(self, rows: np.ndarray, *_: int) -> Any:
+        return self._source.take(rows)
+
+    def _warn_of_labels(self, x: Any, plan: PKPlan, rows: Rows) -> None:
+        """Tells of inputs that are the labels, where nobody named the inputs.
+
+        One of a few batches could be in step with the classes by chance, so it must be
+        in step with them in several.
+        """
+
+        def told(x: Any, chosen: np.ndarray) -> list:
+            codes = plan.codes[chosen]
+            return [key for key, part in _items(x) if _tells_class(part, codes)]
+
+        found = told(x, plan.indices(0, 0))
+        for epoch in range(1, 8):
+            if found:
+                chosen, x = rows.read(self._take, epoch, 0)
+                found = [key for key in told(x, chosen) if key in found]
+        if found:
+            _checks.warn(
+                f"Entry {found[0]!r} of the samples in `x` tells the class of each: the "
+                "labels become an input of the model. If that is not wanted, let the "
+                "samples be the inputs alone, such as one column of the data set: "
+                "PKSampler(data['image'], data['label']). If it is, name the inputs: "
+                "x={'image': data['image'], 'label': data['label']}."
+            )
+
+    def check_fixed_size(self) -> None:
+        """Raises TypeError if samples cannot be handed on by worker processes."""
+        if any(dtype.hasobject for _, dtype in self.layout):
+            raise TypeError(
+                _checks.message(
+                    "use_multiprocessing",
+                    "False for texts, which differ in length",
+                    True,
+                    "Threads read them; np.array(texts, str) has one length for all.",
+                )
+            )
 
     def _augmented(
         self,
@@ -253,7 +307,26 @@ class Inputs:
 
     def packed(self, arrays: Sequence[np.ndarray]) -> Any:
         """What `arrays` returned, in the structure that the model gets."""
+        if self._texts:
+            # Keras takes texts from a dataset as tensors only.
+            import tensorflow as tf
+
+            arrays = [
+                tf.constant(array) if array.dtype.kind in _TEXTS else array
+                for array in arrays
+            ]
         return keras.tree.pack_sequence_as(self._example, arrays)
+
+
+def _tells_class(part: Any, codes: np.ndarray) -> bool:
+    """Whether there is one value for each class, and another one for each."""
+    if not isinstance(part, np.ndarray) or part.dtype.kind not in "biuOSU":
+        return False
+    if part.shape not in (codes.shape, (*codes.shape, 1)):
+        return False
+    values = part.ravel().tolist()
+    pairs = set(zip(values, codes.tolist(), strict=True))
+    return 1 < len(pairs) == len(set(values)) == len(set(codes.tolist()))
 
 
 def gather(readers: Any, rows: np.ndarray) -> Any:
@@ -307,6 +380,11 @@ def _target(plan: PKPlan, name: str, value: Any) -> Reader:
             )
         )
     source = as_source(value, name)
+    with contextlib.suppress(BrokenSamples):  # told when it is drawn
+        first = keras.tree.flatten(source.take([0]))
+        if any(np.asarray(part).dtype.kind in _TEXTS for part in first):
+            words = "numbers, or one of the words 'label' and 'one_hot'"
+            raise TypeError(_checks.message(name, words, value))
     if len(source) != len(plan.codes):
         raise ValueError(
             _checks.message(
@@ -350,25 +428,34 @@ def weights(sample_weight: Any, targets: Any, samples: int) -> Any:
                 )
             )
 
-    def reader(name: str, value: Any) -> Reader:
-        if value is None:
-            raise ValueError(
-                _checks.message(
-                    name, "an array", value, "For an output without weights: np.ones."
-                )
-            )
-        array = np.array(value)
-        if array.dtype.kind not in "biuf" or array.ndim == 0:
-            raise TypeError(_checks.message(name, f"{samples} numbers", value))
-        if len(array) != samples or not np.isfinite(array).all() or (array < 0).any():
-            raise ValueError(
-                _checks.message(
-                    name, f"{samples} finite weights >= 0, one per sample", value
-                )
-            )
-        return array.astype(np.float32).__getitem__
+    return _per_output("sample_weight", sample_weight, partial(_weight, samples))
 
-    return _per_output("sample_weight", sample_weight, reader)
+
+def _weight(samples: int, name: str, value: Any) -> Reader:
+    if value is None:
+        raise ValueError(
+            _checks.message(
+                name, "an array", value, "For an output without weights: np.ones."
+            )
+        )
+    _checks.refuse_masked(name, value)
+    array = np.array(value)
+    if array.dtype.kind == "O":
+        for sample, one in enumerate(array.reshape(-1)):
+            if not isinstance(one, numbers.Real):
+                told = _checks.Told(f"{one} for sample {sample}")
+                raise TypeError(_checks.message(name, f"{samples} numbers", told))
+    if array.dtype.kind not in "biuf" or array.ndim == 0:
+        raise TypeError(_checks.message(name, f"{samples} numbers", value))
+    expected = f"{samples} finite weights >= 0, one per sample"
+    if len(array) != samples:
+        raise ValueError(_checks.message(name, expected, value))
+    usable = np.isfinite(array) & (array >= 0)
+    if not usable.all():
+        first = np.unravel_index(int(np.argmin(usable)), usable.shape)
+        told = _checks.Told(f"{array[first]} for sample {first[0]}")
+        raise ValueError(_checks.message(name, expected, told))
+    return array.astype(np.float32).__getitem__
 
 
 def _augmentations(augment: Any, x: Any) -> Any:

@@ -13,10 +13,15 @@ import difflib
 import math
 import numbers
 import reprlib
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+# Packages whose lines a warning does not show: they stand between it and the user.
+_NOT_THE_USERS = ("kerastrip", "keras", "contextlib", "concurrent", "threading")
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -152,3 +157,18 @@ def refuse_masked(name: str, value: Any) -> None:
             "Leave such samples out, or put values there with `.filled(...)`.",
         )
     )
+
+
+def warn(text: str) -> None:
+    """A `UserWarning` that shows the line of the user's program which led to it.
+
+    In a thread of ours there is none: then no line is shown.
+    """
+    level, frame = 2, sys._getframe(1)
+    while frame is not None and _package(frame) in _NOT_THE_USERS:
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    warnings.warn(text, stacklevel=level)
+
+
+def _package(frame: Any) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,28 @@ class LabelTable:
     def encode(self, labels: Any, name: str = "labels") -> np.ndarray:
         """The int32 codes of `labels`; ValueError names an unknown label."""
         return self._codes(_label_values(labels, name)[0], name)
+
+    def class_weight(self, weights: Mapping[Any, float]) -> dict[int, float]:
+        """Weights by label as weights by code, for `fit(class_weight=)`.
+
+        Keras reads the targets of a batch, which are codes: 1 is the second label.
+
+        Args:
+            weights: label -> finite weight >= 0. Labels that are left out weigh 1.
+
+        Raises:
+            TypeError, ValueError: for another kind of object, a label that is not in
+                the table or a weight that is none.
+        """
+        name = "class_weight"
+        if not isinstance(weights, Mapping) or not weights:
+            expected = "a dict of one weight for each label"
+            raise TypeError(_checks.message(name, expected, weights))
+        codes = self.encode(list(weights), name).tolist()
+        return {
+            code: _checks.number(f"{name}[{label!r}]", weight, minimum=0)
+            for code, (label, weight) in zip(codes, weights.items(), strict=True)
+        }
 
     def decode(self, codes: Any) -> np.ndarray:
         """The labels of `codes`; ValueError for a code outside the table."""

@@ -190,6 +190,7 @@ class PKSampler(keras.utils.PyDataset):
         self._inputs = _batch.Inputs(self.source, augment, self.plan, self._rows)
         self._pool: WorkerPool | None = None
         if use_multiprocessing:
+            self._inputs.check_fixed_size()
             self._pool = WorkerPool(self._inputs.arrays, self._inputs.layout, workers)
             weakref.finalize(self, self._pool.close)
         self._ahead: LookAhead | None = None

@@ -216,3 +216,15 @@ def test_labels_are_checked_before_they_become_an_array():
         label_array(["cat", float("nan")])
     with pytest.raises(TypeError, match="labels of one kind"):
         label_array([1, "x"])
+
+
+def test_weights_by_label_become_weights_by_code():
+    table = LabelTable([4, 1, 3, 2])
+    assert table.class_weight({1: 5, 4: 0.5}) == {0: 5.0, 3: 0.5}
+    assert LabelTable(["b", "a"]).class_weight({"b": np.float32(2)}) == {1: 2.0}
+    with pytest.raises(ValueError, match=r"`class_weight`.*received 9"):
+        table.class_weight({1: 1.0, 9: 2.0})
+    with pytest.raises(ValueError, match=r"`class_weight\[1\]`.*received nan"):
+        table.class_weight({1: np.nan})
+    with pytest.raises(TypeError, match="a dict"):
+        table.class_weight([1.0, 2.0])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import keras
 import numpy as np
@@ -289,6 +290,7 @@ def test_targets_that_do_not_work(images, labels, targets, error, words):
         ("label", -np.ones(36), ValueError, ">= 0"),
         ("label", ["a"] * 36, TypeError, "sample_weight"),
         ("label", 3.0, TypeError, "sample_weight"),
+        ("label", np.array([1.0, None] * 18), TypeError, "None for sample 1"),
         ("label", (np.ones(36),), ValueError, "tuple of 1 for targets='label'"),
         ("label", {"a": np.ones(36)}, ValueError, "dict of ..a.. for targets='label'"),
         (("label", "label"), (np.ones(36),), ValueError, "tuple of 1.*tuple of 2"),
@@ -900,3 +902,146 @@ def test_a_source_with_an_array_is_still_asked_for_its_samples():
     for x, value in ((images, 0), (Brighter(images), 100)):
         train = PKSampler(x, np.arange(8) % 2, augment=Augmentation.none(), **shape)
         assert (train[0][0] == value).all()
+
+
+# -- inputs that are no images, and labels among them ------------------------------
+
+
+TEXTS = [f"{name} {i}" for name in ("red fox", "old owl") for i in range(6)]
+OF_TEXTS = {"classes_per_batch": 2, "samples_per_class": 3, "workers": 0}
+
+
+def test_texts_reach_a_model_that_begins_with_text_vectorization():
+    tf = pytest.importorskip("tensorflow")
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("texts are for TensorFlow")
+    vectorize = keras.layers.TextVectorization(output_sequence_length=4)
+    vectorize.adapt(tf.constant(TEXTS))
+    model = keras.Sequential(
+        [
+            keras.Input((), dtype="string"),
+            vectorize,
+            keras.layers.Embedding(20, 4),
+            keras.layers.GlobalAveragePooling1D(),
+        ]
+    )
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    labels = np.arange(12) // 6
+    for x in (TEXTS, np.array(TEXTS), np.array(TEXTS, object), tf.constant(TEXTS)):
+        train = PKSampler(x, labels, **OF_TEXTS)
+        texts, _ = train[0]
+        rows = train.plan.indices(0, 0)
+        assert [text.decode() for text in texts.numpy()] == [TEXTS[i] for i in rows]
+        batch, _ = next(iter(train.as_dataset()))
+        assert batch.numpy().tolist() == texts.numpy().tolist()
+        history = model.fit(train, verbose=0, shuffle=False).history
+    assert np.isfinite(history["loss"]).all()
+    with pytest.raises(TypeError, match=r"`use_multiprocessing`.*texts"):
+        PKSampler(TEXTS, labels, **{**OF_TEXTS, "workers": 1}, use_multiprocessing=True)
+    with pytest.raises(TypeError, match=r"`targets\[1\]`.*numbers"):
+        PKSampler(TEXTS, labels, **OF_TEXTS, targets=("label", np.array(TEXTS)))
+
+
+@backend
+def test_texts_are_refused_where_no_model_takes_them():
+    if keras.backend.backend() == "tensorflow":
+        pytest.skip("TensorFlow has tensors of texts")
+    with pytest.raises(TypeError, match=r"takes no texts.*tokens"):
+        PKSampler(TEXTS, np.arange(12) // 6, **OF_TEXTS)
+
+
+@backend
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_labels_among_the_samples_of_a_data_set_are_told(kind):
+    labels = np.arange(24) % 6
+    rows = [(np.zeros(2), 10 - label) for label in labels]
+    age = [(np.zeros(2), i % 4) for i in range(24)]
+    if kind is dict:
+        rows, age = ([{"image": a, "n": b} for a, b in part] for part in (rows, age))
+    shape = {"classes_per_batch": 2, "samples_per_class": 2, "workers": 0}
+    with pytest.warns(UserWarning, match=r"Entry ('n'|1) of the samples") as caught:
+        PKSampler(rows, labels, **shape)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PKSampler(age, labels, **shape)
+        # Whoever names the inputs means them, as a layer with a margin needs labels.
+        PKSampler((np.zeros((24, 2)), labels), labels, **shape)
+
+
+@backend
+def test_arrays_of_another_byte_order_give_the_same_batches(labels):
+    values = np.arange(len(labels) * 2, dtype="float32").reshape(-1, 2)
+    swapped = values.astype(values.dtype.newbyteorder("S"))
+    noise = Augmentation(lambda image, rng: image)
+    for augment in (None, noise):
+        batches = [
+            PKSampler(
+                x.reshape(-1, 1, 2, 1),
+                labels,
+                **SHAPE,
+                targets=("label", x),
+                sample_weight=x[:, 0],
+                augment=augment,
+                workers=0,
+            )[0]
+            for x in (values, swapped)
+        ]
+        equal(*batches)
+        arrays = keras.tree.flatten(batches[1])
+        assert all(array.dtype.isnative for array in arrays)
+
+
+@backend
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (np.nan, "nan for sample 5"),
+        (np.inf, "inf for sample 5"),
+        (-1.0, "-1.0 for sample 5"),
+        (np.ma.masked, "1 masked, the first at position 5"),
+    ],
+)
+def test_weights_that_are_none_are_named(images, labels, weight, words):
+    weights = (
+        np.ma.ones(len(labels)) if weight is np.ma.masked else np.ones(len(labels))
+    )
+    weights[5] = weight
+    with pytest.raises(ValueError, match=rf"`sample_weight`.*{words}"):
+        PKSampler(images, labels, **SHAPE, sample_weight=weights)
+
+
+class OneFile:
+    """A data set that keeps one file open."""
+
+    def __init__(self, path, rows):
+        np.repeat(np.arange(rows, dtype="uint8"), 9000).tofile(path)
+        self.rows, self.file = rows, open(path, "rb", 0)  # noqa: SIM115
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, index):
+        self.file.seek(9000 * index)
+        time.sleep(1e-4)
+        return np.frombuffer(self.file.read(9000), "uint8")
+
+
+@pytest.mark.parametrize("mode", MODES[2:])
+def test_a_data_set_with_an_open_file_gives_the_rows_of_the_plan(
+    labels, mode, tmp_path
+):
+    data = OneFile(tmp_path / "rows", len(labels))
+    # Both at once, as validation runs while training looks ahead.
+    train = PKSampler(data, labels, **SHAPE, **mode)
+    val = PKSampler(data, labels, **SHAPE, workers=1, fixed=True)
+    try:
+        for epoch in range(8):
+            train.set_epoch(epoch)
+            for step in range(len(train)):
+                for sampler in (train, val):
+                    rows = sampler.plan.indices(sampler.epoch, step)
+                    assert (sampler[step][0] == rows[:, None]).all()
+    finally:
+        train.close()
+        val.close()

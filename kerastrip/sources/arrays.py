@@ -351,6 +351,13 @@ class Subset:
         return None if stamps is None else stamps[self._rows]
 
 
+def from_data_set(source: Any) -> bool:
+    """Whether a data set makes the samples, rather than the user naming the inputs."""
+    while isinstance(source, Subset):
+        source = source._source
+    return isinstance(source, RowSource)
+
+
 class BrokenSamples(ValueError):
     """Samples that a source cannot read.
 
