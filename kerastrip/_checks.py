@@ -10,10 +10,10 @@ where there is something to say, what would work:
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import numbers
 import reprlib
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -164,9 +164,9 @@ def warn(text: str) -> None:
 
     In a thread of ours there is none: then no line is shown.
     """
-    level, frame = 2, sys._getframe(1)
+    level, frame = 1, inspect.currentframe()
     while frame is not None and _package(frame) in _NOT_THE_USERS:
-        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+        level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
 
 

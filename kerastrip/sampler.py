@@ -26,7 +26,7 @@ class PKSampler(keras.utils.PyDataset):
 
     Args:
         x: the samples: an array, `np.memmap`, anything with `__len__` and
-            `__getitem__`, a source of `kerastrip.sources`, or a dict or tuple of
+            `__getitem__` whose samples are the inputs alone, a source of `kerastrip.sources`, or a dict or tuple of
             those (several model inputs). Not copied.
         y: (samples,) integer or text labels, or (samples, classes) one-hot rows.
             Default None: the labels of the source. Copied.
@@ -92,8 +92,12 @@ class PKSampler(keras.utils.PyDataset):
         * Images that cannot be read are an error, unless their source has
           `on_error="skip"`: then another sample of the class takes the place, targets
           and weights included; `broken` names them.
-        * h5py files are read safely by threads; open files do not go well with
-          `use_multiprocessing=True`.
+        * Threads read arrays, memory maps and the sources of `kerastrip.sources` side by
+          side. In all that may keep a file open (data sets, h5py files, sources of your
+          own) they take turns; an attribute `thread_safe = True` of the data set says
+          that they need not. Forked workers open such files anew and read in parallel.
+        * Texts are inputs for a model that begins with `TextVectorization`, on
+          TensorFlow only.
 
     Example:
         >>> import numpy as np

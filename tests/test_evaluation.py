@@ -180,8 +180,9 @@ class TestRetrieval:
 
     def test_wrong_types(self):
         x = np.ones((2, 1))
-        with pytest.raises(TypeError, match="labels"):
-            retrieval_metrics(x, [0.5, 0.5])
+        for labels in ([0.5, 0.5], ["a", 1]):
+            with pytest.raises(TypeError, match="labels"):
+                retrieval_metrics(x, labels)
         with pytest.raises(ValueError, match=r"labels.*None at position 0"):
             retrieval_metrics(x, [None, None])
         with pytest.raises(TypeError, match="gallery_labels"):

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import pytest
 
-from kerastrip import _batch
+from kerastrip import _batch, _checks
 from kerastrip.augmentation import Augmentation
 from kerastrip.callbacks import EpochSync
 from kerastrip.plan import PKPlan
@@ -967,6 +967,21 @@ def test_labels_among_the_samples_of_a_data_set_are_told(kind):
         PKSampler(age, labels, **shape)
         # Whoever names the inputs means them, as a layer with a margin needs labels.
         PKSampler((np.zeros((24, 2)), labels), labels, **shape)
+
+
+def test_a_warning_of_a_thread_shows_no_line_of_the_package():
+    def warn():
+        exec(
+            compile("_checks.warn('told')", "kerastrip/x.py", "exec"),
+            {"__name__": "kerastrip.x", "_checks": _checks},
+        )
+
+    with pytest.warns(UserWarning, match="told") as caught:
+        warn()
+        thread = threading.Thread(target=_checks.warn, args=("told",))
+        thread.start()
+        thread.join()
+    assert [w.filename for w in caught] == [__file__, "sys"]
 
 
 @backend

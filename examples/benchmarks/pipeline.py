@@ -60,6 +60,8 @@ def photo(rng, size):
 class Jpegs:
     """A source that decodes; it keeps the files in memory."""
 
+    thread_safe = True
+
     def __init__(self):
         rng = np.random.default_rng(0)
         self.files = [

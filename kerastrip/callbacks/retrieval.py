@@ -12,7 +12,6 @@ from kerastrip import _checks
 from kerastrip.callbacks._evaluation import (
     EpochEvaluation,
     HeldOut,
-    warn,
     without_model,
 )
 from kerastrip.evaluation import (
@@ -173,7 +172,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         )
         if len(met) and not self._told:
             self._told = True
-            warn(f"{type(self).__name__}: {themselves(met, len(embeddings))}")
+            _checks.warn(f"{type(self).__name__}: {themselves(met, len(embeddings))}")
         return figures
 
     @property
