@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import keras
+
 from kerastrip import _checks
+
+_STRUCTURES = (Mapping, list, tuple)
 
 
 @dataclass(frozen=True)
@@ -14,7 +19,8 @@ class Output:
 
     Attributes:
         index: position among the outputs; None if only the name is known.
-        name: the output's name, or its key where the outputs are a dict.
+        name: the output's name, its key where the outputs are a dict, or its path
+            where dicts lie in one another: "head/embedding", as Keras names its loss.
         loss: what `compile` got for it, None without.
         count: number of outputs of the model.
         trained: positions of the outputs that have a loss.
@@ -31,6 +37,10 @@ class Output:
 
         Targets may leave out the outputs without a loss, as Keras allows.
         """
+        if _is_nested(structure):
+            leaves = _leaves(structure)
+            by_name = self.index is None or self.name in leaves
+            structure = leaves if by_name else list(leaves.values())
         if isinstance(structure, dict):
             if self.name in structure:
                 return structure[self.name]
@@ -69,6 +79,11 @@ def _outputs(model: Any) -> list[Output]:
     """Every output the model or its compiled losses tell of."""
     names = list(getattr(model, "output_names", None) or [])
     loss = getattr(model, "loss", None)
+    built = getattr(model, "output", None) if len(names) > 1 else None
+    if _is_nested(built):
+        names = list(_leaves(built))
+    if _is_nested(loss):
+        loss = _leaves(loss)
     entries: list[tuple[int | None, str | None, Any]]
     if isinstance(loss, dict):
         # The keys of dict outputs need not be the names of the layers.
@@ -135,3 +150,18 @@ def embedding_output(model: Any, output: int | str | None = None) -> Output:
             "give output=....",
         )
     )
+
+
+def _is_nested(structure: Any) -> bool:
+    """Whether a dict, list or tuple holds another one."""
+    parts = structure.values() if isinstance(structure, Mapping) else structure
+    return isinstance(structure, _STRUCTURES) and any(
+        isinstance(part, _STRUCTURES) for part in parts
+    )
+
+
+def _leaves(structure: Any) -> dict[str, Any]:
+    """What lies in dicts, lists and tuples, by its path: {"head/embedding": ...}."""
+    # In the order of Keras, which is another on PyTorch.
+    found = keras.tree.flatten_with_path(structure)
+    return {"/".join(map(str, path)): leaf for path, leaf in found}

@@ -7,7 +7,6 @@ same?") is in `kerastrip.verification`.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -123,7 +122,7 @@ def retrieval_metrics(
         verbose=verbose,
     )
     if len(met):
-        warnings.warn(themselves(met, len(embeddings)), stacklevel=2)
+        _checks.warn(themselves(met, len(embeddings)))
     return results
 
 

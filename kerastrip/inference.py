@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -56,10 +57,11 @@ def embed(
         model: a Keras model, compiled or not.
         x: what to embed: (n, ...) array; dict or tuple of arrays; a
             `kerastrip.sources` object; a sampler, whose source is read (no
-            repeats, no augmentation); or batches, from a `tf.data.Dataset` or a
-            `keras.utils.PyDataset`, of inputs or of (inputs, targets, ...).
-        output: name or position of the embedding among the outputs of the model.
-            None takes the output whose compiled loss has a `distance`, or the
+            repeats, no augmentation); or batches, from a `tf.data.Dataset`, a
+            `keras.utils.PyDataset` or a `DataLoader` of PyTorch, of inputs or of
+            (inputs, targets, ...). Texts go to a model on TensorFlow.
+        output: name or position of the embedding among the outputs of the model; its
+            path where the outputs are dicts in one another: "head/embedding". None takes the output whose compiled loss has a `distance`, or the
             only output there is.
         batch_size: rows per call of the model, at least 1. Batches that come as
             batches keep their size. Default 128.
@@ -160,7 +162,7 @@ def embed_with_targets(
             seen = [unit_rows(np.mean([unit_rows(one) for one in seen], axis=0))]
         rows.append(seen[0])
         if target is not None:
-            targets.append(np.asarray(chosen.take(target)))
+            targets.append(_array(chosen.take(_one_array(target)), "targets"))
         done += len(seen[0])
         show(done)
     if not rows:
@@ -180,10 +182,20 @@ def progress(total: int | None, unit: str, verbose: bool) -> Callable[[int], Non
 
 
 def is_batches(x: Any) -> bool:
-    """Whether `x` gives batches (`tf.data.Dataset`, `PyDataset`), not samples."""
-    if is_sampler(x):
+    """Whether `x` gives batches (`tf.data.Dataset`, `PyDataset`), not samples.
+
+    What can be gone through again and again, but not indexed, is taken for a loader of
+    batches (PyTorch's `DataLoader`).
+    """
+    if is_sampler(x) or isinstance(x, Set):
         return False
-    return hasattr(x, "as_numpy_iterator") or isinstance(x, keras.utils.PyDataset)
+    if hasattr(x, "as_numpy_iterator") or isinstance(x, keras.utils.PyDataset):
+        return True
+    return (
+        hasattr(x, "__iter__")
+        and hasattr(x, "__len__")
+        and not (hasattr(x, "__getitem__") or hasattr(x, "take"))
+    )
 
 
 def is_sampler(x: Any) -> bool:
@@ -206,10 +218,12 @@ def _read_batches(x: Any) -> Iterator[tuple[list[Any], Any]]:
                 )
             )
         batches = x.as_numpy_iterator()
-    else:
+    elif hasattr(x, "__getitem__"):
         batches = (x[i] for i in range(len(x)))
+    else:
+        batches = x
     for batch in batches:
-        if isinstance(batch, tuple):
+        if isinstance(batch, (tuple, list)):  # a list: PyTorch's loader
             yield [batch[0]], batch[1] if len(batch) > 1 else None
         else:
             yield [batch], None
@@ -242,7 +256,16 @@ def _run(
     count = len(arrays[0])
 
     def fill(array: Any) -> np.ndarray:
-        array = np.asarray(array)
+        array = _array(array, "x")
+        if array.dtype.kind in "OSUT" and keras.backend.backend() != "tensorflow":
+            raise TypeError(
+                _checks.message(
+                    "x",
+                    "numbers, as only TensorFlow has tensors of texts",
+                    array,
+                    "Turn the texts into numbers before they come here.",
+                )
+            )
         if array.dtype == np.float64:
             array = array.astype(keras.config.floatx())
         if len(array) < size:
@@ -272,6 +295,25 @@ def _run(
         )
     # Under a distribution strategy every replica has returned all the rows.
     return rows[:count].astype("float32")
+
+
+def _array(value: Any, name: str) -> np.ndarray:
+    """A part of a batch as an array that every backend reads rightly."""
+    if hasattr(value, "detach"):  # PyTorch: perhaps on another device, with a gradient
+        value = value.detach().cpu()
+    _checks.refuse_masked(name, value)
+    array = np.asarray(value)
+    # JAX and PyTorch know one byte order only.
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _one_array(target: Any) -> Any:
+    """Targets, where a list of names or numbers is one target and not one per output."""
+    if isinstance(target, (list, tuple)) and all(
+        isinstance(one, (str, bytes, numbers.Number)) for one in target
+    ):
+        return np.asarray(target)
+    return target
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:

@@ -183,6 +183,8 @@ class TestRetrieval:
         for labels in ([0.5, 0.5], ["a", 1]):
             with pytest.raises(TypeError, match="labels"):
                 retrieval_metrics(x, labels)
+        with pytest.raises(ValueError, match=r"labels.*None at position 0"):
+            retrieval_metrics(x, [None, None])
         with pytest.raises(TypeError, match="gallery_labels"):
             retrieval_metrics(x, [0, 0], gallery=x, gallery_labels=["0", "0"])
 

@@ -229,6 +229,68 @@ class TestEmbed:
             embed(model, np.ones((n, 4)), batch_size=4)
         assert Counter.traces == first
 
+    @pytest.mark.parametrize("dtype", [">f4", ">f8", ">i2"])
+    def test_arrays_of_foreign_byte_order(self, rng, dtype):
+        model, x = linear_model(), np.round(rng.normal(size=(10, 4)) * 9)
+        expected = embed(model, np.float32(x))
+        foreign, y = x.astype(dtype), np.arange(10).astype(">i8")
+        np.testing.assert_allclose(embed(model, foreign), expected, rtol=1e-5)
+        rows, targets = embed_with_targets(model, Batches(foreign, y))
+        np.testing.assert_allclose(rows, expected, rtol=1e-5)
+        np.testing.assert_array_equal(targets, np.arange(10))
+
+    def test_masked_batches_are_refused(self, rng):
+        x, y = np.ones((8, 4), np.float32), np.arange(8)
+        for name, batches in (
+            ("x", Batches(np.ma.array(x, mask=x > 0), y)),
+            ("targets", Batches(x, np.ma.array(y, mask=y == 2))),
+        ):
+            with pytest.raises(ValueError, match=f"`{name}`.*masked"):
+                embed_with_targets(linear_model(), batches)
+
+    def test_a_loader_of_pytorch(self, rng):
+        data = pytest.importorskip("torch.utils.data")
+        torch = pytest.importorskip("torch")
+        model, x = linear_model(), np.float32(rng.normal(size=(10, 4)))
+        y = np.arange(10)
+        expected = embed(model, x)
+        rows = torch.tensor(x, requires_grad=True)
+        both = data.TensorDataset(rows, torch.tensor(y))
+        got, targets = embed_with_targets(model, data.DataLoader(both, batch_size=4))
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(targets, y)
+        for alone in (data.TensorDataset(rows), list(x)):
+            got = embed(model, data.DataLoader(alone, batch_size=4))
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+    def test_outputs_in_nested_dicts_have_paths(self, rng):
+        class Nested(keras.Model):
+            def call(self, x):
+                return {"head": {"emb": 2 * x, "same": x}, "more": 3 * x}
+
+        x = np.float32(rng.normal(size=(3, 4)))
+        np.testing.assert_array_equal(embed(Nested(), x, output="head/emb"), 2 * x)
+        for wrong in ("head", "emb"):
+            with pytest.raises(ValueError, match=r"'head/emb', 'head/same', 'more'"):
+                embed(Nested(), x, output=wrong)
+
+    def test_texts_go_to_the_model(self):
+        texts = np.array(["red fox", "blue whale", "fox"])
+        kinds = [texts, texts.astype(object), texts.astype("S"), texts.tolist()]
+        if keras.backend.backend() != "tensorflow":
+            with pytest.raises(TypeError, match=r"`x`.*TensorFlow"):
+                embed(linear_model(), texts)
+            return
+        import tensorflow as tf
+
+        words = keras.layers.TextVectorization(
+            vocabulary=["red", "fox"], output_sequence_length=2, output_mode="int"
+        )
+        model = keras.Sequential([keras.Input((), dtype="string"), words])
+        expected = [[2, 3], [1, 1], [3, 0]]
+        for kind in [*kinds, tf.constant(texts)]:
+            np.testing.assert_array_equal(embed(model, kind, batch_size=2), expected)
+
     def test_batch_norm_is_not_disturbed_by_filling(self, rng):
         model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
         x = np.float32(rng.normal(size=(7, 4)))

@@ -1,6 +1,8 @@
 """RetrievalEvaluation and VerificationEvaluation in small trainings."""
 
+import copy
 import csv
+import pickle
 import subprocess
 import sys
 import warnings
@@ -19,6 +21,7 @@ from kerastrip.evaluation import retrieval_metrics
 from kerastrip.inference import embed
 from kerastrip.losses import TripletLoss
 from kerastrip.sampler import PKSampler
+from kerastrip.sources import Subset
 from kerastrip.verification import verification_metrics
 
 pytestmark = pytest.mark.backend
@@ -332,3 +335,247 @@ assert callback.results[0]["queries"] == 24
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+both = pytest.mark.parametrize("kind", [RetrievalEvaluation, VerificationEvaluation])
+
+
+class Marked(keras.losses.MeanSquaredError):
+    """A loss with a distance, as the metric losses have; it takes no time to trace."""
+
+    def __init__(self, distance):
+        super().__init__()
+        self.distance = distance
+
+
+def still_model(loss="mse"):
+    """It maps the rows to themselves and stays as it is."""
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(5, use_bias=False)])
+    model.compile(keras.optimizers.SGD(0.0), loss, run_eagerly=True)
+    model.set_weights([np.eye(5)])
+    return model
+
+
+def measure_once(callbacks, loss="mse", epochs=1, **options):
+    """The logs of the first epoch of a short training."""
+    history = still_model(loss).fit(
+        np.ones((2, 5)), np.ones((2, 5)), verbose=0, epochs=epochs, callbacks=callbacks,
+        **options,
+    )  # fmt: skip
+    return {key: values[0] for key, values in history.history.items()}
+
+
+def test_the_distance_is_that_of_the_compiled_loss(data, rng):
+    x, y = data
+    x = x * np.float32(rng.uniform(0.01, 9, size=(24, 1)))  # lengths mislead
+    expected = {
+        distance: {
+            f"val_{key}": value
+            for figures in (retrieval_metrics, verification_metrics)
+            for key, value in figures(x, y, distance=distance).items()
+        }
+        for distance in ("euclidean", "cosine")
+    }
+    assert expected["euclidean"]["val_map@r"] != expected["cosine"]["val_map@r"]
+    for loss, given, distance in (
+        ("mse", None, "euclidean"),
+        (Marked("cosine"), None, "cosine"),
+        (Marked("cosine"), "euclidean", "euclidean"),
+    ):
+        logs = measure_once(
+            [kind(x, y, distance=given) for kind in (RetrievalEvaluation, VerificationEvaluation)],
+            loss,
+        )  # fmt: skip
+        for key in ("val_recall@1", "val_map@r", "val_auc", "val_eer"):
+            assert logs[key] == pytest.approx(expected[distance][key]), (loss, given)
+
+
+@both
+def test_a_distance_that_it_does_not_know_is_told_at_the_line_of_the_user(data, kind):
+    with pytest.warns(UserWarning, match="'manhattan'.*Give it distance=") as caught:
+        measure_once([kind(*data)], Marked("manhattan"))
+    assert [w.filename for w in caught if "manhattan" in str(w.message)] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        measure_once([kind(*data, distance="cosine")], Marked("manhattan"))
+
+
+def galleries_of_the_same_samples(x, y):
+    """(x, y) as the callback gets them, gallery and its labels; where 24 rows are all."""
+    source = Subset(x, np.arange(24))  # reads the array, as any other source would
+    sampler = PKSampler(source, y, classes_per_batch=2, samples_per_class=2, workers=0)
+    batches = TwoTargets(x, y)
+    order = np.random.default_rng(1).permutation(24)
+    return {
+        "the same array": (x, y, x, y),
+        "another list of the same labels": (x, y, x, y.tolist()),
+        "the array turned round": (x, y, x[::-1], y[::-1]),
+        "the same list": (rows := x.tolist(), y, rows, y),
+        "the same dataset": (batches, None, batches, None),
+        "a sampler and its source": (sampler, None, source, y),
+        "a sampler and its array": (sampler, None, x, y),
+        "a subset in another order": (source, y, Subset(source, order), y[order]),
+    }
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_samples_of_the_gallery_are_looked_up_without_themselves(data):
+    x, y = np.float32(np.random.default_rng(5).normal(size=(24, 5))), data[1]
+    expected = retrieval_metrics(x, y)["map@r"]
+    for name, (x_, y_, gallery, labels) in galleries_of_the_same_samples(x, y).items():
+        callback = RetrievalEvaluation(x_, y_, gallery=gallery, gallery_labels=labels)
+        logs = measure_once([callback])
+        assert logs["val_map@r"] == pytest.approx(expected), name
+    part = RetrievalEvaluation(x[3:9], y[3:9], gallery=x, gallery_labels=y)
+    chosen = np.arange(3, 9)
+    other = RetrievalEvaluation(
+        Subset(x, chosen), y[3:9], gallery=x, gallery_labels=y, prefix="b_"
+    )
+    logs = measure_once([part, other])
+    by_hand = retrieval_metrics(x[3:9], y[3:9], gallery=x, gallery_labels=y)
+    assert logs["val_map@r"] == logs["b_map@r"] == by_hand["map@r"] < 0.5
+
+
+def test_copies_in_the_gallery_are_told_once_in_a_training(data):
+    x, y = np.float32(np.random.default_rng(5).normal(size=(24, 5))), data[1]
+    callback = RetrievalEvaluation(x[:9].copy(), y[:9], gallery=x, gallery_labels=y)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="9 of 9 queries") as caught:
+            measure_once([callback], epochs=2)
+        ours = [w for w in caught if "9 of 9" in str(w.message)]
+        assert [w.filename for w in ours] == [__file__]
+
+
+@both
+def test_a_new_training_begins_with_no_results(data, kind):
+    callback = kind(*data)
+    measure_once([callback], epochs=3)
+    first = callback.results
+    measure_once([callback], epochs=1)
+    assert list(callback.results) == [0]
+    assert list(first) == [0, 1, 2]  # whoever kept it still has it
+    measure_once([callback], epochs=4, initial_epoch=2)
+    assert list(callback.results) == [0, 2, 3]
+    measure_once([callback], epochs=4, initial_epoch=1)
+    assert list(callback.results) == [0, 1, 2, 3]
+
+
+@both
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))]
+)
+def test_callbacks_can_be_copied_before_and_after_a_training(data, kind, copied):
+    x, y = data
+    callback = kind(x, y, names={kind_key(kind): "renamed"})
+    before = copied(callback)
+    expected = measure_once([callback])
+    measured = copy.deepcopy(callback.results)
+    after = copied(callback)
+    assert after.results == measured
+    for clone in (before, after):
+        assert clone.model is None
+        assert measure_once([clone]) == expected
+    assert callback.results == measured
+    if kind is VerificationEvaluation:
+        assert before.curve is not callback.curve
+
+
+def kind_key(kind):
+    return "map@r" if kind is RetrievalEvaluation else "tar@0.01"
+
+
+@both
+def test_a_copy_shares_the_data(data, kind):
+    class Kept:
+        """Samples that nobody may copy."""
+
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, i):
+            return data[0][i]
+
+        def __deepcopy__(self, memo):
+            raise AssertionError("the data were copied")
+
+    clone = copy.deepcopy(kind(Kept(), data[1]))
+    assert measure_once([clone]) == measure_once([kind(*data)])
+
+
+@both
+def test_log_keys_of_another_name(data, kind, tmp_path):
+    key, x, y = kind_key(kind), *data
+    plain = measure_once([kind(x, y)])
+    callback = kind(x, y, names={key: "renamed"})
+    kept = keras.callbacks.ModelCheckpoint(
+        str(tmp_path / "{val_renamed:.3f}.keras"), monitor="val_renamed", mode="max",
+        save_best_only=True,
+    )  # fmt: skip
+    logs = measure_once([callback, kept])
+    assert logs.pop("val_renamed") == plain[f"val_{key}"]
+    assert f"val_{key}" not in logs
+    assert key in callback.results[0]
+    assert [path.stem for path in tmp_path.iterdir()] == [f"{plain[f'val_{key}']:.3f}"]
+    early = keras.callbacks.EarlyStopping(monitor="val_renamed", mode="max")
+    with pytest.warns(UserWarning, match="'val_renamed'.*List it after"):
+        measure_once([early, callback])
+
+
+def test_bad_log_names(data):
+    for names, error, expected in (
+        ({"recal@1": "r"}, ValueError, "names.*Did you mean 'recall@1'"),
+        ({"tar@0.1": "t"}, ValueError, "names.*'map@r'"),
+        ({"map@r": "recall@1"}, ValueError, "names.*of its own.*'recall@1'"),
+        ({"map@r": 3}, TypeError, "names"),
+        (["map"], TypeError, "names"),
+    ):
+        with pytest.raises(error, match=expected):
+            RetrievalEvaluation(*data, names=names)
+
+
+def test_a_loader_of_pytorch(data):
+    torch = pytest.importorskip("torch")
+    x, y = data
+    names = np.array(["ant", "bee", "cat", "dog"])[y]
+    loaders = [
+        torch.utils.data.DataLoader(rows, batch_size=7, shuffle=True)
+        for rows in (
+            torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(y)),
+            list(zip(x, names.tolist(), strict=True)),
+        )
+    ]
+    plain = measure_once([RetrievalEvaluation(x, y)])
+    for loader in loaders:
+        got = measure_once([RetrievalEvaluation(loader, gallery=loader)], epochs=2)
+        assert got == pytest.approx(plain)
+
+
+def test_nested_outputs(data):
+    x, y = data
+    rows = keras.Input((5,))
+    emb = keras.layers.Dense(3)(rows)
+    probs = keras.layers.Dense(4, activation="softmax")(rows)
+    model = keras.Model(rows, {"head": {"probs": probs, "emb": emb}, "copy": rows})
+    expected = retrieval_metrics(embed(keras.Model(rows, emb), x), y)
+    targets = {"head": {"emb": np.ones((24, 3)), "probs": np.eye(4)[y]}, "copy": x}
+    losses = {"head": {"emb": Marked("euclidean"), "probs": "mse"}, "copy": "mse"}
+    model.compile(keras.optimizers.SGD(0.0), losses, run_eagerly=True)
+    by_path = RetrievalEvaluation(x, y, output="head/emb", prefix="b_")
+    history = model.fit(
+        x, targets, verbose=0, callbacks=[RetrievalEvaluation(x, y), by_path]
+    ).history
+    assert history["val_map@r"] == history["b_map@r"] == [expected["map@r"]]
+    with pytest.raises(
+        ValueError,
+        match=r"'copy', 'head/emb', 'head/probs'|'head/probs', 'head/emb', 'copy'",
+    ):
+        embed(model, x, output="emb")
+
+
+@both
+def test_masked_data_are_refused(data, kind):
+    x, y = data
+    with pytest.raises(ValueError, match=r"`y`.*masked.*position 3"):
+        kind(x, np.ma.array(y, mask=np.arange(24) == 3))
+    with pytest.raises(ValueError, match=r"`x`.*masked.*position 2, 1"):
+        kind(np.ma.array(x, mask=np.arange(120).reshape(24, 5) == 11), y)

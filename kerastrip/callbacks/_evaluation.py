@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,12 +22,6 @@ from kerastrip.inference import (
     unusable_rows,
 )
 from kerastrip.sources import ArraySource, Subset
-
-# Whose lines no warning points at.
-_NOT_THE_USER = (
-    os.path.dirname(os.path.dirname(__file__)) + os.sep,
-    os.path.dirname(keras.__file__) + os.sep,
-)
 
 
 class HeldOut:
@@ -174,12 +166,11 @@ class EpochEvaluation:
     def begin(self) -> None:
         """Looks for what would fail, or be missed, at the end of the first epoch."""
         self._latest, self._begun = None, False
-        if getattr(self._callback.model, "output_names", None):
-            self._warn_of_foreign_distance()
+        self._warn_of_foreign_distance()
         names = set(self._keys.values())
         for other in _listed_before(self._callback):
             if getattr(other, "monitor", None) in names:
-                warn(
+                _checks.warn(
                     f"{type(other).__name__}(monitor={other.monitor!r}) is listed "
                     f"before {type(self._callback).__name__} and will not see that "
                     "key. List it after."
@@ -208,7 +199,7 @@ class EpochEvaluation:
     def _warn_of_foreign_distance(self) -> None:
         word = self._distance_of_loss()
         if self._distance is None and word is not None and word not in DISTANCES:
-            warn(
+            _checks.warn(
                 f"The loss has the distance {word!r}, which "
                 f"{type(self._callback).__name__} does not know: it measures by the "
                 f"euclidean distance. Give it distance=, one of {DISTANCES}."
@@ -229,7 +220,7 @@ class EpochEvaluation:
             )
             bad = unusable_rows(embeddings)
             if len(bad):
-                warn(
+                _checks.warn(
                     f"{type(self._callback).__name__}: {len(bad)} of "
                     f"{len(embeddings)} embeddings hold NaN, infinity or more than "
                     f"1e15 after epoch {epoch + 1}; its figures are NaN. The training "
@@ -273,14 +264,6 @@ def _log_keys(
                 )
             )
     return keys
-
-
-def warn(text: str) -> None:
-    """A warning that points at the line of the user that led here, as a call of `fit`."""
-    frame, level = inspect.currentframe(), 1
-    while frame and frame.f_code.co_filename.startswith(_NOT_THE_USER):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
 
 
 def _listed_before(callback: keras.callbacks.Callback) -> list[Any]:

@@ -12,7 +12,6 @@ from kerastrip import _checks
 from kerastrip.callbacks._evaluation import (
     EpochEvaluation,
     HeldOut,
-    warn,
     without_model,
 )
 from kerastrip.evaluation import (
@@ -53,8 +52,9 @@ class RetrievalEvaluation(keras.callbacks.Callback):
     Args:
         x: held-out data: an array, a dict or tuple of arrays, a source of
             `kerastrip.sources`; a sampler, whose source and labels are read, every
-            sample once and not augmented; or a dataset of batches (inputs,
-            targets), whose targets of the embedding output are the labels.
+            sample once and not augmented; or a dataset (or a `DataLoader` of
+            PyTorch) of batches (inputs, targets), whose targets of the embedding
+            output are the labels.
         y: (n,) integer or string labels or (n, classes) one-hot rows. Default None:
             those of the sampler, source or dataset.
         gallery: what to look up x in, given in any of the ways of x. Default None:
@@ -172,7 +172,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         )
         if len(met) and not self._told:
             self._told = True
-            warn(f"{type(self).__name__}: {themselves(met, len(embeddings))}")
+            _checks.warn(f"{type(self).__name__}: {themselves(met, len(embeddings))}")
         return figures
 
     @property

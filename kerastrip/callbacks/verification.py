@@ -138,6 +138,7 @@ class VerificationEvaluation(keras.callbacks.Callback):
         return self._evaluation.results
 
     def on_train_begin(self, logs: Any = None) -> None:
+        self.curve = None
         self._evaluation.begin()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
