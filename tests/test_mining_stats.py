@@ -111,8 +111,10 @@ def test_reports_the_census_for_any_output_structure(outputs):
     history = fit(model, targets, epochs=2, validation_data=(X, targets))
     wanted = epoch_of(model)  # the learning rate is 0: nothing moves
     for key in KEYS:
-        assert history[key] == pytest.approx([wanted[key]] * 2, rel=1e-5), key
-        assert history[f"val_{key}"] == pytest.approx([wanted[key]] * 2, rel=1e-5)
+        assert history[key] == pytest.approx([wanted[key]] * 2, rel=1e-5, abs=1e-6), key
+        assert history[f"val_{key}"] == pytest.approx(
+            [wanted[key]] * 2, rel=1e-5, abs=1e-6
+        )
     assert_no_trace(model)
 
 
@@ -151,7 +153,9 @@ def test_however_the_step_is_run(options):
     model, targets = build(**options)
     wanted = epoch_of(model)
     history = fit(model, targets)
-    assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+    assert {key: history[key][0] for key in KEYS} == pytest.approx(
+        wanted, rel=1e-5, abs=1e-6
+    )
 
 
 @pytest.mark.backend
@@ -161,7 +165,9 @@ def test_steps_per_execution():
     model, targets = build(steps_per_execution=2)
     history = fit(model, targets)
     wanted = epoch_of(model)
-    assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+    assert {key: history[key][0] for key in KEYS} == pytest.approx(
+        wanted, rel=1e-5, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,8 +186,10 @@ def test_mixed_precision(policy):
     finally:
         keras.mixed_precision.set_dtype_policy(before)
     wanted = epoch_of(model)
-    assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-2)
-    assert history["norm"] == pytest.approx([1.0], rel=1e-5)
+    assert {key: history[key][0] for key in KEYS} == pytest.approx(
+        wanted, rel=1e-2, abs=1e-3
+    )
+    assert history["norm"] == pytest.approx([1.0], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.backend
@@ -195,7 +203,9 @@ def test_evaluate_alone():
         batch_size=16,
         callbacks=[MiningStats()],
     )
-    assert {key: logs[key] for key in KEYS} == pytest.approx(epoch_of(model), rel=1e-5)
+    assert {key: logs[key] for key in KEYS} == pytest.approx(
+        epoch_of(model), rel=1e-5, abs=1e-6
+    )
     assert_no_trace(model)
     again = model.evaluate(X, targets, verbose=0, return_dict=True)
     assert not set(KEYS) & set(again)
@@ -217,18 +227,24 @@ def test_per_batch_shows_each_batch_and_keeps_the_epoch():
     history = fit(model, targets, MiningStats(per_batch=True), callbacks=[single])
     for seen, first in zip(single.seen, range(0, ROWS, 16), strict=True):
         wanted = epoch_of(model, first=first, stop=first + 16)
-        assert {key: seen[key] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+        assert {key: seen[key] for key in KEYS} == pytest.approx(
+            wanted, rel=1e-5, abs=1e-6
+        )
     wanted = epoch_of(model)
-    assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
-    assert running.seen[-1]["easy"] == pytest.approx(wanted["easy"], rel=1e-5)
-    assert single.seen[-1]["easy"] != pytest.approx(wanted["easy"], rel=1e-5)
+    assert {key: history[key][0] for key in KEYS} == pytest.approx(
+        wanted, rel=1e-5, abs=1e-6
+    )
+    assert running.seen[-1]["easy"] == pytest.approx(wanted["easy"], rel=1e-5, abs=1e-6)
+    assert single.seen[-1]["easy"] != pytest.approx(wanted["easy"], rel=1e-5, abs=1e-6)
 
 
 def test_margin_and_distance_of_ones_own():
     model, targets = build()
     history = fit(model, targets, MiningStats(margin=0.05, distance="cosine"))
     wanted = epoch_of(model, margin=0.05, distance="cosine")
-    assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+    assert {key: history[key][0] for key in KEYS} == pytest.approx(
+        wanted, rel=1e-5, abs=1e-6
+    )
 
 
 def test_another_output_can_be_watched():
@@ -340,7 +356,7 @@ def test_a_compiled_census_with_the_same_keys_is_an_error():
     with pytest.raises(ValueError, match="`prefix`"):
         fit(model, targets)
     history = fit(model, targets, MiningStats(prefix="b_"))
-    assert history["b_easy"] == pytest.approx(history["easy"], rel=1e-5)
+    assert history["b_easy"] == pytest.approx(history["easy"], rel=1e-5, abs=1e-6)
 
 
 class Boom(keras.callbacks.Callback):
@@ -370,7 +386,9 @@ def test_after_an_interruption(error):
     # Another instance replaces it: no error about the keys, no double counting.
     history = fit(model, targets, MiningStats())
     wanted = epoch_of(model)
-    assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+    assert {key: history[key][0] for key in KEYS} == pytest.approx(
+        wanted, rel=1e-5, abs=1e-6
+    )
     assert_no_trace(model)
     with pytest.raises(type(error)):
         fit(model, targets, stats, callbacks=[Boom(error)])
@@ -378,7 +396,7 @@ def test_after_an_interruption(error):
     logs = model.evaluate(
         X, targets, 16, verbose=0, return_dict=True, callbacks=[MiningStats()]
     )
-    assert {key: logs[key] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+    assert {key: logs[key] for key in KEYS} == pytest.approx(wanted, rel=1e-5, abs=1e-6)
     assert_no_trace(model)
     with pytest.raises(type(error)):
         fit(model, targets, stats, callbacks=[Boom(error)])
@@ -519,7 +537,9 @@ def test_metrics_updated_by_hand_are_counted(outputs):
     model, targets = build(outputs, cls=OwnLoop)
     history = fit(model, targets)
     wanted = epoch_of(model)
-    assert {key: history[key][0] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+    assert {key: history[key][0] for key in KEYS} == pytest.approx(
+        wanted, rel=1e-5, abs=1e-6
+    )
 
 
 @pytest.mark.backend
@@ -688,8 +708,8 @@ def test_two_replicas():
     )
     history, again, halves = told
     for key in KEYS:
-        assert history[key] == pytest.approx([halves[key]] * 2, rel=1e-5), key
-        assert again[key] == pytest.approx([halves[key]], rel=1e-5)
+        assert history[key] == pytest.approx([halves[key]] * 2, rel=1e-5, abs=1e-6), key
+        assert again[key] == pytest.approx([halves[key]], rel=1e-5, abs=1e-6)
     assert f"val_{KEYS[0]}" in history
 
 
@@ -724,4 +744,4 @@ def test_ctrl_c():
     interrupted, left, found, wanted = told
     assert interrupted
     assert left
-    assert found == pytest.approx([wanted], rel=1e-5)
+    assert found == pytest.approx([wanted], rel=1e-5, abs=1e-6)
