@@ -13,6 +13,8 @@ import difflib
 import math
 import numbers
 import reprlib
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,3 +127,16 @@ def number(
     ):
         raise ValueError(message(name, expected, value, advice))
     return x
+
+
+def warn(text: str) -> None:
+    """Give out a warning that shows the user's line, not one of a package between.
+
+    Keras calls callbacks a dozen frames below the user's `fit`, or from a thread of its
+    own: then no line is shown.
+    """
+    between = ("kerastrip", "keras", "tensorflow", "jax", "torch")
+    frame, level = sys._getframe(1), 2
+    while frame and frame.f_globals.get("__name__", "").split(".")[0] in between:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
