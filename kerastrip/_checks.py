@@ -16,6 +16,7 @@ import reprlib
 import sys
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -136,7 +137,8 @@ def warn(text: str) -> None:
     own: then no line is shown.
     """
     between = ("kerastrip", "keras", "tensorflow", "jax", "torch")
-    frame, level = sys._getframe(1), 2
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
     while frame and frame.f_globals.get("__name__", "").split(".")[0] in between:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)

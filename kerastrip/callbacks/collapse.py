@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import keras
 
 from kerastrip import _checks
-from kerastrip._outputs import Output, embedding_output
+from kerastrip._outputs import embedding_output
+from kerastrip.callbacks._attach import state_without_run
 
 ACTIONS = ("warn", "stop", "reduce_lr")
 
@@ -112,7 +113,10 @@ class CollapseGuard(keras.callbacks.Callback):
         self.alarms: list[Alarm] = []
         self._streaks = dict.fromkeys(self.patience, 0)
         self._told = False
-        self._where: Output
+        self._where: Any = None  # the output it watches
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**state_without_run(self), "_where": None}
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._where = embedding_output(self.model, self.output)

@@ -17,7 +17,7 @@ import keras
 
 from kerastrip import _checks
 from kerastrip._outputs import embedding_output
-from kerastrip.callbacks._attach import retrace
+from kerastrip.callbacks._attach import retrace, state_without_run
 from kerastrip.mining import MININGS
 
 # Of every loss and attribute that a schedule has set: its own value, and the last one
@@ -77,6 +77,9 @@ class MarginSchedule(keras.callbacks.Callback):
         self.schedule = schedule
         self.output = output
         self._logs: dict[str, float] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state_without_run(self)
 
     def on_train_begin(self, logs: Any = None) -> None:
         loss = _loss_with(self.model, "margin", self.output)
@@ -174,6 +177,9 @@ class MiningSchedule(keras.callbacks.Callback):
         self.stage = 0
         self._epochs_below = 0
         self._told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state_without_run(self)
 
     def on_train_begin(self, logs: Any = None) -> None:
         _loss_with(self.model, "mining", self.output)
