@@ -558,13 +558,7 @@ def fits_and_traces(*fits, loss=TripletLoss):
     return model, told
 
 
-not_torch = pytest.mark.skipif(
-    keras.backend.backend() == "torch", reason="torch does not trace"
-)
-
-
-@not_torch
-@pytest.mark.backend
+@tensorflow_only
 def test_what_was_traced_serves_again_while_nothing_changes():
     def widen(model):
         model.loss.margin = 0.6
@@ -593,7 +587,7 @@ def test_what_was_traced_serves_again_while_nothing_changes():
     assert histories[7] == histories[6]
 
 
-@not_torch
+@tensorflow_only
 def test_two_at_once_keep_their_traces_and_do_not_mix():
     wide = {"margin": 1.0, "prefix": "wide_"}
     _, told = fits_and_traces(

@@ -125,6 +125,10 @@ def _forget_if_made_by_others(model: Any) -> None:
 def _put_away(model: Any) -> None:
     """Keep the functions in use for a run like this one, if they are still right."""
     _forget_if_made_by_others(model)
+    # JAX takes two functions of one method for the same, and while the first is kept
+    # the second is never traced.
+    if keras.backend.backend() != "tensorflow":
+        return
     kept, state = _kept(model), _state(model)
     if kept.used is not None and kept.used[0] == state:
         kept.functions.pop(state, None)
