@@ -25,6 +25,7 @@ KEYS = (
     "pos_dist",
     "neg_dist",
     "norm",
+    "norm_std",
     "spread",
     "effective_dim",
 )
@@ -42,7 +43,16 @@ _COUNTS = (
     "rows",
     "from_memory",
 )
-_SUMS = (*_COUNTS, "pos_dist", "neg_dist", "norm", "spread", "dimensions", "batches")
+_SUMS = (
+    *_COUNTS,
+    "pos_dist",
+    "neg_dist",
+    "norm",
+    "norm_apart",
+    "spread",
+    "dimensions",
+    "batches",
+)
 
 
 def _effective_dim(rows: Any, total: Any) -> Any:
@@ -118,6 +128,8 @@ def _measure(
     upper = 65536.0 * ops.cast(ops.sum(upper, axis=1), "float32")
 
     squares = ops.sum(ops.square(embeddings), axis=1)
+    lengths = ops.sqrt(squares)
+    lengths_apart = ops.square(lengths - ops.mean(lengths))
     centred = embeddings - ops.mean(embeddings, axis=0, keepdims=True)
     apart = ops.sum(ops.square(centred), axis=1)
     spread = ops.sum(apart)
@@ -128,12 +140,19 @@ def _measure(
         [
             ops.sum(census.pos_dist),
             ops.sum(census.neg_dist),
-            ops.sum(ops.sqrt(own_part(squares))),
+            ops.sum(own_part(lengths)),
+            ops.sum(own_part(lengths_apart)),
             ops.sum(own_part(apart)),
             dimension,
             ops.ones_like(spread),
         ]
     )
+    # A comparison with NaN counts as false, so that the counts look like figures: one
+    # number that is not finite makes NaN of all of them. (0 * x would not do: TensorFlow's
+    # graph optimiser turns it into 0.)
+    is_finite = ops.isfinite(ops.sum(squares) + ops.sum(sums[:2]))
+    upper = upper + ops.where(is_finite, 0.0, float("nan"))
+    sums = sums + ops.where(is_finite, 0.0, float("nan"))
     zeros = ops.zeros_like(sums)
     return ops.concatenate([upper, sums]), ops.concatenate([lower, zeros])
 
@@ -162,6 +181,7 @@ def _figures(totals: Any) -> dict[str, Any]:
         "pos_dist": ratio(value["pos_dist"], "pairs"),
         "neg_dist": ratio(value["neg_dist"], "negative_pairs"),
         "norm": ratio(value["norm"], "rows"),
+        "norm_std": ops.sqrt(ratio(value["norm_apart"], "rows")),
         "spread": ratio(value["spread"], "rows"),
         "effective_dim": ratio(value["dimensions"], "batches"),
         "from_memory": ratio(value["from_memory"], "triplets"),
@@ -184,12 +204,14 @@ class TripletCensus(keras.metrics.Metric):
     | `anchors_without_positive` | fraction of rows that are alone with their label |
     | `pos_dist`, `neg_dist` | mean distance of pairs of one label / of different labels |
     | `norm` | mean euclidean length of the embeddings |
+    | `norm_std` | standard deviation of that length within a batch; 0 behind a `UnitNormalization` |
     | `spread` | mean squared distance to the batch mean; 0 when all are one point |
     | `effective_dim` | tr(C)^2 / tr(C^2) of the batch covariance C, mean over batches: 1 for a line, 0 for a point |
 
     Counts are exact per batch for the float32 distances used; across batches they
     are added with compensation, so that an epoch may hold any number of triplets.
-    Without any triplet every fraction is 0. Sample weights are ignored. Under a
+    Without any triplet every fraction is 0. As soon as one embedding is NaN or infinite
+    every figure is NaN, until the next reset. Sample weights are ignored. Under a
     `tf.distribute` strategy the triplets are those within each replica, or with
     `gather=True` those of the whole batch.
 

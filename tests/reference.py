@@ -82,6 +82,8 @@ def census_figures(batches, margin=0.2, word="euclidean"):
         variances = np.linalg.eigvalsh(np.cov(x.T, bias=True).reshape(x.shape[1], -1))
         spread = variances.sum()
         shapes.append((len(x) * spread, spread**2 / (variances**2).sum()))
+    lengths = [np.linalg.norm(rows, axis=1) for _, rows in batches]
+    apart = [len(length) * length.var() for length in lengths]
     total = {key: sum(anchor[key] for anchor in anchors) for key in anchors[0]}
     triplets = max(total["easy"] + total["semi_hard"] + total["hard"], 1)
     return {
@@ -92,6 +94,7 @@ def census_figures(batches, margin=0.2, word="euclidean"):
         "pos_dist": total["pos_dist"] / total["positives"],
         "neg_dist": total["neg_dist"] / total["negatives"],
         "norm": np.mean([np.linalg.norm(row) for _, rows in batches for row in rows]),
+        "norm_std": np.sqrt(sum(apart) / len(anchors)),
         "spread": sum(spread for spread, _ in shapes) / len(anchors),
         "effective_dim": np.mean([dimension for _, dimension in shapes]),
     }

@@ -64,10 +64,10 @@ def told(epochs, guard=None, loss=None, dim=8, rate=0.01):
         (LINE, "collapsed", 3, "one line.*1.02 of 8"),
         (STUCK, "collapsed", 3, r"sits at the margin \(0.203\).*99%"),
         ({"norm": 2e4}, "exploded", 1, r"2e\+04"),
-        ({"norm": float("nan")}, "exploded", 1, "nan"),
+        (dict.fromkeys(HEALTHY, float("nan")), "not_finite", 1, "NaN.*inputs.*float16"),
         (CHANCE, "at_chance", 5, "50.5%"),
         (IDLE, "idle", 10, "are easy"),
-        (NONE, "idle", 10, "no batch holds a triplet"),
+        (NONE, "no_triplets", 1, "no batch holds a triplet"),
     ],
 )
 def test_each_alarm_at_its_time_and_once(figures, kind, after, says):
@@ -188,6 +188,22 @@ def test_alarms_and_their_remedy_under_fit():
             )
         assert [(alarm.epoch, alarm.kind) for alarm in guard.alarms] == alarms
         assert float(model.optimizer.learning_rate) == pytest.approx(rate)
+
+
+def test_weights_that_are_nan_keep_their_learning_rate():
+    guard = CollapseGuard("reduce_lr")
+    nan = dict.fromkeys(HEALTHY, float("nan"))
+    assert [alarm.kind for alarm in told([nan] * 3, guard, rate=0.4)] == ["not_finite"]
+    assert float(guard.model.optimizer.learning_rate) == pytest.approx(0.4)
+
+
+def test_a_warning_shows_no_line_of_the_package():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("sgd", TripletLoss())
+    x, y = np.full((8, 3), np.nan, "float32"), np.arange(8) % 2
+    with pytest.warns(UserWarning, match="NaN") as caught:
+        model.fit(x, y, verbose=0, callbacks=[CollapseGuard(), MiningStats()])
+    assert [w.filename for w in caught if "NaN" in str(w.message)] == [__file__]
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,36 @@ def test_no_triplets_give_zeros_not_nan(labels, without_positive):
     assert np.isfinite(list(found.values())).all()
 
 
+@backend
+@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_embedding_that_is_not_finite_makes_nan_of_every_figure(distance, bad, rng):
+    census = TripletCensus(margin=0.6, distance=distance)
+    labels = np.array([3, 3, 3, 7, 7, 1, 9, 9, 9, 9, -2])
+    good = rng.normal(size=(11, 5)).astype("float32")
+    broken = good.copy()
+    broken[4, 2] = bad
+    census.update_state(labels, good)
+    healthy = figures(census)
+    census.update_state(labels, broken)
+    assert np.isnan(list(figures(census).values())).all()
+    latest = [float(value) for value in census.of_latest_batch().values()]
+    assert np.isnan(latest).all()
+    census.update_state(labels, good)
+    assert np.isnan(list(figures(census).values())).all()
+    assert float(census.of_latest_batch()["hard"]) == pytest.approx(healthy["hard"])
+    census.reset_state()
+    census.update_state(labels, good)
+    assert figures(census) == healthy
+
+
+def test_a_distance_sum_that_is_nan_makes_nan_of_every_figure(monkeypatch):
+    reply = fake_census(2, 2, 1, 4)
+    reply = reply._replace(neg_dist=reply.neg_dist + float("nan"))
+    monkeypatch.setattr(metrics, "triplet_census", lambda *_, **__: reply)
+    assert np.isnan(list(count([0, 0, 1, 1], np.eye(4)).values())).all()
+
+
 def test_before_any_batch_all_is_zero():
     assert set(figures(TripletCensus()).values()) == {0.0}
 

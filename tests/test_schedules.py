@@ -148,8 +148,54 @@ def test_by_the_logs_of_a_real_fit():
     for value, word in zip(history["loss"], schedule.words, strict=True):
         assert value == pytest.approx(expected(model, 0.2, word)[0], rel=1e-4)
     assert loss.mining == "hard"
-    fit(model, MiningStats(), schedule, epochs=1)
-    assert schedule.stage == 2  # a second fit goes on
+
+
+@pytest.mark.parametrize("same_callback", [True, False])
+def test_a_new_fit_begins_anew_and_initial_epoch_goes_on(same_callback):
+    loss = TripletLoss(margin=0.2, mining="semi_hard")
+
+    def callbacks():
+        return (
+            MarginSchedule(lambda epoch, margin, logs: margin * 2),
+            MiningSchedule(["all", "hard"], monitor="loss", below=99.0),
+        )
+
+    model, _ = build(loss)
+    used = callbacks()
+    first = fit(model, *used, epochs=2)
+    assert (loss.margin, loss.mining) == (0.8, "hard")  # evaluate measures with them
+    resumed = fit(model, *used, initial_epoch=2, epochs=3)
+    assert resumed["margin"] == [1.6]
+    assert resumed["mining_stage"] == [1]
+    # The next fold: another model, the same loss, perhaps the same callbacks.
+    model, _ = build(loss)
+    second = fit(model, *(used if same_callback else callbacks()), epochs=2)
+    for key, values in first.items():
+        assert second[key] == pytest.approx(values, rel=1e-5), key
+    loss.margin = 0.3  # what is set by hand is the loss's own
+    assert fit(model, *used, epochs=1)["margin"] == [0.6]
+
+
+def test_nothing_is_changed_on_nan():
+    asked = []
+
+    def widen(epoch, margin, logs):
+        asked.append(epoch)
+        return margin if logs.get("active", 1) >= 0.1 else 2 * margin
+
+    model, _ = build(rate=float("nan"))
+    margins, stages = MarginSchedule(widen), MiningSchedule(["all", "hard"], below=9.0)
+    history = fit(model, MiningStats(), margins, stages, epochs=4)
+    assert np.isnan(history["semi_hard"][1:]).all()
+    assert history["margin"] == [0.2] * 4
+    assert asked == [0, 1]
+    assert history["mining_stage"] == [0, 1, 1, 1]  # the first epoch was healthy
+
+
+def test_a_margin_that_a_soft_loss_does_not_use():
+    model, _ = build(TripletLoss(soft=True, mining="hard"))
+    with pytest.raises(ValueError, match="soft=True"):
+        fit(model, MarginSchedule({0: 0.1}))
 
 
 def test_without_the_key_it_says_so_once():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import keras
 
 from kerastrip import _checks
-from kerastrip._outputs import Output, embedding_output
+from kerastrip._outputs import embedding_output
+from kerastrip.callbacks._attach import state_without_run
 
 ACTIONS = ("warn", "stop", "reduce_lr")
 
@@ -38,7 +38,7 @@ class Alarm(NamedTuple):
 
     epoch: int
     kind: str
-    """`"exploded"`, `"collapsed"`, `"at_chance"` or `"idle"`."""
+    """`"not_finite"`, `"exploded"`, `"collapsed"`, `"at_chance"`, `"no_triplets"` or `"idle"`."""
     message: str
 
 
@@ -51,15 +51,18 @@ class CollapseGuard(keras.callbacks.Callback):
 
     | kind | figures of the training batches |
     |---|---|
-    | `exploded` | `norm` over `max_norm` or not finite |
+    | `not_finite` | NaN: an embedding of the epoch is NaN or infinite |
+    | `exploded` | `norm` over `max_norm` |
     | `collapsed` | for `patience` epochs: while `easy` < 0.5, `spread` under 0.001 `norm`^2 (a point), or `effective_dim` under 1.1 (a line, told for embeddings of 3 and more dimensions); or the loss within 5 % of the margin (of ln 2 if it is soft) while `hard` > 0.95 or both distances are under a tenth of the margin |
     | `at_chance` | for `chance_patience` epochs: `hard` within 0.02 of 0.5 and `pos_dist` within 2 % of `neg_dist`: the embedding knows nothing of the labels, as with permuted labels |
-    | `idle` | for `idle_patience` epochs: `active` under 0.0001: every triplet is easy, or there is none |
+    | `no_triplets` | no batch of the epoch holds a triplet |
+    | `idle` | for `idle_patience` epochs: `active` under 0.0001: every triplet is easy |
 
     Args:
         action: what to do at an alarm: `"warn"`; `"stop"` the training; or
             `"reduce_lr"`: multiply the learning rate by `factor` at `exploded` and
-            `collapsed`, every time anew, and only warn at the others.
+            `collapsed`, every time anew, and only warn at the others (weights that are
+            NaN stay NaN at any rate).
         patience: int >= 1, epochs in a row that make a collapse.
         chance_patience: int >= 1, epochs in a row at chance.
         idle_patience: int >= 1, epochs in a row without anything to learn from.
@@ -94,7 +97,9 @@ class CollapseGuard(keras.callbacks.Callback):
         super().__init__()
         self.action = _checks.one_of("action", action, ACTIONS)
         self.patience = {
+            "not_finite": 1,
             "exploded": 1,
+            "no_triplets": 1,
             "collapsed": _checks.integer("patience", patience, 1),
             "at_chance": _checks.integer("chance_patience", chance_patience, 1),
             "idle": _checks.integer("idle_patience", idle_patience, 1),
@@ -108,11 +113,15 @@ class CollapseGuard(keras.callbacks.Callback):
         self.alarms: list[Alarm] = []
         self._streaks = dict.fromkeys(self.patience, 0)
         self._told = False
-        self._where: Output
+        self._where: Any = None  # the output it watches
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**state_without_run(self), "_where": None}
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._where = embedding_output(self.model, self.output)
         self._streaks = dict.fromkeys(self.patience, 0)
+        self._told = False
         self.alarms = []
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -121,7 +130,7 @@ class CollapseGuard(keras.callbacks.Callback):
         if missing:
             if not self._told:
                 self._told = True
-                warnings.warn(
+                _checks.warn(
                     f"CollapseGuard sees nothing: the logs have no {missing[0]!r}. "
                     "Add MiningStats() to the callbacks, with the prefix given here "
                     f"({self.prefix!r})."
@@ -138,14 +147,9 @@ class CollapseGuard(keras.callbacks.Callback):
 
     def _diagnose(self, now: dict[str, float]) -> tuple[str, str, str] | None:
         """The worst thing these figures show: kind, what is seen, remedies."""
-        if not math.isfinite(now["norm"]) or now["norm"] > self.max_norm:
-            return (
-                "exploded",
-                f"the embeddings have a mean length of {now['norm']:.3g} (limit "
-                f"{self.max_norm:g})",
-                'end the embedding with UnitNormalization(dtype="float32"), '
-                f"{self._lower_rate()}, clip the gradients (clipnorm=1.0)",
-            )
+        nothing = self._nothing_to_judge(now)
+        if nothing:
+            return nothing
         collapse = self._collapse(now)
         if collapse:
             return (
@@ -168,12 +172,6 @@ class CollapseGuard(keras.callbacks.Callback):
                 "one, check that the inputs reach the model scaled and not blank, "
                 "raise the learning rate",
             )
-        if now["easy"] + now["active"] == 0:
-            return (
-                "idle",
-                "no batch holds a triplet",
-                "draw P x K batches with PKSampler, check the labels",
-            )
         if now["active"] < _IDLE:
             return (
                 "idle",
@@ -181,6 +179,34 @@ class CollapseGuard(keras.callbacks.Callback):
                 "left to teach",
                 "stop if retrieval is good enough, put more classes into a batch, "
                 "mine 'hard', raise the margin, augment more",
+            )
+        return None
+
+    def _nothing_to_judge(self, now: dict[str, float]) -> tuple[str, str, str] | None:
+        """What keeps the other figures from meaning anything, told at once."""
+        if not math.isfinite(now["norm"]):
+            return (
+                "not_finite",
+                "there is NaN or infinity in the embeddings, so no figure of this epoch "
+                "counts",
+                "look for NaN and missing values in the inputs (and for a division by "
+                f"a deviation of 0), {self._lower_rate()}, clip the gradients "
+                "(clipnorm=1.0), with mixed precision take bfloat16 for float16, and go "
+                "back to weights saved before",
+            )
+        if now["norm"] > self.max_norm:
+            return (
+                "exploded",
+                f"the embeddings have a mean length of {now['norm']:.3g} (limit "
+                f"{self.max_norm:g})",
+                'end the embedding with UnitNormalization(dtype="float32"), '
+                f"{self._lower_rate()}, clip the gradients (clipnorm=1.0)",
+            )
+        if now["easy"] + now["active"] == 0:
+            return (
+                "no_triplets",
+                "no batch holds a triplet",
+                "draw P x K batches with PKSampler, check the labels",
             )
         return None
 
@@ -239,7 +265,7 @@ class CollapseGuard(keras.callbacks.Callback):
             message += self._reduce_rate()
             self._streaks[kind] = 0
         self.alarms.append(Alarm(epoch, kind, message))
-        warnings.warn(message)
+        _checks.warn(message)
 
     def _reduce_rate(self) -> str:
         try:

@@ -3,12 +3,13 @@
 The margin and the mining word of a loss are Python attributes that are read when a
 step is traced. Both callbacks set them at the beginning of an epoch and let the model
 trace again: one new trace per change, the same on every backend. Validation and
-`MiningStats` follow.
+`MiningStats` follow. After the training the loss keeps what it got last, so that
+`evaluate` and another `fit` without the callback measure with it.
 """
 
 from __future__ import annotations
 
-import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,25 +17,37 @@ import keras
 
 from kerastrip import _checks
 from kerastrip._outputs import embedding_output
-from kerastrip.callbacks._attach import retrace
+from kerastrip.callbacks._attach import retrace, state_without_run
 from kerastrip.mining import MININGS
+
+# Of every loss and attribute that a schedule has set: its own value, and the last one
+# set. The next training begins with its own, though the callback be another.
+_SET: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, Any]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class MarginSchedule(keras.callbacks.Callback):
     """Set the margin of the compiled loss at the beginning of every epoch.
 
-    The logs of the epoch get the key `margin`.
+    The logs of the epoch get the key `margin`. A `fit` that begins at epoch 0 begins
+    with the loss's own margin, whatever a schedule has made of it before; a `fit` with
+    `initial_epoch` goes on with the margin the loss has. After the training the loss
+    keeps its last margin.
 
     Args:
         schedule: a mapping {epoch: margin}, each margin being valid from its epoch
             on; or a function (epoch, margin, logs) -> margin of the epoch's number,
-            the margin so far and the logs of the epoch before ({} at first).
+            the margin so far and the logs of the epoch before ({} at first). It is
+            not asked, and the margin stays, where the loss or the figures of
+            `MiningStats` in these logs are NaN.
         output: position or name of the embedding among the outputs. None takes the
             output whose loss has a `distance`.
 
     Raises:
         ValueError, TypeError: from the constructor for bad arguments; from `fit` if
-            the loss has no `margin`, or the function returns none.
+            the loss has no `margin` or does not use it (`soft=True`), or the function
+            returns none.
 
     Example:
 
@@ -65,12 +78,29 @@ class MarginSchedule(keras.callbacks.Callback):
         self.output = output
         self._logs: dict[str, float] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return state_without_run(self)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        loss = _loss_with(self.model, "margin", self.output)
+        if getattr(loss, "soft", False):
+            raise ValueError(
+                _checks.message(
+                    "schedule",
+                    "a loss that uses its margin",
+                    _checks.Told("one with soft=True, which does not"),
+                    "Take the callback away, or compile the loss with soft=False.",
+                )
+            )
+        self._logs = {}
+
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         loss = _loss_with(self.model, "margin", self.output)
+        margin = _at_the_beginning(loss, "margin") if epoch == 0 else loss.margin
         if isinstance(self.schedule, Mapping):
-            margin = _latest(self.schedule, epoch, loss.margin)
-        else:
-            margin = self.schedule(epoch, loss.margin, self._logs)
+            margin = _latest(self.schedule, epoch, margin)
+        elif not _has_nan(self._logs):
+            margin = self.schedule(epoch, margin, self._logs)
             margin = _checks.number("schedule(...)", margin, above=0)
         _change(self.model, loss, "margin", margin)
 
@@ -85,8 +115,13 @@ class MiningSchedule(keras.callbacks.Callback):
 
     `MiningSchedule(["all", "semi_hard", "hard"])` goes to the next word when
     `semi_hard`, as `MiningStats` reports it, was under `below` for `patience` epochs
-    in a row: then the word in use finds little left to learn from. The logs of the
-    epoch get the key `mining_stage`, the position of the word in use.
+    in a row: then the word in use finds little left to learn from. A figure that is NaN
+    is under no threshold. The logs of the epoch get the key `mining_stage`, the position
+    of the word in use.
+
+    A `fit` that begins at epoch 0 begins with the first word (or the loss's own before
+    the first entry of a mapping); with `initial_epoch` the same callback goes on where
+    it stopped. After the training the loss keeps its last word.
 
     Args:
         stages: mining words in order, or a mapping {epoch: word}, each word being
@@ -96,8 +131,6 @@ class MiningSchedule(keras.callbacks.Callback):
         patience: int >= 1, epochs in a row under the threshold.
         output: position or name of the embedding among the outputs. None takes the
             output whose loss has a `distance`.
-
-    A second `fit` goes on where the first one stopped.
 
     Raises:
         ValueError, TypeError: from the constructor for bad arguments; from `fit` if
@@ -145,12 +178,24 @@ class MiningSchedule(keras.callbacks.Callback):
         self._epochs_below = 0
         self._told = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return state_without_run(self)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        _loss_with(self.model, "mining", self.output)
+        self._told = False
+
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        loss = _loss_with(self.model, "mining", self.output)
+        word = loss.mining
+        if epoch == 0:
+            word = _at_the_beginning(loss, "mining")
+            self.stage = self._epochs_below = 0
         if isinstance(self.stages, Mapping):
             self.stage = sum(start <= epoch for start in self.stages) - 1
-        loss = _loss_with(self.model, "mining", self.output)
         if self.stage >= 0:
-            _change(self.model, loss, "mining", self.words[self.stage])
+            word = self.words[self.stage]
+        _change(self.model, loss, "mining", word)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         logs = {} if logs is None else logs
@@ -161,7 +206,7 @@ class MiningSchedule(keras.callbacks.Callback):
         if value is None:
             if not self._told:
                 self._told = True
-                warnings.warn(
+                _checks.warn(
                     f"MiningSchedule stays at {self.words[self.stage]!r}: the logs "
                     f"have no {self.monitor!r}, only {sorted(logs)}. Add MiningStats() "
                     "to the callbacks, or name another key in monitor=."
@@ -201,7 +246,24 @@ def _loss_with(model: Any, attribute: str, output: int | str | None) -> Any:
     return loss
 
 
+def _has_nan(logs: Mapping[str, float]) -> bool:
+    """Whether the training has gone wrong: the loss or the census of the logs is NaN."""
+    return any(
+        value != value and key.endswith(("loss", "semi_hard"))
+        for key, value in logs.items()
+    )
+
+
+def _at_the_beginning(loss: Any, attribute: str) -> Any:
+    """The loss's own value, if what it has now was set by a schedule."""
+    now = getattr(loss, attribute)
+    own, last = _SET.get(loss, {}).get(attribute, (now, now))
+    return own if now == last else now
+
+
 def _change(model: Any, loss: Any, attribute: str, value: Any) -> None:
+    own = _at_the_beginning(loss, attribute)
+    _SET.setdefault(loss, {})[attribute] = (own, value)
     if getattr(loss, attribute) != value:
         setattr(loss, attribute, value)
         retrace(model)
