@@ -230,6 +230,8 @@ class Inputs:
         if self._images is None:
             make = partial(self._augmented, self._source.take(rows), epoch, step, at)
         else:  # gathered first, they would go through memory once more
+            if isinstance(self._source, CachedImages):
+                self._source.check(rows)
             make = partial(self._augmented, self._images, epoch, step, at, rows)
         if not isinstance(self._example, np.ndarray):
             return make()

@@ -125,3 +125,30 @@ def number(
     ):
         raise ValueError(message(name, expected, value, advice))
     return x
+
+
+def refuse_masked(name: str, value: Any) -> None:
+    """ValueError where entries of a NumPy masked array are masked.
+
+    `np.asarray` would drop the mask, and what lies under it would count.
+
+    Args:
+        name: the argument.
+        value: what came: an array of any kind, or the constant `np.ma.masked`.
+    """
+    if not np.ma.isMaskedArray(value):
+        return
+    mask = np.ma.getmaskarray(value)
+    if not mask.any():
+        return
+    place = np.unravel_index(int(np.argmax(mask)), mask.shape)
+    at = ", ".join(str(int(axis)) for axis in place)
+    told = f"{int(mask.sum())} masked, the first at position {at}" if at else "a mask"
+    raise ValueError(
+        message(
+            name,
+            "an array without masked entries",
+            Told(told),
+            "Leave such samples out, or put values there with `.filled(...)`.",
+        )
+    )

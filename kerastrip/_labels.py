@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,8 @@ class LabelTable:
 
     Raises:
         TypeError: labels of a float or a mixed dtype.
-        ValueError: no labels, NaN, a wrong shape, a label not in `classes`.
+        ValueError: no labels, one that is missing (None, NaN, pandas' NA, masked), a
+            wrong shape, a label not in `classes`.
     """
 
     def __init__(self, labels: Any, classes: Any = None, name: str = "labels") -> None:
@@ -125,9 +127,31 @@ class LabelTable:
         return search
 
 
+def label_array(labels: Any, name: str = "labels") -> np.ndarray:
+    """Labels as the user gave them, checked: a fresh array.
+
+    `np.array` alone would make a class "nan" of a missing name, and "1" of 1 beside "x".
+
+    Args:
+        labels: as for `LabelTable`.
+        name: what errors call them.
+
+    Returns:
+        `(samples,)` integers, strings or bytes, or `(samples, classes)` one-hot rows.
+
+    Raises:
+        TypeError, ValueError: as `LabelTable`.
+    """
+    values, width = _label_values(labels, name)
+    return np.array(values if width is None else labels)
+
+
 def _label_values(labels: Any, name: str) -> tuple[np.ndarray, int | None]:
     """1-D labels of one kind, and the number of columns if they were one-hot."""
+    _checks.refuse_masked(name, labels)
     values = np.asarray(labels)
+    if not values.dtype.isnative:
+        values = values.astype(values.dtype.newbyteorder("="))
     if values.dtype.kind == "T":  # NumPy's StringDType
         values = values.astype(np.str_)
     if values.ndim == 2:
@@ -145,20 +169,14 @@ def _label_values(labels: Any, name: str) -> tuple[np.ndarray, int | None]:
         )
     if len(values) == 0:
         raise ValueError(_checks.message(name, "at least one label", values))
-    if isinstance(labels, (list, tuple)) and values.dtype.kind in "fUS":
+    if not hasattr(labels, "dtype") and values.dtype.kind in "fUS":
         # NumPy makes strings of ["a", 1] and floats of [-1, 2**63].
-        values = np.array(labels, object)
+        values = np.array(list(labels), object)
     if values.dtype.kind == "O":
         values = _from_objects(values, name)
     if values.dtype.kind == "f":
-        if np.isnan(values).any():
-            raise ValueError(
-                _checks.message(
-                    name,
-                    "a label for every sample",
-                    _checks.Told(f"NaN at position {int(np.argmax(np.isnan(values)))}"),
-                )
-            )
+        if (missing := np.isnan(values)).any():
+            raise ValueError(_no_label(name, "NaN", int(np.argmax(missing))))
         raise TypeError(
             _checks.message(
                 name,
@@ -210,14 +228,46 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
             return values
     if all(issubclass(kind, (float, np.floating)) for kind in kinds):
         return values.astype(np.float64)
-    shown = sorted(kind.__name__ for kind in kinds)
-    error = ValueError if any(value != value for value in values) else TypeError
-    raise error(
+    missing = next((i for i, value in enumerate(values) if _is_missing(value)), None)
+    if missing is not None:
+        raise ValueError(_no_label(name, values[missing], missing))
+    first: dict[str, int] = {}
+    for position, value in enumerate(values):
+        first.setdefault(type(value).__name__, position)
+    told = [
+        f"{kind} ({_checks.describe(values[first[kind]])} at position {first[kind]})"
+        for kind in sorted(first)
+    ]
+    raise TypeError(
         _checks.message(
             name,
             "labels of one kind: integers, strings or bytes",
-            _checks.Told(f"objects of type {', '.join(shown)}"),
+            _checks.Told(", ".join(told)),
         )
+    )
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether an object stands for "no label"."""
+    # Of pandas' NA it cannot even be asked whether it equals itself.
+    if type(value).__name__ in ("NoneType", "NAType", "NaTType", "MaskedConstant"):
+        return True
+    return isinstance(value, numbers.Number) and bool(value != value)
+
+
+def _no_label(name: str, value: Any, position: int) -> str:
+    told = (
+        "NaN"
+        if isinstance(value, numbers.Number)
+        else "masked"
+        if value is np.ma.masked
+        else value
+    )
+    return _checks.message(
+        name,
+        "a label for every sample",
+        _checks.Told(f"{told} at position {position}"),
+        "Leave the sample out, or give it a label of its own.",
     )
 
 

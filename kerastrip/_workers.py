@@ -33,6 +33,8 @@ from typing import Any
 
 import numpy as np
 
+from kerastrip.sources._turns import own_files
+
 Layout = Sequence[tuple[tuple[int, ...], np.dtype]]
 Work = Callable[..., Sequence[np.ndarray]]
 
@@ -286,6 +288,7 @@ def _views(memory: np.ndarray, layout: Layout) -> list[np.ndarray]:
 
 def _serve(work: Work, layout: Layout, places: Sequence, pipe: Any) -> None:
     """What a worker process does all its life."""
+    own_files()
     # Ctrl-C reaches the whole process group; the parent decides what ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()

@@ -7,14 +7,15 @@ same?") is in `kerastrip.verification`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kerastrip import _checks
 from kerastrip._labels import LabelTable
-from kerastrip.inference import Space, embeddings_array, nearest
+from kerastrip.inference import Space, embeddings_array, nearest, row_distances
 
 METRICS = (
     "recall@1",
@@ -26,6 +27,8 @@ METRICS = (
     "mrr",
 )
 _WORDS = ("r_precision", "map@r", "mrr", "nmi", "ami")
+# A nearest row this much nearer than the second nearest is the query itself.
+_ITSELF = 1e-4
 
 
 def retrieval_metrics(
@@ -58,6 +61,11 @@ def retrieval_metrics(
     A query with R = 0 has no partner to be found. It is left out of the means and
     counted. Equal distances are in the order of the rows.
 
+    A query that is in the gallery itself would find itself first. Where `gallery` is
+    the same array, or a view of the same memory, every query is looked up without
+    itself. Copies cannot be told for certain: a warning counts the queries that have
+    an equal row of their label there.
+
     Args:
         embeddings: (n, dim) finite numbers.
         labels: (n,) integers or strings, or (n, classes) one-hot rows.
@@ -67,7 +75,9 @@ def retrieval_metrics(
         metrics: words of the table, k at least 1. If there are fewer than k
             neighbours, `recall@k` and `knn@k` take all there are, and
             `precision@k` counts the missing ones as misses.
-        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
+            arrays do not tell what they were trained with: give that of the loss, which
+            `RetrievalEvaluation` reads from the model.
         seed: of the k-means behind `nmi` and `ami`. Default 0.
         verbose: whether to show a progress bar once it takes over two seconds.
             Default False.
@@ -94,51 +104,192 @@ def retrieval_metrics(
         Musgrave, Belongie, Lim, "A Metric Learning Reality Check", 2020,
         section 3.2 (R-precision and MAP@R).
     """
-    metrics = check_metrics(metrics)
-    queries = embeddings_array("embeddings", embeddings)
     if (gallery is None) != (gallery_labels is None):
         raise ValueError(
             _checks.message(
                 "gallery", "`gallery` and `gallery_labels` together", gallery
             )
         )
-    alone = gallery is None
-    rows = queries if alone else embeddings_array("gallery", gallery)
-    table = label_table("labels", labels, len(queries))
-    codes = row_codes = table.codes
-    if not alone:
-        others = label_table("gallery_labels", gallery_labels, len(rows))
-        codes, row_codes = common_codes(table, others)
-    partners = np.bincount(row_codes, minlength=codes.max() + 1)[codes] - alone
+    own = None if gallery is None else shared_rows(embeddings, gallery)
+    results, met = lookup_figures(
+        embeddings,
+        labels,
+        gallery,
+        gallery_labels,
+        own=own,
+        metrics=metrics,
+        distance=distance,
+        seed=seed,
+        verbose=verbose,
+    )
+    if len(met):
+        warnings.warn(themselves(met, len(embeddings)), stacklevel=2)
+    return results
+
+
+def lookup_figures(
+    embeddings: Any,
+    labels: Any,
+    gallery: Any,
+    gallery_labels: Any,
+    *,
+    own: np.ndarray | None,
+    metrics: Sequence[str],
+    distance: str,
+    seed: int = 0,
+    verbose: bool = False,
+) -> tuple[dict[str, float], np.ndarray]:
+    """What `retrieval_metrics` returns, and the queries that seem to find themselves.
+
+    Args:
+        embeddings, labels, gallery, gallery_labels: as there.
+        own: (n,) the row of the gallery that is the query itself, -1 where none is
+            known; None for none at all. These rows are left out.
+        metrics, distance, seed, verbose: as there.
+
+    Returns:
+        The dict, and the numbers of the queries without such a row whose nearest row
+        is equal to them and of their label.
+    """
+    metrics = check_metrics(metrics)
+    queries, rows, codes, row_codes, own = _Lookup.of(
+        embeddings, labels, gallery, gallery_labels, own
+    )
+    partners = np.bincount(row_codes, minlength=codes.max() + 1)[codes]
+    partners -= (own >= 0) & (row_codes[own] == codes)
     chosen = np.flatnonzero(partners > 0)
     if not len(chosen):
-        raise ValueError(
-            _checks.message(
-                "labels",
-                "a label that occurs twice" if alone else "a label of the gallery",
-                _checks.Told(f"{len(queries)} labels without a partner"),
-            )
-        )
+        where = "that occurs twice" if gallery is None else "of the gallery"
+        told = _checks.Told(f"{len(queries)} labels without a partner")
+        raise ValueError(_checks.message("labels", f"a label {where}", told))
     # Queries of like R together: each block then looks no further than it needs.
     chosen = chosen[np.argsort(partners[chosen], kind="stable")]
     sums = dict.fromkeys(metrics, 0.0)
+    met = [np.empty(0, np.int64)]
     space = Space.of(queries[chosen], rows, distance)
     for part, block in space.blocks(verbose=verbose):
         who = chosen[part]
-        if alone:
-            block[np.arange(len(who)), who] = np.inf
+        known = np.flatnonzero(own[who] >= 0)
+        block[known, own[who[known]]] = np.inf
+        found = nearest(block, _depth(metrics, partners[who], len(rows)))
+        neighbours = row_codes[found]
+        # A query is no neighbour of its own, however far one looks.
+        neighbours[found == own[who, None]] = -1
+        hits = neighbours == codes[who, None]
+        if len(known) < len(who):
+            met.append(who[_meets_itself(space, part, found, hits) & (own[who] < 0)])
         for word, values in _block_values(
-            block, codes[who], row_codes, partners[who], len(rows) - alone, metrics
+            block, codes[who], row_codes, partners[who], neighbours, hits, metrics
         ):
             sums[word] += float(values.sum())
     results = {word: total / len(chosen) for word, total in sums.items()}
     if "nmi" in metrics or "ami" in metrics:
         results.update(_clustering(queries, codes, metrics, seed))
-    return {
-        **results,
-        "queries": len(chosen),
-        "lone_queries": len(queries) - len(chosen),
-    }
+    results |= {"queries": len(chosen), "lone_queries": len(queries) - len(chosen)}
+    return results, np.sort(np.concatenate(met))
+
+
+class _Lookup(NamedTuple):
+    """What is looked up where.
+
+    Attributes:
+        queries: (n, dim) embeddings.
+        rows: (m, dim) embeddings to search in.
+        codes: (n,) labels of the queries as codes.
+        row_codes: (m,) labels of the rows, by the same table.
+        own: (n,) the row that is the query itself, -1 for none.
+    """
+
+    queries: np.ndarray
+    rows: np.ndarray
+    codes: np.ndarray
+    row_codes: np.ndarray
+    own: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        embeddings: Any,
+        labels: Any,
+        gallery: Any,
+        gallery_labels: Any,
+        own: np.ndarray | None,
+    ) -> _Lookup:
+        """Checks the arguments of `lookup_figures`."""
+        queries = embeddings_array("embeddings", embeddings)
+        table = label_table("labels", labels, len(queries))
+        if gallery is None:
+            itself = np.arange(len(queries))
+            return cls(queries, queries, table.codes, table.codes, itself)
+        rows = embeddings_array("gallery", gallery)
+        others = label_table("gallery_labels", gallery_labels, len(rows))
+        own = np.full(len(queries), -1) if own is None else own
+        return cls(queries, rows, *common_codes(table, others), own)
+
+
+def shared_rows(queries: Any, gallery: Any) -> np.ndarray | None:
+    """The row of `gallery` that lies in the same memory as each row of `queries`.
+
+    Returns:
+        (n,) int64, -1 where there is none; None if no row is shared.
+    """
+    if queries is gallery and np.ndim(queries):
+        return np.arange(len(queries))
+    # Lists become new arrays, which share nothing.
+    queries, gallery = np.asarray(queries), np.asarray(gallery)
+    if (
+        not np.may_share_memory(queries, gallery)
+        or queries.dtype != gallery.dtype
+        or queries.shape[1:] != gallery.shape[1:]
+        or queries.strides[1:] != gallery.strides[1:]
+        or not (gallery.ndim and gallery.strides[0])
+    ):
+        return None
+    begin, gallery_begin = (
+        array.__array_interface__["data"][0] for array in (queries, gallery)
+    )
+    offsets = begin - gallery_begin + np.arange(len(queries)) * queries.strides[0]
+    rows, rest = np.divmod(offsets, gallery.strides[0])
+    rows[(rest != 0) | (rows < 0) | (rows >= len(gallery))] = -1
+    return rows if (rows >= 0).any() else None
+
+
+def themselves(met: np.ndarray, queries: int) -> str:
+    """What to tell of queries that are in the gallery."""
+    return (
+        f"{len(met)} of {queries} queries have an equal row of their own label in "
+        f"`gallery`, the first is query {met[0]}. If they are the same samples, they "
+        "find themselves and the figures are too good: leave these samples out of the "
+        "gallery, or leave out `gallery` to look up every sample among all others."
+    )
+
+
+def _meets_itself(
+    space: Space, part: slice, found: np.ndarray, hits: np.ndarray
+) -> np.ndarray:
+    """Which queries of one block have the same sample, of their label, as nearest row.
+
+    A second forward pass may round otherwise, so that equal means: much nearer than
+    the row after it. Where many rows are equal (a collapsed model, data of few
+    values) nothing can be told.
+    """
+    if found.shape[1] < 2:
+        return np.zeros(len(found), bool)
+    two = row_distances(
+        space.queries[part, None], space.gallery[found[:, :2]], "euclidean"
+    )
+    first = two.argmin(axis=1)[:, None]
+    nearer, farther = two.min(axis=1), two.max(axis=1)
+    equal = (nearer <= _ITSELF * farther) & (farther > 0)
+    return equal & np.take_along_axis(hits, first, axis=1)[:, 0]
+
+
+def _depth(metrics: Sequence[str], partners: np.ndarray, available: int) -> int:
+    """How many neighbours the metrics of one block look at."""
+    wanted = [2, *(int(word.partition("@")[2]) for word in metrics if _has_k(word))]
+    if "map@r" in metrics or "r_precision" in metrics:
+        wanted.append(int(partners.max()))
+    return min(max(wanted), available)
 
 
 def _block_values(
@@ -146,17 +297,13 @@ def _block_values(
     codes: np.ndarray,
     row_codes: np.ndarray,
     partners: np.ndarray,
-    available: int,
+    neighbours: np.ndarray,
+    hits: np.ndarray,
     metrics: Sequence[str],
 ) -> Iterable[tuple[str, np.ndarray]]:
     """For each word that is a mean: the values of the queries of one block."""
     averaged = [word for word in metrics if word not in ("nmi", "ami")]
-    wanted = [int(word.partition("@")[2]) for word in averaged if _has_k(word)]
-    if "map@r" in averaged or "r_precision" in averaged:
-        wanted.append(partners.max())
-    depth = min(max(wanted, default=1), available)
-    neighbours = row_codes[nearest(block, depth)]
-    hits = neighbours == codes[:, None]
+    depth = hits.shape[1]
     hits_within_r = hits & (np.arange(depth) < partners[:, None])
     for word in averaged:
         name, _, k = word.partition("@")
@@ -168,7 +315,7 @@ def _block_values(
         elif word == "mrr":
             yield word, 1.0 / _first_rank(block, hits, codes, row_codes)
         elif name == "recall":
-            yield word, hits[:, : int(k)].any(axis=1)
+            yield word, hits[:, : int(k)].max(axis=1)
         elif name == "precision":
             yield word, hits[:, : int(k)].sum(axis=1) / int(k)
         else:

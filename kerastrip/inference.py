@@ -298,7 +298,8 @@ def search(
         queries: (n, dim) embeddings.
         gallery: (m, dim) embeddings.
         k: neighbours per query, 1 ... m.
-        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
+            arrays do not tell what they were trained with: give that of the loss.
 
     Returns:
         (n, k) float32 distances, ascending, and (n, k) int64 rows of the gallery.
@@ -408,6 +409,7 @@ def _values(keys: np.ndarray) -> np.ndarray:
 
 def embeddings_array(name: str, value: Any) -> np.ndarray:
     """`value` as (n, dim) finite float32 rows, else an error that names it."""
+    _checks.refuse_masked(name, value)
     rows = np.asarray(value)
     if rows.dtype.kind not in "fiub" and rows.dtype.name != "bfloat16":
         raise TypeError(_checks.message(name, "(n, dim) numbers", value))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from kerastrip import _checks
+from kerastrip._files import readable
 from kerastrip._neighbours import confusions, nearest_others, spread_rows
 from kerastrip._pictures import pictures
 from kerastrip.evaluation import label_table
@@ -154,7 +155,7 @@ def plot_embeddings(
         ax.scatter(points[:, 0], points[:, 1], s=10, color=colours[codes])
     else:
         for code, label in enumerate(distinct):
-            name = str(label) if names is None else names[code]
+            name = readable(label) if names is None else names[code]
             x, y = points[codes == code].T
             ax.scatter(x, y, s=10, color=colours[code], label=name)
         legend = ax.legend(
@@ -207,7 +208,7 @@ def plot_batch(
     for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
         for column, ax in enumerate(grid[row]):
             _picture(ax, images[start + column] if column < count else None)
-        name = str(labels[start]) if names is None else names[row]
+        name = readable(labels[start]) if names is None else names[row]
         _side_label(grid[row][0], name)
     return _written(figure, path)
 
@@ -486,7 +487,7 @@ def _labelled(
     return (
         rows,
         table.codes,
-        [str(n) for n in (table.classes if names is None else names)],
+        [readable(n) for n in (table.classes if names is None else names)],
     )
 
 

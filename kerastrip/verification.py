@@ -7,6 +7,7 @@ on the CPU, every pair counted, in blocks of rows.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ METRICS = (
 # 2^17 of them from one power of two to the next.
 _SORTED = 1 << 22
 _CELLS, _DROPPED_BITS = 1 << 22, 6
+_FLAGS = (numbers.Real, np.bool_)
 # Rows at a time, so that what is made of them stays small.
 _ROWS = 64
 
@@ -163,7 +165,8 @@ def verification_curve(
         labels: (n,) integers or strings, or (n, classes) one-hot rows.
         pairs: (pairs, 2) rows of `embeddings`. Default: all.
         is_same: (pairs,) booleans, in place of `labels`.
-        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
+            arrays do not tell what they were trained with: give that of the loss.
         verbose: whether to show a progress bar over all pairs once it takes over two
             seconds. Default False.
 
@@ -232,7 +235,8 @@ def verification_metrics(
         pairs: (pairs, 2) rows of `embeddings`. Default: all n (n - 1) / 2.
         is_same: (pairs,) booleans, in place of `labels`.
         metrics: words of the table. Default: all, f from 0.1 to 0.0001.
-        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
+            arrays do not tell what they were trained with: give that of the loss.
         verbose: as for `verification_curve`.
 
     Returns:
@@ -297,7 +301,8 @@ def verification_folds(
             pairs are cut into so many runs each, in their order (for the list of
             LFW these are its own ten folds). Or (pairs,) integers, the fold of
             each pair. Default 10.
-        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
+            arrays do not tell what they were trained with: give that of the loss.
 
     Returns:
         A `FoldedAccuracy`.
@@ -347,7 +352,8 @@ def pair_distances(
     Args:
         embeddings: (n, dim) finite numbers.
         pairs: (pairs, 2) rows of `embeddings`.
-        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
+            arrays do not tell what they were trained with: give that of the loss.
 
     Returns:
         (pairs,) float32.
@@ -453,6 +459,7 @@ def _check_both(pairs: int, same: int, name: str) -> None:
 
 def pairs_array(value: Any, length: int) -> np.ndarray:
     """(pairs, 2) int64 rows of an array of `length` rows, else an error."""
+    _checks.refuse_masked("pairs", value)
     pairs = np.asarray(value)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
         raise ValueError(
@@ -473,11 +480,23 @@ def pairs_array(value: Any, length: int) -> np.ndarray:
 
 def flags_array(value: Any, length: int) -> np.ndarray:
     """(length,) booleans with both values among them, else an error."""
+    _checks.refuse_masked("is_same", value)
     flags = np.asarray(value)
     if flags.shape != (length,):
         raise ValueError(_checks.message("is_same", f"{length} booleans", flags))
-    if not np.isin(flags, (0, 1)).all():
-        raise ValueError(_checks.message("is_same", "booleans, or 0 and 1", flags))
+    if flags.dtype == object:  # None and pandas' NA compare with nothing
+        known = np.array([isinstance(one, _FLAGS) and one in (0, 1) for one in flags])
+    else:
+        known = np.isin(flags, (0, 1))
+    if not known.all():
+        first = int(np.argmin(known))
+        raise ValueError(
+            _checks.message(
+                "is_same",
+                "booleans, or 0 and 1",
+                _checks.Told(f"{flags[first]!r} at position {first}"),
+            )
+        )
     flags = flags.astype(bool)
     _check_both(length, int(flags.sum()), "is_same")
     return flags
@@ -486,16 +505,12 @@ def flags_array(value: Any, length: int) -> np.ndarray:
 def _fold_of(folds: Any, is_same: np.ndarray) -> np.ndarray:
     """The fold of every pair."""
     if np.ndim(folds):
-        fold_of = np.asarray(folds)
-        if fold_of.shape != is_same.shape or len(np.unique(fold_of)) < 2:
+        table = label_table("folds", folds, len(is_same))
+        if len(table.classes) < 2:
             raise ValueError(
-                _checks.message(
-                    "folds",
-                    f"{len(is_same)} fold numbers, at least two different",
-                    folds,
-                )
+                _checks.message("folds", "at least two different fold numbers", folds)
             )
-        return fold_of
+        return table.codes
     folds = _checks.integer("folds", folds, 2)
     fewest = int(min(is_same.sum(), (~is_same).sum()))
     if folds > fewest:

@@ -376,3 +376,121 @@ class TestVerification:
                 verification_folds(np.eye(3), pairs, is_same, folds=folds)
         with pytest.raises(TypeError, match="pairs"):
             pair_distances(np.eye(3), [[0.0, 1.0]])
+
+
+class TestGalleryThatHoldsTheQueries:
+    """Every query would find itself first: recall@1 of noise is 1.0."""
+
+    def noise(self, rng):
+        return np.float32(rng.normal(size=(60, 8))), np.arange(60) % 6
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("part", [slice(None), slice(20), slice(7, 50, 3)])
+    def test_rows_of_the_same_memory_are_looked_up_without_themselves(self, rng, part):
+        x, y = self.noise(rng)
+        got = retrieval_metrics(x[part], y[part], gallery=x, gallery_labels=y)
+        alone = []
+        for i in np.arange(60)[part]:
+            others = np.arange(60) != i
+            alone.append(
+                retrieval_metrics(
+                    x[[i]], y[[i]], gallery=x[others], gallery_labels=y[others]
+                )
+            )
+        for word in METRICS:
+            assert got[word] == pytest.approx(np.mean([one[word] for one in alone]))
+        assert got["recall@1"] < 0.5
+
+    @pytest.mark.filterwarnings("error")
+    def test_the_same_object_is_the_default(self, rng):
+        x, y = self.noise(rng)
+        expected = retrieval_metrics(x, y)
+        assert retrieval_metrics(x, y, gallery=x, gallery_labels=y) == expected
+        rows = x.tolist()
+        assert retrieval_metrics(rows, y, gallery=rows, gallery_labels=y) == expected
+        turned = retrieval_metrics(x, y, gallery=x[::-1], gallery_labels=y[::-1])
+        assert turned == pytest.approx(expected)
+
+    @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+    def test_copies_are_counted_in_a_warning(self, rng, distance):
+        x, y = self.noise(rng)
+        order = rng.permutation(60)
+        # A second forward pass rounds otherwise.
+        again = x[order] * np.float32(1 + 1e-7)
+        with pytest.warns(UserWarning, match="20 of 20 queries.*leave out `gallery`"):
+            got = retrieval_metrics(
+                x[:20],
+                y[:20],
+                gallery=again,
+                gallery_labels=y[order],
+                metrics=("recall@1",),
+                distance=distance,
+            )
+        assert got["recall@1"] == 1.0  # left as it is: they may be other samples
+        with pytest.warns(UserWarning, match="1 of 20 queries.*first is query 3"):
+            retrieval_metrics(
+                x[:20],
+                y[:20],
+                gallery=np.concatenate([x[20:], x[[3]]]),
+                gallery_labels=np.append(y[20:], y[3]),
+            )
+
+    @pytest.mark.filterwarnings("error")
+    def test_nothing_is_told_of_other_samples_and_of_points_on_one_spot(self, rng):
+        x, y = self.noise(rng)
+        other = np.float32(rng.normal(size=(300, 8)))
+        for queries, gallery in (
+            (x, other),
+            (x * 0, other * 0),  # a collapsed model
+            (np.eye(6)[y], np.eye(6)[np.arange(300) % 6]),  # data of few values
+            (np.round(x[:, :1]), np.round(other[:, :1])),
+        ):
+            retrieval_metrics(
+                queries, y, gallery=gallery, gallery_labels=np.arange(300) % 6
+            )
+        # The equal row has another label, so that it is another sample.
+        retrieval_metrics(
+            x[:9],
+            y[:9],
+            gallery=np.concatenate([other, x[:9]]),
+            gallery_labels=np.append(np.arange(300) % 6, y[:9] + 1),
+        )
+
+
+@pytest.mark.parametrize(
+    "function", [retrieval_metrics, verification_metrics], ids=lambda one: one.__name__
+)
+def test_masked_and_missing_entries_are_refused_by_name_and_position(rng, function):
+    x, y = rng.normal(size=(12, 3)), np.repeat([0, 1, 2], 4)
+    masked = np.ma.array(x, mask=np.arange(36).reshape(12, 3) == 17)
+    with pytest.raises(ValueError, match=r"`embeddings`.*masked.*5, 2"):
+        function(masked, y)
+    assert function(np.ma.array(x), y) == function(x, y)
+    with pytest.raises(ValueError, match=r"`labels`.*NaN at position 4"):
+        function(x, np.where(y == 1, np.nan, y))
+    with pytest.raises(ValueError, match=r"`labels`.*masked.*4"):
+        function(x, np.ma.masked_equal(y, 1))
+
+
+def test_masked_pairs_flags_and_folds_are_refused():
+    x, pairs = np.float32(np.eye(4)), np.array([[0, 1], [2, 3], [0, 2], [1, 3]])
+    same = np.array([True, True, False, False])
+    masked = np.ma.array(pairs, mask=pairs == 2)
+    with pytest.raises(ValueError, match=r"`pairs`.*masked.*1, 0"):
+        verification_metrics(x, pairs=masked, is_same=same)
+    with pytest.raises(ValueError, match=r"`pairs`.*masked"):
+        pair_distances(x, masked)
+    with pytest.raises(ValueError, match=r"`is_same`.*masked.*2"):
+        verification_metrics(
+            x, pairs=pairs, is_same=np.ma.array(same, mask=[0, 0, 1, 0])
+        )
+    with pytest.raises(ValueError, match=r"`folds`.*masked.*3"):
+        verification_folds(
+            x, pairs, same, folds=np.ma.array([0, 1, 0, 1], mask=[0, 0, 0, 1])
+        )
+    for missing in (np.nan, None):
+        flags = np.array([True, True, False, missing], object)
+        with pytest.raises(ValueError, match=r"`is_same`.*position 3"):
+            verification_metrics(x, pairs=pairs, is_same=flags)
+    with pytest.raises(ValueError, match=r"`folds`.*position 1"):
+        verification_folds(x, pairs, same, folds=[0.0, np.nan, 0.0, 1.0])

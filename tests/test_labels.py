@@ -1,11 +1,13 @@
 """The label table: any labels in, codes 0..C-1 out."""
 
+from collections import deque
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kerastrip._labels import LabelTable
+from kerastrip._labels import LabelTable, label_array
 
 KINDS = {
     "int8": np.array([-128, 127, 3, -128], np.int8),
@@ -27,6 +29,10 @@ KINDS = {
     "list of strings": ["b", "a", "b"],
     "list of bytes": [b"a\0", b"a", b"a\0"],
     "list of big integers": [2**63, -1, 2**63],
+    "nothing masked": np.ma.array([5, -1, 5], mask=False),
+    "big-endian integers": np.array([5, -1, 5, 2**40], ">i8"),
+    "big-endian uint64": np.array([2**64 - 1, 2**64 - 2, 2**64 - 1], ">u8"),
+    "big-endian strings": np.array(["b", "a", "b"], ">U1"),
 }
 
 
@@ -130,10 +136,19 @@ def test_an_unknown_label_is_named(labels, classes, named):
         ([1.0, 2.0], TypeError, ["integers, strings", "float64", ".astype(int)"]),
         (np.array([1, 2], np.float32), TypeError, ["float32", ".astype(int)"]),
         ([1.0, np.nan], ValueError, ["label for every sample", "NaN at position 1"]),
-        (np.array([1, None, 2]), TypeError, ["one kind", "NoneType, int"]),
-        (np.array([1, np.nan], object), ValueError, ["one kind", "float, int"]),
-        (["a", 1], TypeError, ["one kind", "int, str"]),
-        (["a", b"a"], TypeError, ["one kind", "bytes, str"]),
+        (
+            np.array([1, None, 2]),
+            ValueError,
+            ["for every sample", "None at position 1"],
+        ),
+        (np.array([1, np.nan], object), ValueError, ["NaN at position 1"]),
+        (["a", "b", float("nan")], ValueError, ["NaN at position 2"]),
+        (["a", np.ma.masked], ValueError, ["masked at position 1"]),
+        (np.ma.array([1, 2], mask=[0, 1]), ValueError, ["1 masked", "position 1"]),
+        (np.ma.array(np.eye(2), mask=np.eye(2)), ValueError, ["position 0, 0"]),
+        (["a", 1], TypeError, ["one kind", "int (1 at position 1), str ('a' at"]),
+        (deque(["a", 1]), TypeError, ["one kind", "int (1 at position 1)"]),
+        (["a", b"a"], TypeError, ["one kind", "bytes (b'a' at position 1), str"]),
         ([[1], [2]], ValueError, ["one-hot", "shape (2, 1)", ".ravel()"]),
         ([[0.5, 0.5]], ValueError, ["one-hot", "shape (1, 2)"]),
         ([[0, 0], [1, 0]], ValueError, ["one-hot"]),
@@ -177,3 +192,27 @@ def test_a_source_in_place_of_labels_is_told_where_they_are():
 
     with pytest.raises(ValueError, match="Pass the `labels` of the Photos"):
         LabelTable(Photos())
+
+
+def test_pandas_labels_that_are_missing_are_named():
+    pd = pytest.importorskip("pandas")
+    for labels in (
+        pd.Series([1, pd.NA, 2], dtype="Int64"),
+        pd.Series(["a", pd.NA, "b"], dtype="string"),
+        pd.Series(["a", None, "b"], dtype="category"),
+        pd.Series(["a", pd.NaT, "b"], dtype=object),
+        ["a", pd.NA, "b"],
+    ):
+        with pytest.raises(ValueError, match=r"`y`.*every sample.*at position 1"):
+            LabelTable(labels, name="y")
+
+
+def test_labels_are_checked_before_they_become_an_array():
+    assert label_array(["b", "a"]).tolist() == ["b", "a"]
+    np.testing.assert_array_equal(label_array(np.eye(2)), np.eye(2))
+    given = np.arange(3)
+    assert not np.shares_memory(label_array(given), given)
+    with pytest.raises(ValueError, match=r"`labels`.*NaN at position 1"):
+        label_array(["cat", float("nan")])
+    with pytest.raises(TypeError, match="labels of one kind"):
+        label_array([1, "x"])

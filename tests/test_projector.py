@@ -1,5 +1,9 @@
 """EmbeddingProjector writes what TensorBoard reads; MiningStats gets there too."""
 
+import copy
+import os
+import pickle
+
 import cv2
 import keras
 import numpy as np
@@ -112,6 +116,43 @@ def test_every_few_epochs_and_from_the_source_of_a_sampler(model, data, tmp_path
             (tmp_path / "tensors.tsv").unlink()
     assert written == [False, True, False, True]
     assert lines(tmp_path / "metadata.tsv") == [[str(label)] for label in y]
+
+
+def test_names_that_are_not_in_utf8_are_written_as_escapes(model, data, tmp_path):
+    names = np.array([os.fsdecode(b"caf\xe9"), "b"])[data[1]]
+    write(EmbeddingProjector(tmp_path, data[0], names), model)
+    assert lines(tmp_path / "metadata.tsv") == [[r"caf\udce9"], ["b"]] * 5
+
+
+def test_files_that_cannot_be_written_do_not_end_the_training(model, data, tmp_path):
+    path = tmp_path / "run"
+    path.write_text("a file where the folder shall be")
+    callback = EmbeddingProjector(path, *data, every=1)
+    for _ in range(2):  # once in every fit
+        with pytest.warns(UserWarning, match=r"cannot write into .*run") as caught:
+            write(callback, model, epochs=3)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+    path.unlink()
+    write(callback, model)
+    assert len(list(path.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))]
+)
+def test_a_copy_writes_as_well(model, data, tmp_path, copied):
+    callback = EmbeddingProjector(tmp_path, *data)
+    write(callback, model)
+    before = (tmp_path / "tensors.tsv").read_bytes()
+    (tmp_path / "tensors.tsv").unlink()
+    other = copied(callback)
+    assert other.model is None
+    write(other, model)
+    assert (tmp_path / "tensors.tsv").read_bytes() == before
+    if copied is copy.deepcopy:
+        assert other._data is callback._data
+        assert other._thumbnails is callback._thumbnails
 
 
 def test_bad_arguments(data, tmp_path):

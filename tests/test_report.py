@@ -1,9 +1,11 @@
 """TrainingReport: one whole, safe, self-contained page, and it tells the truth."""
 
 import base64
+import copy
 import html.parser
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -228,6 +230,60 @@ def test_text_of_the_user_is_escaped(model, data, tmp_path):
     assert "a_nasty_<key>" in "".join(page.text)
     assert f"{NASTY}, sample 0" in page.words()
     assert any(NASTY in image["alt"] for image in page.all("img"))
+
+
+def test_names_that_are_not_in_utf8_are_shown_as_escapes(model, data, tmp_path):
+    x, y = data
+    path = tmp_path / "report.html"
+    names = np.array([os.fsdecode(b"caf\xe9"), "b", "c", "d"])[y]
+    run(TrainingReport(path, x, names, title=names[0]), model, LOGS[:1])
+    assert r"caf\udce9, sample 0" in Page(path).words()
+
+
+def test_a_page_that_cannot_be_written_does_not_end_the_training(
+    model, tmp_path, monkeypatch
+):
+    path, fsync = tmp_path / "new" / "report.html", os.fsync
+    report = TrainingReport(path)
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for _ in range(2):  # once in every fit
+        with pytest.warns(UserWarning, match="report.html .No space left") as caught:
+            run(report, model, LOSSES)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+    assert os.listdir(path.parent) == []
+    monkeypatch.setattr(os, "fsync", fsync)
+    shutil.rmtree(path.parent)
+    run(report, model, LOSSES)
+    assert "Ended after 3 of 3 epochs" in Page(path).words()
+    path.parent.rename(tmp_path / "other")
+    path.parent.write_text("a file where the folder was")
+    with pytest.warns(UserWarning, match=r"cannot write .*report.html") as caught:
+        run(report, model, LOSSES)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda report: pickle.loads(pickle.dumps(report))]
+)
+def test_a_copy_is_a_report_of_its_own(model, data, tmp_path, copied):
+    path = tmp_path / "report.html"
+    report = TrainingReport(path, *data, guard=CollapseGuard())
+    run(report, model, LOSSES[:1])
+    other = copied(report)
+    assert other.model is None
+    run(other, model, LOSSES[1:2])
+    assert "loss 0.5 0.5" in Page(path).words()
+    report.on_train_end()
+    assert "loss 1 1" in Page(path).words()
+    assert other._evaluation._callback is other
+    if copied is copy.deepcopy:
+        assert other._evaluation._data[0] is report._evaluation._data[0]
+        assert other._thumbnails is report._thumbnails
 
 
 def test_the_alarms_of_the_guard(model, tmp_path):

@@ -1,9 +1,12 @@
 """TFRecordSource: any record by its number, and no damage goes unnoticed."""
 
+import io
 import os
 import pickle
 import struct
 import threading
+import zipfile
+from functools import partial
 
 import cv2
 import numpy as np
@@ -135,6 +138,80 @@ def test_raw_bytes_numbers_and_own_records(tmp_path, images):
     assert own.labels.tolist() == [0, 0, 1, 1]
 
 
+def test_numbers_keep_their_dtype(tmp_path):
+    records = [
+        example(floats=[1.5, 300.75, -3.0], ints=[1, 300, -3], whole=[1.0, 255.0, 0.0])
+    ] * 2
+    path = write(tmp_path / "x", records)
+    read = partial(TFRecordSource, path, label=None, shape=(3,))
+    for name, dtype, values in (
+        ("floats", None, [1.5, 300.75, -3.0]),
+        ("floats", "float64", [1.5, 300.75, -3.0]),
+        ("floats", "float16", [1.5, 300.75, -3.0]),
+        ("ints", None, [1, 300, -3]),
+        ("ints", "int16", [1, 300, -3]),
+        ("ints", "float32", [1, 300, -3]),
+        ("whole", "uint8", [1, 255, 0]),
+    ):
+        taken = read(name, dtype=dtype).take([1])
+        own = {"floats": "float32", "ints": "int64"}
+        assert taken.dtype == (dtype or own[name])
+        assert taken.tolist() == [values]
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([1.5], "int32"),
+        ([300.0], "uint8"),
+        ([float("nan")], "int64"),
+        ([3e9], "int32"),
+        ([1e5], "float16"),
+        ([300], "uint8"),
+        ([-3], "uint8"),
+        ([-3], "uint64"),
+        ([2**24 + 1], "float32"),
+        ([2**53 + 1], "float64"),
+        ([2], "bool"),
+    ],
+)
+def test_numbers_that_another_dtype_does_not_hold_are_refused(tmp_path, values, dtype):
+    path = write(tmp_path / "x", [example(image=values, label=0)])
+    with pytest.raises(ValueError, match=rf"Record 0 .*'image' holds .* no {dtype}\."):
+        TFRecordSource(path, shape=(1,), dtype=dtype)
+
+
+def test_several_byte_strings_are_no_numbers(tmp_path):
+    path = write(tmp_path / "x", [example(image=[b"1", b"2"], label=0)])
+    with pytest.raises(ValueError, match="'image' has 2 byte strings, not one"):
+        TFRecordSource(path, shape=(2,))
+
+
+@pytest.mark.parametrize(
+    "label", [np.int64(7).tobytes(), np.int64(300).tobytes(), b"\x07", b"caf\xe9"]
+)
+def test_bytes_that_are_no_text_are_no_labels(tmp_path, label):
+    """An integer written as raw bytes would become a class of zero characters."""
+    path = write(tmp_path / "x", [example(image=b"ab", label=label)])
+    with pytest.raises(ValueError, match=r"Record 0 .*are no text.*function label="):
+        TFRecordSource(path, shape=(2,))
+    own = TFRecordSource(path, shape=(2,), label=lambda record: 5)
+    assert own.labels.tolist() == [5]
+
+
+def test_labels_of_two_kinds_are_told_apart(tmp_path):
+    ints, words = example(image=b"ab", label=3), example(image=b"ab", label=b"ape")
+    both = write(tmp_path / "both", [ints, words])
+    with pytest.raises(
+        TypeError, match=r"int \(record 0\), str \(record 1\) in .*both"
+    ):
+        TFRecordSource(both, shape=(2,))
+    paths = [write(tmp_path / "a", [ints]), write(tmp_path / "b", [words])]
+    for _ in range(2):  # from the files, and from their indices
+        with pytest.raises(TypeError, match=r"integers in .*a, strings in .*b"):
+            TFRecordSource(paths, shape=(2,))
+
+
 def test_gray_and_resized(tmp_path, images):
     records = [
         example(image=cv2.imencode(".png", image)[1].tobytes(), label=0)
@@ -195,7 +272,128 @@ def test_the_index_elsewhere_or_nowhere(paths, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.npz*"))
 
 
+def keep_time(path, data):
+    """Other contents at the same time of change."""
+    told = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))
+
+
+def test_a_record_that_changes_later_is_an_error(paths, images):
+    source = TFRecordSource(paths)
+    source.take([0])
+    data = bytearray(paths[0].read_bytes())
+    data[-20] ^= 1
+    keep_time(paths[0], bytes(data))
+    for rows in (source, TFRecordSource(paths)):
+        np.testing.assert_array_equal(rows.take([5, 11]), images[[5, 11]])
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"changed since.*\(record 6,"):
+                rows.take([6])
+
+
+def test_stamps_tell_records_apart(paths):
+    stamps = TFRecordSource(paths).stamps()
+    assert stamps.shape == (12, 2)
+    assert len(np.unique(stamps[:, 1])) == 12
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda kept: {name: kept[name][:4] for name in ("offsets", "checks", "labels")},
+        lambda kept: {"offsets": np.delete(kept["offsets"], 3)},
+        lambda kept: {"labels": kept["labels"][:-1]},
+        lambda kept: {"labels": kept["labels"].astype("float32")},
+        lambda kept: {"labels": kept["labels"][:, None]},
+        lambda kept: {"checks": kept["checks"].astype("int64")},
+        lambda kept: {"offsets": kept["offsets"][::-1]},
+        lambda kept: {"offsets": np.r_[0, -99, kept["offsets"][2:]]},
+        lambda kept: {"labels": np.array([None] * 7)},
+        lambda kept: {"about": np.array([kept["about"]] * 2)},
+    ],
+)
+def test_an_index_that_does_not_agree_is_made_anew(paths, images, change):
+    TFRecordSource(paths)
+    index = paths[0].with_name("a.tfrecord.index.npz")
+    with np.load(index) as kept:
+        kept = dict(kept)
+    np.savez(index, **kept | change(kept))
+    for _ in range(2):
+        source = TFRecordSource(paths)
+        assert source.labels.tolist() == [i // 3 for i in range(12)]
+        np.testing.assert_array_equal(source.take(range(12)), images)
+
+
+def huge(index):
+    """An array of 8 GB, as zeros that are compressed to a few bytes."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": "<i8", "fortran_order": False, "shape": (2**30,)}
+    )
+    with zipfile.ZipFile(index, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in ("about", "offsets", "checks", "labels"):
+            file.writestr(f"{name}.npy", head.getvalue() + bytes(10**6))
+
+
+def test_a_damaged_index_is_made_anew(paths, images, rng):
+    TFRecordSource(paths)
+    index = paths[0].with_name("a.tfrecord.index.npz")
+    whole = index.read_bytes()
+    np.save(paths[0].with_name("plain.npy"), np.arange(3))
+    plain = paths[0].with_name("plain.npy").read_bytes()
+    cases = [b"", b"PK", plain, pickle.dumps([1])]
+    huge(index)
+    cases.append(index.read_bytes())
+    for _ in range(40):
+        data = bytearray(whole)
+        data[rng.integers(len(data))] = rng.integers(256)
+        cases.append(bytes(data[: rng.integers(len(data), 2 * len(data))]))
+    for case in cases:
+        index.write_bytes(case)
+        source = TFRecordSource(paths)
+        assert source.labels.tolist() == [i // 3 for i in range(12)]
+        np.testing.assert_array_equal(source.take(range(12)), images)
+
+
 # -- what is wrong with a file
+
+
+def test_no_damage_goes_unnoticed(paths, rng):
+    whole = paths[0].read_bytes()
+    for case in range(60):
+        data = bytearray(whole)
+        if case % 3 == 0:
+            del data[rng.integers(1, len(data)) :]
+        elif case % 3 == 1:
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        else:
+            length = struct.pack("<Q", int(rng.integers(2**63)))
+            check = struct.pack("<I", tfrecord._masked_crc(length))
+            data[:12] = length + check  # huge, with its checksum
+        paths[0].write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.tfrecord with .* \(record \d"):
+            TFRecordSource(paths, index=False)
+
+
+def test_records_that_are_no_examples_are_refused(tmp_path, rng):
+    record = example(image=b"0123456789", label=3)
+    for case in range(60):
+        data = bytearray(record)
+        data[rng.integers(len(data))] = rng.integers(256)
+        if case % 2:
+            del data[rng.integers(len(data)) :]
+        path = write(tmp_path / "x", [bytes(data)])
+        try:
+            TFRecordSource(path, shape=(10,), index=False)
+        except ValueError as error:
+            told = str(error)
+        except TypeError as error:  # a label of another kind
+            told = str(error)
+        else:
+            continue
+        assert str(path) in told
+        assert "ecord 0" in told
 
 
 @pytest.mark.parametrize(

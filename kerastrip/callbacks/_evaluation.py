@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -13,13 +14,21 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._labels import LabelTable
 from kerastrip._outputs import embedding_output
-from kerastrip.evaluation import label_table
+from kerastrip.distances import DISTANCES
+from kerastrip.evaluation import label_table, shared_rows
 from kerastrip.inference import (
     embed_with_targets,
     is_batches,
     is_sampler,
     source_of,
     unusable_rows,
+)
+from kerastrip.sources import ArraySource, Subset
+
+# Whose lines no warning points at.
+_NOT_THE_USER = (
+    os.path.dirname(os.path.dirname(__file__)) + os.sep,
+    os.path.dirname(keras.__file__) + os.sep,
 )
 
 
@@ -35,6 +44,9 @@ class HeldOut:
     Attributes:
         length: number of samples, None if it shows only in reading.
         table: their labels, None likewise, or if there are none.
+
+    A copy (`copy.deepcopy`, as tuners make it of every callback) is the object itself:
+    nothing here ever changes, and the data may be large.
     """
 
     def __init__(
@@ -62,6 +74,31 @@ class HeldOut:
         elif labelled:
             raise ValueError(_checks.message(names[1], "one label per sample", y))
 
+    def __deepcopy__(self, memo: Any) -> HeldOut:
+        return self
+
+    def rows_in(self, gallery: HeldOut) -> np.ndarray | None:
+        """(n,) the row of the gallery that is the same sample, -1 where none is.
+
+        None where nothing is known: of datasets, and of copies.
+        """
+        if self.length is None or gallery.length is None:
+            return None
+        (source, rows), (other, its_rows) = _origin(self._x), _origin(gallery._x)
+        if source is other:
+            shared = np.arange(len(source))
+        elif isinstance(source, ArraySource) and isinstance(other, ArraySource):
+            found = shared_rows(source.array, other.array)
+            if found is None:
+                return None
+            shared = found
+        else:
+            return None
+        place = np.full(len(other), -1)
+        place[its_rows] = np.arange(len(its_rows))
+        shared = shared[rows]
+        return np.where(shared >= 0, place[shared], -1)
+
     def embed(self, model: Any, **options: Any) -> tuple[np.ndarray, Any]:
         """(n, dim) embeddings by the model, and (n,) labels if there are any."""
         embeddings, targets = embed_with_targets(model, self._x, **options)
@@ -77,6 +114,15 @@ class HeldOut:
         return embeddings, None if table is None else table.decode(table.codes)
 
 
+def _origin(source: Any) -> tuple[Any, np.ndarray]:
+    """The source that the samples of a `Subset` come from, and their rows in it."""
+    rows = np.arange(len(source))
+    while isinstance(source, Subset):
+        source, chosen = source.origin()
+        rows = chosen[rows]
+    return source, rows
+
+
 class EpochEvaluation:
     """Embeds fixed sets of data every few epochs and logs what `measure` finds.
 
@@ -84,9 +130,13 @@ class EpochEvaluation:
         callback: the Keras callback this works for.
         data: what to embed.
         keys: the figures to log, in order.
-        measure: a function of the embeddings and labels of each of `data` in turn
-            and `verbose`, that returns a dict with those figures.
-        every, prefix, output, batch_size, verbose: arguments of the callback.
+        measure: a function of the embeddings and labels of each of `data` in turn,
+            `distance` and `verbose`, that returns a dict with those figures.
+        every, prefix, names, distance, output, batch_size, verbose: arguments of the
+            callback.
+
+    Attributes:
+        results: epoch -> what `measure` returned; a new dict in a new `fit`.
     """
 
     def __init__(
@@ -97,17 +147,23 @@ class EpochEvaluation:
         keys: Sequence[str],
         measure: Callable[..., dict[str, float]],
         every: int,
-        prefix: str,
+        prefix: str = "",
+        names: Mapping[str, str] | None = None,
+        distance: str | None = None,
         output: int | str | None,
         batch_size: int,
         verbose: bool | None,
     ):
         self.results: dict[int, dict[str, float]] = {}
         self._latest: dict[str, float] | None = None
+        self._begun = False
         self._callback = callback
         self._data = data
-        self._keys = {key: f"{prefix}{key}" for key in keys}
+        self._keys = _log_keys(keys, prefix, names)
         self._measure = measure
+        if distance is not None:
+            _checks.one_of("distance", distance, DISTANCES)
+        self._distance = distance
         self._every = _checks.integer("every", every, 1)
         self._output = output
         self._batch_size = _checks.integer("batch_size", batch_size, 1)
@@ -117,18 +173,24 @@ class EpochEvaluation:
 
     def begin(self) -> None:
         """Looks for what would fail, or be missed, at the end of the first epoch."""
-        self._latest = None
+        self._latest, self._begun = None, False
         if getattr(self._callback.model, "output_names", None):
-            embedding_output(self._callback.model, self._output)
+            self._warn_of_foreign_distance()
         names = set(self._keys.values())
         for other in _listed_before(self._callback):
             if getattr(other, "monitor", None) in names:
-                warnings.warn(
+                warn(
                     f"{type(other).__name__}(monitor={other.monitor!r}) is listed "
                     f"before {type(self._callback).__name__} and will not see that "
-                    "key. List it after.",
-                    stacklevel=2,
+                    "key. List it after."
                 )
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Forgets, in the first epoch of a `fit`, what it does not resume."""
+        if not self._begun:
+            self._begun = True
+            # A new dict: whoever has kept the one of the last fold still has it.
+            self.results = {e: kept for e, kept in self.results.items() if e < epoch}
 
     def end(self, epoch: int, logs: dict[str, Any] | None) -> None:
         """Measures if it is the turn of this epoch, and adds the figures to `logs`."""
@@ -139,7 +201,21 @@ class EpochEvaluation:
         if logs is not None:
             logs.update({self._keys[key]: self._latest[key] for key in self._keys})
 
+    def _distance_of_loss(self) -> Any:
+        loss = embedding_output(self._callback.model, self._output).loss
+        return getattr(loss, "distance", None)
+
+    def _warn_of_foreign_distance(self) -> None:
+        word = self._distance_of_loss()
+        if self._distance is None and word is not None and word not in DISTANCES:
+            warn(
+                f"The loss has the distance {word!r}, which "
+                f"{type(self._callback).__name__} does not know: it measures by the "
+                f"euclidean distance. Give it distance=, one of {DISTANCES}."
+            )
+
     def _evaluate(self, epoch: int) -> dict[str, float]:
+        distance = self._distance or self._distance_of_loss()
         verbose = self._verbose
         if verbose is None:
             verbose = (self._callback.params or {}).get("verbose") == 1
@@ -153,16 +229,58 @@ class EpochEvaluation:
             )
             bad = unusable_rows(embeddings)
             if len(bad):
-                warnings.warn(
+                warn(
                     f"{type(self._callback).__name__}: {len(bad)} of "
                     f"{len(embeddings)} embeddings hold NaN, infinity or more than "
                     f"1e15 after epoch {epoch + 1}; its figures are NaN. The training "
-                    "has diverged.",
-                    stacklevel=2,
+                    "has diverged."
                 )
                 return dict.fromkeys(self._keys, float("nan"))
             arguments += [embeddings, labels]
-        return self._measure(*arguments, verbose=verbose)
+        return self._measure(
+            *arguments,
+            distance=distance if distance in DISTANCES else "euclidean",
+            verbose=verbose,
+        )
+
+
+def without_model(callback: keras.callbacks.Callback) -> dict[str, Any]:
+    """The state of a callback for a copy or a pickle.
+
+    What Keras has set in a `fit` (the model, its parameters) is as in a new callback:
+    a copy is for another `fit`, and not every model can be copied.
+    """
+    return {**callback.__dict__, **keras.callbacks.Callback().__dict__}
+
+
+def _log_keys(
+    words: Sequence[str], prefix: str, names: Mapping[str, str] | None
+) -> dict[str, str]:
+    """The key in the logs of each figure."""
+    names = {} if names is None else names
+    if not isinstance(names, Mapping) or not all(
+        isinstance(name, str) and name for name in names.values()
+    ):
+        raise TypeError(_checks.message("names", "a dict from metrics to names", names))
+    for word in names:
+        _checks.one_of("names", word, words)
+    keys = {word: f"{prefix}{names.get(word, word)}" for word in words}
+    for word, key in keys.items():
+        if list(keys.values()).count(key) > 1:
+            raise ValueError(
+                _checks.message(
+                    "names", "a name of its own for every metric", names.get(word, word)
+                )
+            )
+    return keys
+
+
+def warn(text: str) -> None:
+    """A warning that points at the line of the user that led here, as a call of `fit`."""
+    frame, level = inspect.currentframe(), 1
+    while frame and frame.f_code.co_filename.startswith(_NOT_THE_USER):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def _listed_before(callback: keras.callbacks.Callback) -> list[Any]:

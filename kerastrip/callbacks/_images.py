@@ -31,6 +31,9 @@ class Thumbnails:
         pictures(name, images)
         self._limits = limits_of(images)
 
+    def __deepcopy__(self, memo: Any) -> Thumbnails:
+        return self  # nothing here ever changes, and the images may be large
+
     def take(self, rows: Any, size: int) -> list[np.ndarray]:
         """uint8 pictures of some rows, no side longer than `size`."""
         images = pictures(self._name, self._source.take(rows), self._limits)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kerastrip import plotting
+from kerastrip._files import readable
 from kerastrip._neighbours import confusions, nearest_others, spread_rows
 from kerastrip._pictures import png
 from kerastrip.callbacks import _page
@@ -59,7 +60,7 @@ def look(
 ) -> Look:
     """Measures and draws the embeddings of held-out data."""
     table = label_table("y", labels, len(embeddings))
-    names = [str(name) for name in table.classes]
+    names = [readable(name) for name in table.classes]
     figures = retrieval_metrics(
         embeddings, labels, metrics=_RETRIEVAL, distance=distance, verbose=verbose
     )

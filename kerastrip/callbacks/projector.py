@@ -13,9 +13,9 @@ import keras
 import numpy as np
 
 from kerastrip import _checks
+from kerastrip._files import write_whole
 from kerastrip._pictures import png
-from kerastrip.callbacks._evaluation import HeldOut
-from kerastrip.callbacks._files import write_whole
+from kerastrip.callbacks._evaluation import HeldOut, warn, without_model
 from kerastrip.callbacks._images import Thumbnails, thumbnails_of
 
 # What the projector reads: so many points, and a sprite of so many pixels a side.
@@ -38,7 +38,8 @@ class EmbeddingProjector(keras.callbacks.Callback):
     | `projector_config.pbtxt` | what belongs together |
 
     `tensorboard --logdir DIRECTORY` shows them under "Projector". TensorBoard is not
-    needed to write them. List it after callbacks that put back better weights at the
+    needed to write them. If they cannot be written there is a warning, and the training
+    goes on. A copy (`copy.deepcopy`, as tuners make it) shares the data. List it after callbacks that put back better weights at the
     end (`EarlyStopping`).
 
     Args:
@@ -96,6 +97,14 @@ class EmbeddingProjector(keras.callbacks.Callback):
         if self._data.length is not None:
             self._check_length(self._data.length)
 
+        self._told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_model(self)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._told = False
+
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self._every is not None and (epoch + 1) % self._every == 0:
             self._write()
@@ -126,26 +135,34 @@ class EmbeddingProjector(keras.callbacks.Callback):
             verbose=(self.params or {}).get("verbose") == 1,
         )
         self._check_length(len(embeddings))
-        self._directory.mkdir(parents=True, exist_ok=True)
         lines = io.StringIO()
         np.savetxt(lines, embeddings, fmt="%.6g", delimiter="\t")
         config = ['tensor_name: "embedding"', 'tensor_path: "tensors.tsv"']
+        files: dict[str, str | bytes] = {"tensors.tsv": lines.getvalue()}
         columns = self._columns if labels is None else {"label": labels} | self._columns
         if columns:
             config.append('metadata_path: "metadata.tsv"')
-            write_whole(self._directory / "metadata.tsv", _table(columns))
+            files["metadata.tsv"] = _table(columns)
         if self._thumbnails is not None:
             sprite, height, width = _sprite(self._thumbnails, len(embeddings))
-            write_whole(self._directory / "sprite.png", png(sprite))
+            files["sprite.png"] = png(sprite)
             config += [
                 'sprite { image_path: "sprite.png"',
                 f"  single_image_dim: {width} single_image_dim: {height} }}",
             ]
-        write_whole(self._directory / "tensors.tsv", lines.getvalue())
-        write_whole(
-            self._directory / "projector_config.pbtxt",
-            "\n  ".join(["embeddings {", *config]) + "\n}\n",
-        )
+        told = "\n  ".join(["embeddings {", *config]) + "\n}\n"
+        files["projector_config.pbtxt"] = told
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                write_whole(self._directory / name, content)
+        except OSError as error:
+            if not self._told:
+                warn(
+                    f"EmbeddingProjector cannot write into {self._directory} "
+                    f"({error.strerror or error}). The training goes on."
+                )
+            self._told = True
 
 
 def _table(columns: Mapping[str, Any]) -> str:

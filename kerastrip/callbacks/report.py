@@ -12,10 +12,15 @@ import keras
 import numpy as np
 
 from kerastrip import _checks
+from kerastrip._files import write_whole
 from kerastrip._outputs import embedding_output
 from kerastrip.callbacks import _page
-from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
-from kerastrip.callbacks._files import write_whole
+from kerastrip.callbacks._evaluation import (
+    EpochEvaluation,
+    HeldOut,
+    warn,
+    without_model,
+)
 from kerastrip.callbacks._images import thumbnails_of
 from kerastrip.callbacks._report_parts import (
     Look,
@@ -28,7 +33,6 @@ from kerastrip.callbacks._report_parts import (
     tiles,
 )
 from kerastrip.callbacks.collapse import CollapseGuard
-from kerastrip.distances import DISTANCES
 from kerastrip.verification import check_codes
 
 
@@ -47,8 +51,10 @@ class TrainingReport(keras.callbacks.Callback):
     - every figure of the logs as a small curve.
 
     The file is replaced in one step: who opens it, or interrupts the training, finds
-    it whole. Reports of a training that goes on (`initial_epoch`) go on. List it
-    last, so that it sees what the other callbacks add. It needs matplotlib.
+    it whole. If it cannot be written there is a warning, and the training goes on. A
+    new `fit` begins a new report; that of a training that goes on (`initial_epoch`)
+    goes on. List it last, so that it sees what the other callbacks add. A copy
+    (`copy.deepcopy`, as tuners make it) shares the data. It needs matplotlib.
 
     Args:
         path: the HTML file to write; folders are made if missing.
@@ -118,9 +124,6 @@ class TrainingReport(keras.callbacks.Callback):
             "queries": _checks.integer("queries", queries, 1),
             "k": _checks.integer("k", k, 1),
         }
-        if distance is not None:
-            _checks.one_of("distance", distance, DISTANCES)
-        self._distance = distance
         self._output = output
         self._thumbnails = None
         self._evaluation: EpochEvaluation | None = None
@@ -139,20 +142,24 @@ class TrainingReport(keras.callbacks.Callback):
                 keys=(),
                 measure=self._measure,
                 every=every,
-                prefix="",
+                distance=distance,
                 output=output,
                 batch_size=batch_size,
                 verbose=None,
             )
         self._logs: dict[int, dict[str, float]] = {}
-        self._results = {} if self._evaluation is None else self._evaluation.results
         self._latest: Look | None = None
         self._begun = 0.0
         self._first: int | None = None
         self._ended = False
+        self._told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_model(self)
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._begun, self._ended, self._first = time.monotonic(), False, None
+        self._told = False
         if self._evaluation is not None:
             self._evaluation.begin()
 
@@ -163,9 +170,9 @@ class TrainingReport(keras.callbacks.Callback):
         if epoch == 0:
             self._latest = None
         # What an earlier run has left of the epochs to come is not of this one.
-        for kept in (self._logs, self._results):
-            for old in [e for e in kept if e >= epoch]:
-                del kept[old]
+        self._logs = {e: kept for e, kept in self._logs.items() if e < epoch}
+        if self._evaluation is not None:
+            self._evaluation.begin_epoch(epoch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._logs[epoch] = {
@@ -182,14 +189,14 @@ class TrainingReport(keras.callbacks.Callback):
         self._write()
 
     def _measure(
-        self, embeddings: np.ndarray, labels: Any, *, verbose: bool
+        self, embeddings: np.ndarray, labels: Any, *, distance: str, verbose: bool
     ) -> dict[str, float]:
         loss = embedding_output(self.model, self._output).loss
-        margin, word = (getattr(loss, name, None) for name in ("margin", "distance"))
+        margin = getattr(loss, "margin", None)
         self._latest = look(
             embeddings,
             labels,
-            distance=self._distance or (word if word in DISTANCES else "euclidean"),
+            distance=distance,
             margin=margin if isinstance(margin, float) and margin > 0 else None,
             thumbnails=self._thumbnails,
             verbose=verbose,
@@ -203,23 +210,33 @@ class TrainingReport(keras.callbacks.Callback):
         history = {
             name: [self._logs[e].get(name, math.nan) for e in epochs] for name in names
         }
+        results = {} if self._evaluation is None else self._evaluation.results
         bodies = [
             _page.header(
                 self._title,
                 self._state(len(epochs)),
-                lead(history, self._results, self._latest),
-                tiles(history, self._results, self._guard),
+                lead(history, results, self._latest),
+                tiles(history, results, self._guard),
             ),
             alarms_section(self._guard),
             mining_section([e + 1 for e in epochs], history),
         ]
         if self._evaluation is not None:
-            bodies.append(held_out_section(self._latest, self._results))
+            bodies.append(held_out_section(self._latest, results))
         if self._latest is not None:
             bodies.append(self._latest.neighbours)
         bodies.append(logs_section(history))
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path, _page.page(self._title, bodies))
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._path, _page.page(self._title, bodies))
+        except OSError as error:
+            if not self._told:
+                warn(
+                    f"TrainingReport cannot write {self._path} "
+                    f"({error.strerror or error}). The training goes on, and so does "
+                    "the report, once it can be written."
+                )
+            self._told = True
 
     def _state(self, epochs: int) -> str:
         """How far the training is, how long it has run, and when that was."""

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
-from kerastrip.distances import DISTANCES
-from kerastrip.evaluation import check_metrics, common_codes, retrieval_metrics
+from kerastrip.callbacks._evaluation import (
+    EpochEvaluation,
+    HeldOut,
+    warn,
+    without_model,
+)
+from kerastrip.evaluation import (
+    check_metrics,
+    common_codes,
+    lookup_figures,
+    themselves,
+)
 
 
 class RetrievalEvaluation(keras.callbacks.Callback):
@@ -30,8 +39,16 @@ class RetrievalEvaluation(keras.callbacks.Callback):
     which fixes its columns in the first epoch, and callbacks with a monitor find
     their keys; patience still counts epochs.
 
+    The figures are those of the distance that the loss of the embedding has in
+    `compile`, as for `MiningStats`; of a loss that has none, of the euclidean one.
+
+    Samples of x that are in the gallery, too, would find themselves. Those that come
+    from the same array or source are looked up without themselves; copies are counted
+    in a warning.
+
     If the training has diverged (NaN embeddings) the figures are NaN, with a
-    warning.
+    warning. A new `fit` begins with empty `results`, unless it resumes one by
+    `initial_epoch`.
 
     Args:
         x: held-out data: an array, a dict or tuple of arrays, a source of
@@ -44,9 +61,13 @@ class RetrievalEvaluation(keras.callbacks.Callback):
             x itself, each sample without itself.
         gallery_labels: labels of the gallery, as y.
         metrics: words of `retrieval_metrics`. Default `("recall@1", "map@r")`.
-        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+        distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`. Default None:
+            that of the compiled loss, `"euclidean"` where it has none.
         every: epochs from one measurement to the next, at least 1. Default 1.
         prefix: put before each key. Default `"val_"`.
+        names: other keys for the logs, for example where `@` is not allowed (file
+            names of `ModelCheckpoint`, some experiment trackers): metric -> name,
+            before which the prefix is put. Default None: the metrics.
         output: name or position of the embedding among the outputs of the model.
             None takes the output whose loss has a `distance`, or the only one.
         batch_size: rows per call of the model. Default 128.
@@ -81,45 +102,36 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         gallery: Any = None,
         gallery_labels: Any = None,
         metrics: Sequence[str] = ("recall@1", "map@r"),
-        distance: str = "euclidean",
+        distance: str | None = None,
         every: int = 1,
         prefix: str = "val_",
+        names: Mapping[str, str] | None = None,
         output: int | str | None = None,
         batch_size: int = 128,
         verbose: bool | None = None,
     ):
         super().__init__()
-        keys = check_metrics(metrics)
-        _checks.one_of("distance", distance, DISTANCES)
+        self._metrics = check_metrics(metrics)
         data = [HeldOut(x, y)]
+        if gallery is x and (gallery_labels is None or gallery_labels is y):
+            gallery = gallery_labels = None
         if gallery is not None:
             data.append(HeldOut(gallery, gallery_labels, ("gallery", "gallery_labels")))
         elif gallery_labels is not None:
             raise ValueError(
                 _checks.message("gallery_labels", "`gallery` with it", gallery_labels)
             )
-
-        def measure(
-            embeddings: Any, labels: Any, *others: Any, verbose: bool
-        ) -> dict[str, float]:
-            rows, row_labels = others or (None, None)
-            return retrieval_metrics(
-                embeddings,
-                labels,
-                gallery=rows,
-                gallery_labels=row_labels,
-                metrics=keys,
-                distance=distance,
-                verbose=verbose,
-            )
-
+        self._own = None if gallery is None else data[0].rows_in(data[1])
+        self._told = False
         self._evaluation = EpochEvaluation(
             self,
             data,
-            keys=keys,
-            measure=measure,
+            keys=self._metrics,
+            measure=self._measure,
             every=every,
             prefix=prefix,
+            names=names,
+            distance=distance,
             output=output,
             batch_size=batch_size,
             verbose=verbose,
@@ -135,12 +147,44 @@ class RetrievalEvaluation(keras.callbacks.Callback):
                 _checks.message("gallery_labels", "a label of y", gallery_labels)
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return without_model(self)
+
+    def _measure(
+        self,
+        embeddings: Any,
+        labels: Any,
+        gallery: Any = None,
+        gallery_labels: Any = None,
+        *,
+        distance: str,
+        verbose: bool,
+    ) -> dict[str, float]:
+        figures, met = lookup_figures(
+            embeddings,
+            labels,
+            gallery,
+            gallery_labels,
+            own=self._own,
+            metrics=self._metrics,
+            distance=distance,
+            verbose=verbose,
+        )
+        if len(met) and not self._told:
+            self._told = True
+            warn(f"{type(self).__name__}: {themselves(met, len(embeddings))}")
+        return figures
+
     @property
     def results(self) -> dict[int, dict[str, float]]:
         return self._evaluation.results
 
     def on_train_begin(self, logs: Any = None) -> None:
+        self._told = False
         self._evaluation.begin()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._evaluation.begin_epoch(epoch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._evaluation.end(epoch, logs)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 
 from kerastrip import _checks
-from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
-from kerastrip.distances import DISTANCES
+from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut, without_model
 from kerastrip.verification import (
     VerificationCurve,
     check_codes,
@@ -25,8 +24,9 @@ class VerificationEvaluation(keras.callbacks.Callback):
 
     After an epoch every sample is embedded once, and all pairs, or those of a list,
     are told apart by their distance (`kerastrip.verification.verification_metrics`).
-    Where it stands among the callbacks, what `every` does between measurements, and
-    what happens to NaN embeddings is as for `RetrievalEvaluation`.
+    Where it stands among the callbacks, what `every` does between measurements, by
+    which distance it measures, when `results` begin anew, and what happens to NaN
+    embeddings is as for `RetrievalEvaluation`.
 
     Args:
         x: held-out data, as for `RetrievalEvaluation`.
@@ -35,9 +35,12 @@ class VerificationEvaluation(keras.callbacks.Callback):
         is_same: (pairs,) booleans, in place of y.
         metrics: words of `verification_metrics`. Default
             `("auc", "eer", "tar@0.01")`.
-        distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
+        distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`. Default None:
+            that of the compiled loss, `"euclidean"` where it has none.
         every: epochs from one measurement to the next, at least 1. Default 1.
         prefix: put before each key. Default `"val_"`.
+        names: other keys for the logs, as for `RetrievalEvaluation`:
+            `{"tar@0.01": "tar_1e-2"}` logs `val_tar_1e-2`. Default None.
         output: name or position of the embedding among the outputs of the model.
             None takes the output whose loss has a `distance`, or the only one.
         batch_size: rows per call of the model. Default 128.
@@ -73,24 +76,23 @@ class VerificationEvaluation(keras.callbacks.Callback):
         pairs: Any = None,
         is_same: Any = None,
         metrics: Sequence[str] = ("auc", "eer", "tar@0.01"),
-        distance: str = "euclidean",
+        distance: str | None = None,
         every: int = 1,
         prefix: str = "val_",
+        names: Mapping[str, str] | None = None,
         output: int | str | None = None,
         batch_size: int = 128,
         verbose: bool | None = None,
     ):
         super().__init__()
-        keys = check_metrics(metrics)
-        _checks.one_of("distance", distance, DISTANCES)
+        self._metrics = check_metrics(metrics)
         if is_same is not None and (pairs is None or y is not None):
             raise ValueError(
                 _checks.message(
                     "is_same", "`pairs` with it, and y=None in its place", is_same
                 )
             )
-        labelled = is_same is None
-        data = HeldOut(x, y, labelled=labelled)
+        data = HeldOut(x, y, labelled=is_same is None)
         if pairs is None:
             if data.table is not None:
                 check_codes("y", data.table.codes)
@@ -99,30 +101,37 @@ class VerificationEvaluation(keras.callbacks.Callback):
                 pairs = pairs_array(pairs, data.length)
             if is_same is not None:
                 is_same = flags_array(is_same, len(pairs))
+        self._pairs, self._is_same = pairs, is_same
         self.curve: VerificationCurve | None = None
-
-        def measure(embeddings: Any, labels: Any, *, verbose: bool) -> dict[str, float]:
-            self.curve = verification_curve(
-                embeddings,
-                labels if labelled else None,
-                pairs=pairs,
-                is_same=is_same,
-                distance=distance,
-                verbose=verbose,
-            )
-            return self.curve.figures(keys)
-
         self._evaluation = EpochEvaluation(
             self,
             [data],
-            keys=keys,
-            measure=measure,
+            keys=self._metrics,
+            measure=self._measure,
             every=every,
             prefix=prefix,
+            names=names,
+            distance=distance,
             output=output,
             batch_size=batch_size,
             verbose=verbose,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_model(self)
+
+    def _measure(
+        self, embeddings: Any, labels: Any, *, distance: str, verbose: bool
+    ) -> dict[str, float]:
+        self.curve = verification_curve(
+            embeddings,
+            labels if self._is_same is None else None,
+            pairs=self._pairs,
+            is_same=self._is_same,
+            distance=distance,
+            verbose=verbose,
+        )
+        return self.curve.figures(self._metrics)
 
     @property
     def results(self) -> dict[int, dict[str, float]]:
@@ -130,6 +139,9 @@ class VerificationEvaluation(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._evaluation.begin()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._evaluation.begin_epoch(epoch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._evaluation.end(epoch, logs)

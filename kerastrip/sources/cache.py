@@ -1,9 +1,14 @@
 """Samples decoded once and kept as a memory-mapped array.
 
-A cache is a directory: `images.npy` and `labels.npy`, which NumPy reads by itself, and
-`cache.json`, which says what is in them and how many rows are. It is replaced as a
-whole, after the rows that it counts are on the disk, so what a killed process was
-about to write is never taken for a row.
+A cache is a directory of arrays that NumPy reads by itself, and of `cache.json`, which
+says what is in them and how many rows are. It is replaced as a whole, after the rows
+that it counts are on the disk, so what a killed process was about to write is never
+taken for a row.
+
+    images.npy          the samples
+    labels.npy          their labels, if the source has any
+    checksums.npy       CRC-32 of each sample, compared when it is first read
+    stamps.npy          size and time of change of the file of each, when it was read
 """
 
 from __future__ import annotations
@@ -11,28 +16,40 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pathlib
+import re
+import struct
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import IO, Any
 
 import keras
 import numpy as np
 
-from kerastrip._checks import Told, message
+from kerastrip._checks import Told, boolean, message
+from kerastrip._files import write_whole
 from kerastrip.sources.arrays import ArraySource, as_source
 
-_VERSION = 1
+_VERSION = 2
 _SECONDS = 2.0  # of work, at most, are lost with a killed process
 _ROWS, _BYTES = 256, 1 << 26  # what is read at a time, at most
 _COMPARED = 8
+_HEADER = 1 << 20  # bytes of cache.json, at most
+_LABELS = "biufcSUmM"  # kinds of labels that a file can hold
+_GROWING = ("images.npy", "checksums.npy", "stamps.npy")
 _AGAIN = "Delete the directory, or give another path."
 
 
 def cache_images(
-    source: Any, path: str | os.PathLike[str], *, verbose: bool = False
+    source: Any,
+    path: str | os.PathLike[str],
+    *,
+    verbose: bool = False,
+    verify: bool = False,
 ) -> CachedImages:
     """The samples of a source, decoded and resized once, in a memory-mapped array.
 
@@ -42,22 +59,24 @@ def cache_images(
     The first call reads the source with a thread for each core and writes the
     directory; one that was killed is taken up where it stopped. Later calls open what
     is there, after comparing length, shape, dtype, labels and eight samples with the
-    source. Of two processes that begin at once (not on Windows) one waits for the
-    other.
+    source, and each sample whose file has another size or time of change since. Of two
+    processes that begin at once (not on Windows) one waits for the other.
 
     Args:
         source: what `as_source` takes; its samples must be arrays of one shape that
             are the same each time.
         path: directory of the cache, made if there is none.
         verbose: whether to show a progress bar. Default False.
+        verify: whether to compare all rows with their checksums now. Default False:
+            each when it is first read.
 
     Returns:
         The cache as a source, with the `labels` of `source` if it has any.
 
     Raises:
         TypeError: the samples are no arrays of numbers, or the labels are objects.
-        ValueError: the cache is damaged, or was made from another source or with
-            other parameters.
+        ValueError: the cache is damaged, or was made from another source, with
+            other parameters, or of files that have changed.
         FileExistsError: `path` is something else.
 
     Example:
@@ -70,32 +89,42 @@ def cache_images(
     source, path = as_source(source, "source"), pathlib.Path(path)
     labels = getattr(source, "labels", None)
     labels = None if labels is None else np.asarray(labels)
+    boolean("verify", verify)
+    # Before a sample is read: what is changed from now on is found out later.
+    stamps = _stamps(source)
     about = _about(source, labels)
     header = _header(path)
     if header is None or header["rows"] < about["samples"]:
         path.mkdir(parents=True, exist_ok=True)
         with _alone(path):
-            _fill(source, labels, about, path, verbose)
+            _fill(source, labels, stamps, about, path, verbose)
     else:
-        _compare(source, about, path, header)
-    return CachedImages(path)
+        _compare(source, stamps, about, path, header)
+    return CachedImages(path, verify=verify)
 
 
 class CachedImages:
     """A directory that `cache_images` wrote, as a source.
 
     Nothing is read but the rows that are asked for, and the pages of the file are
-    shared by all processes. It is pickled by its path.
+    shared by all processes. A row is compared with its checksum when a process first
+    takes it. It is pickled by its path.
 
     Args:
         path: the directory.
+        verify: whether to compare all rows with their checksums now, which reads the
+            whole file. Default False.
 
     Attributes:
         labels: (n,) array, or None where the source had none.
+        array: (n, ...) memory map of the rows, which are not compared with anything.
+        reading: how the source made them of encoded images (`ImageFiles.reading`), or
+            None.
 
     Raises:
         FileNotFoundError: there is no cache.
-        ValueError: it is unfinished, truncated, damaged or of a newer kerastrip.
+        ValueError: it is unfinished, truncated, damaged or of another version of
+            kerastrip.
 
     Example:
         >>> import numpy as np, tempfile
@@ -107,7 +136,8 @@ class CachedImages:
         (2, 8, 8)
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = False):
+        boolean("verify", verify)
         self._path = pathlib.Path(path).absolute()
         header = _header(self._path)
         if header is None:
@@ -119,16 +149,20 @@ class CachedImages:
                 f"an unfinished one with {rows} of {about['samples']} rows",
                 "Call cache_images again.",
             )
-        self._source = ArraySource(_images(self._path, about, rows))
+        self._source = ArraySource(_rows(self._path, "images.npy", about, rows))
         self.array = self._source.array
         self.labels = None
         if about["labels"] is not None:
-            try:
-                self.labels = np.load(self._path / "labels.npy")
-            except (OSError, ValueError, EOFError) as error:
-                raise _refused(self._path, f"labels.npy damaged ({error})") from error
-            if _digest(self.labels) != about["labels"]:
+            self.labels = np.array(_rows(self._path, "labels.npy", about, rows))
+            if _digest(self.labels) != about["labels"]["digest"]:
                 raise _refused(self._path, "labels.npy changed")
+        self.reading = about["reading"]
+        self._checksums = np.array(_rows(self._path, "checksums.npy", about, rows))
+        self._checked = np.zeros(rows, bool)
+        self._bytes = self.array.reshape(-1).view(np.uint8)
+        self._size = len(self._bytes) // rows
+        if verify:
+            self.check(np.arange(rows))
 
     def __len__(self) -> int:
         return len(self._source)
@@ -137,14 +171,40 @@ class CachedImages:
         return f"CachedImages({self.array.shape}, {self.array.dtype})"
 
     def take(self, indices: Any) -> np.ndarray:
-        """(len(indices), ...) fresh array of the rows, in the order asked for."""
+        """(len(indices), ...) fresh array of the rows, in the order asked for.
+
+        Raises:
+            ValueError: one of them has changed since it was written.
+        """
+        self.check(indices)
         return self._source.take(indices)
+
+    def check(self, indices: Any) -> None:
+        """Compares rows with their checksums, each once in a process.
+
+        Raises:
+            ValueError: one of them has changed since it was written.
+        """
+        indices = np.asarray(indices)
+        new = indices[~self._checked[indices]]
+        for row in new.tolist():
+            data = self._bytes[row * self._size : (row + 1) * self._size]
+            if zlib.crc32(data.data) != self._checksums[row]:
+                raise _refused(self._path, f"a damaged row {row}")
+        self._checked[new] = True
 
     def __getstate__(self) -> pathlib.Path:
         return self._path
 
     def __setstate__(self, path: pathlib.Path) -> None:
         self.__init__(path)  # type: ignore[misc]
+
+
+def _stamps(source: Any) -> np.ndarray:
+    """(n, 2) integers, others where the file of a sample is; zeros if none are known."""
+    read = getattr(source, "stamps", None)
+    found = None if read is None else read()
+    return np.zeros((len(source), 2), "<i8") if found is None else found.astype("<i8")
 
 
 def _about(source: Any, labels: np.ndarray | None) -> dict[str, Any]:
@@ -159,7 +219,9 @@ def _about(source: Any, labels: np.ndarray | None) -> dict[str, Any]:
                 "Cache the parts of a structure one by one.",
             )
         )
-    if labels is not None and (labels.dtype.hasobject or len(labels) != len(source)):
+    if labels is not None and (
+        labels.dtype.kind not in _LABELS or len(labels) != len(source)
+    ):
         expected = f"{len(source)} labels that are numbers or strings"
         raise TypeError(message("source.labels", expected, labels))
     return {
@@ -167,7 +229,14 @@ def _about(source: Any, labels: np.ndarray | None) -> dict[str, Any]:
         "samples": len(source),
         "shape": list(first.shape[1:]),
         "dtype": first.dtype.str,
-        "labels": None if labels is None else _digest(labels),
+        "reading": getattr(source, "reading", None),
+        "labels": None
+        if labels is None
+        else {
+            "shape": list(labels.shape[1:]),
+            "dtype": labels.dtype.str,
+            "digest": _digest(labels),
+        },
     }
 
 
@@ -196,27 +265,47 @@ def _checksum(about: dict[str, Any], rows: int) -> str:
 def _header(path: pathlib.Path) -> dict[str, Any] | None:
     """The header {about, rows}, or None if there is none."""
     try:
-        header = json.loads((path / "cache.json").read_bytes())
-        whole = header["checksum"] == _checksum(header["about"], header["rows"])
+        with open(path / "cache.json", "rb") as file:
+            header = json.loads(file.read(_HEADER))
+        about, rows = header["about"], header["rows"]
+        whole = header["checksum"] == _checksum(about, rows)
+        version = about["version"]
+        known = version != _VERSION or _is_known(about, rows)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
+    except (LookupError, TypeError, ValueError, OverflowError, RecursionError):
+        whole = known = False
+    if not (whole and known):
         raise _refused(path, "a damaged cache.json")
-    if header["about"]["version"] != _VERSION:
-        raise _refused(path, f"version {header['about']['version']}, not {_VERSION},")
+    if version != _VERSION:
+        raise _refused(path, f"version {version}, not {_VERSION},")
     return header
+
+
+def _is_known(about: dict[str, Any], rows: Any) -> bool:
+    """Whether a header says what one of ours does; a checksum can be forged."""
+    samples, labels = about["samples"], about["labels"]
+    return (
+        type(samples) is type(rows) is int
+        and samples > 0
+        and 0 <= rows <= samples
+        and (about["reading"] is None or isinstance(about["reading"], dict))
+        and _is_layout(about["shape"], about["dtype"], "biufc")
+        and (labels is None or _is_layout(labels["shape"], labels["dtype"], _LABELS))
+    )
+
+
+def _is_layout(shape: Any, dtype: Any, kinds: str) -> bool:
+    return (
+        all(type(side) is int and side >= 0 for side in shape)
+        and re.fullmatch(rf"[<>|][{kinds}]\d+(\[\w+\])?", dtype) is not None
+        and np.dtype(dtype).str == dtype
+    )
 
 
 def _write_header(path: pathlib.Path, about: dict[str, Any], rows: int) -> None:
     header = {"about": about, "rows": rows, "checksum": _checksum(about, rows)}
-    part = path / "cache.json.part"
-    with open(part, "w") as file:
-        json.dump(header, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path / "cache.json")
+    write_whole(path / "cache.json", json.dumps(header))
 
 
 @contextlib.contextmanager
@@ -227,7 +316,8 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with open(path / "cache.lock", "a") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    with open(os.open(path / "cache.lock", flags, 0o666), "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -235,69 +325,107 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
 # -- the rows --------------------------------------------------------------------
 
 
-def _images(path: pathlib.Path, about: dict[str, Any], rows: int) -> np.ndarray:
-    """The first rows of images.npy as a memory map, if they are what they must be."""
-    shape, dtype = tuple(about["shape"]), np.dtype(about["dtype"])
+def _layout(name: str, about: dict[str, Any]) -> tuple[bytes, np.dtype, tuple]:
+    """How a file begins, and dtype and shape of its rows.
+
+    The beginning is made here, not by NumPy, so that it can be compared byte by byte:
+    who reads the one of a stranger's file has a parser to trust.
+    """
+    shape, dtype = {
+        "images.npy": lambda: (about["shape"], about["dtype"]),
+        "labels.npy": lambda: (about["labels"]["shape"], about["labels"]["dtype"]),
+        "checksums.npy": lambda: ([], "<u4"),
+        "stamps.npy": lambda: ([2], "<i8"),
+    }[name]()
+    whole = (about["samples"], *shape)
+    text = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {whole}, }}"
+    text += " " * (-(len(text) + 11) % 64) + "\n"
+    start = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+    return start, np.dtype(dtype), tuple(shape)
+
+
+def _rows(
+    path: pathlib.Path, name: str, about: dict[str, Any], rows: int
+) -> np.ndarray:
+    """The first rows of a file as a memory map, if they are what they must be."""
+    start, dtype, shape = _layout(name, about)
+    needed = len(start) + rows * dtype.itemsize * math.prod(shape)
     try:
-        with open(path / "images.npy", "rb") as file:
-            np.lib.format.read_magic(file)
-            found, fortran, kind = np.lib.format.read_array_header_1_0(file)
-            begin, size = file.tell(), file.seek(0, os.SEEK_END)
-    except (OSError, ValueError) as error:
-        raise _refused(path, f"images.npy damaged ({error})") from error
-    if (found, fortran, kind) != ((about["samples"], *shape), False, dtype):
-        raise _refused(path, f"images.npy of shape {found} and dtype {kind}")
-    needed = begin + rows * dtype.itemsize * int(np.prod(shape))
+        with open(path / name, "rb") as file:
+            found, size = file.read(len(start)), file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise _refused(path, f"{name} damaged ({error})") from error
+    if found != start:
+        raise _refused(path, f"{name} damaged (it is of another shape or dtype)")
     if size < needed or (rows == about["samples"] and size > needed):
-        raise _refused(path, f"images.npy of {size} bytes, not {needed},")
-    return np.memmap(path / "images.npy", dtype, "r", begin, (rows, *shape))
+        raise _refused(path, f"{name} of {size} bytes, not {needed},")
+    return np.memmap(path / name, dtype, "r", len(start), (rows, *shape))
+
+
+def _step(about: dict[str, Any]) -> int:
+    """How many rows are read at a time."""
+    size = np.dtype(about["dtype"]).itemsize * math.prod(about["shape"])
+    return max(1, min(_ROWS, _BYTES // max(size, 1)))
 
 
 def _compare(
-    source: Any, about: dict[str, Any], path: pathlib.Path, header: dict[str, Any]
+    source: Any,
+    stamps: np.ndarray,
+    about: dict[str, Any],
+    path: pathlib.Path,
+    header: dict[str, Any],
 ) -> None:
-    """Refuse a cache that was not made from this source."""
+    """Refuse a cache that was not made from this source, as it is now."""
     for name, value in about.items():
         if header["about"][name] != value:
             told = "other labels"
             if name != "labels":
                 told = f"{name} {header['about'][name]}, not {value},"
-            raise _refused(path, told, f"It is of another source. {_AGAIN}")
-    rows = np.unique(np.linspace(0, header["rows"] - 1, _COMPARED).astype(int))
-    kept, read = _images(path, about, header["rows"])[rows], source.take(rows)
-    for row, before, now in zip(rows, kept, read, strict=True):
-        if before.tobytes() != now.tobytes():
-            raise _refused(
-                path,
-                f"another sample {row}",
-                "It is of another source, or made with other parameters or another "
-                f"decoder. {_AGAIN} CachedImages(path) opens it as it is.",
-            )
+            advice = f"It is of another source, or made with other parameters. {_AGAIN}"
+            raise _refused(path, told, advice)
+    rows = header["rows"]
+    images, _, known = (_rows(path, name, about, rows) for name in _GROWING)
+    changed = np.flatnonzero((known != stamps[:rows]).any(axis=1))
+    some = np.linspace(0, rows - 1, _COMPARED).astype(int)
+    compared = np.union1d(some, changed)
+    for first in range(0, len(compared), _step(about)):
+        block = compared[first : first + _step(about)]
+        for row, now in zip(block, source.take(block), strict=True):
+            if images[row].tobytes() != now.tobytes():
+                raise _refused(
+                    path,
+                    f"another sample {row}",
+                    "Its file has changed, or the cache is of another source, or made "
+                    f"with other parameters or another decoder. {_AGAIN} "
+                    "CachedImages(path) opens it as it is.",
+                )
+    if len(changed):
+        # Touched or copied, with the same pixels. A cache may be read-only.
+        with contextlib.suppress(OSError):
+            start, *_ = _layout("stamps.npy", about)
+            write_whole(path / "stamps.npy", start + stamps[:rows].tobytes())
 
 
-def _create(labels: np.ndarray | None, about: dict[str, Any], path: pathlib.Path):
+def _create(
+    labels: np.ndarray | None, about: dict[str, Any], path: pathlib.Path
+) -> None:
     """The files of a cache without rows."""
-    for name in ("images.npy", "labels.npy"):
+    for name in ("labels.npy", *_GROWING):
         # The header comes first, so that these are ours if it is there.
-        if (path / name).exists() and _header(path) is None:
+        if os.path.lexists(path / name) and _header(path) is None:
             raise FileExistsError(f"{path / name} is there, but is not of a cache.")
     _write_header(path, about, 0)
     if labels is not None:
-        np.save(path / "labels.npy", labels)
-    with open(path / "images.npy", "wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file,
-            {
-                "descr": about["dtype"],
-                "fortran_order": False,
-                "shape": (about["samples"], *about["shape"]),
-            },
-        )
+        start, *_ = _layout("labels.npy", about)
+        write_whole(path / "labels.npy", start + labels.tobytes())
+    for name in _GROWING:
+        write_whole(path / name, _layout(name, about)[0])
 
 
 def _fill(
     source: Any,
     labels: np.ndarray | None,
+    stamps: np.ndarray,
     about: dict[str, Any],
     path: pathlib.Path,
     verbose: bool,
@@ -305,42 +433,58 @@ def _fill(
     """Write the rows that are not there yet."""
     header = _header(path) or {"about": about, "rows": 0}
     if header["rows"]:
-        _compare(source, about, path, header)
+        _compare(source, stamps, about, path, header)
     else:
         _create(labels, about, path)
-    rows, total = header["rows"], about["samples"]
-    size = np.dtype(about["dtype"]).itemsize * int(np.prod(about["shape"]))
-    step = max(1, min(_ROWS, _BYTES // max(size, 1)))
+    rows, total, step = header["rows"], about["samples"], _step(about)
     threads = os.cpu_count() or 1
     bar = keras.utils.Progbar(total, unit_name="sample") if verbose else None
-    # Written, not mapped: a full disk is an error then, and does not kill the process.
-    with (
-        open(path / "images.npy", "r+b") as file,
-        ThreadPoolExecutor(threads) as pool,
-    ):
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        file.truncate(file.seek(rows * size, os.SEEK_CUR))
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        # Written, not mapped: a full disk is an error then, and does not kill the process.
+        files = [stack.enter_context(open(path / name, "r+b")) for name in _GROWING]
+        for file, name in zip(files, _GROWING, strict=True):
+            start, dtype, shape = _layout(name, about)
+            size = len(start) + rows * dtype.itemsize * math.prod(shape)
+            file.seek(file.truncate(size))
         saved = time.monotonic()
         while rows < total:
             block = np.arange(rows, min(rows + step, total))
             parts = [part for part in np.array_split(block, threads) if len(part)]
             for part, images in zip(parts, pool.map(source.take, parts), strict=True):
-                if images.nbytes != len(part) * size or images.dtype != about["dtype"]:
-                    raise ValueError(
-                        message(
-                            "source",
-                            f"samples of shape {tuple(about['shape'])} and dtype "
-                            f"{about['dtype']} in rows {part[0]} ... {part[-1]}",
-                            images,
-                        )
-                    )
-                file.write(np.ascontiguousarray(images).data)
+                _append(files, part, images, stamps, about)
             rows += len(block)
             if rows == total or time.monotonic() - saved >= _SECONDS:
-                file.flush()
-                os.fsync(file.fileno())
+                for file in files:
+                    file.flush()
+                    os.fsync(file.fileno())
                 _write_header(path, about, rows)
                 saved = time.monotonic()
             if bar is not None:
                 bar.update(rows)
+
+
+def _append(
+    files: Sequence[IO[bytes]],
+    rows: np.ndarray,
+    images: np.ndarray,
+    stamps: np.ndarray,
+    about: dict[str, Any],
+) -> None:
+    """Write some samples, their checksums and stamps into files of these."""
+    expected = (len(rows), *about["shape"])
+    if images.shape != expected or images.dtype != about["dtype"]:
+        raise ValueError(
+            message(
+                "source",
+                f"samples of shape {expected[1:]} and dtype {about['dtype']} in rows "
+                f"{rows[0]} ... {rows[-1]}",
+                images,
+            )
+        )
+    images = np.ascontiguousarray(images)
+    checksums = [zlib.crc32(image.tobytes()) for image in images]
+    for file, array in zip(
+        files, (images, np.array(checksums, "<u4"), stamps[rows]), strict=True
+    ):
+        file.write(array.data)

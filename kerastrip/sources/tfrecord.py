@@ -2,32 +2,39 @@
 
 A record is framed by its length (8 bytes, little-endian), the masked CRC-32C of the
 length, the data, and the masked CRC-32C of the data. Nothing says where the next but
-one begins, so every file is read once from end to end; where its records lie, and
-their labels, is kept in a file beside it.
+one begins, so every file is read once from end to end, and its checksums compared.
+Where its records lie, their labels, and a CRC-32 of each, which is faster to make than a
+CRC-32C, are kept in a file beside it; the CRC-32 is compared when a record is first
+read.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
 import pathlib
+import re
 import struct
-import threading
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from kerastrip._checks import Told, message, one_of
+from kerastrip._files import write_whole
 from kerastrip.sources.arrays import RowSource
 from kerastrip.sources.images import checked_size, decode_image
 
-_VERSION = 1
-_HEAD, _FRAME = 12, 16  # bytes before the data; before and after it
+_VERSION = 2
+_HEAD, _FOOT = 12, 4  # bytes before and after the data
+_FRAME = _HEAD + _FOOT
+_CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")  # in no text
 
 
 class TFRecordSource:
@@ -38,13 +45,15 @@ class TFRecordSource:
 
     - an encoded picture, decoded to uint8 (height, width, channels) as by
       `ImageFiles`;
-    - with `shape=`, raw bytes of `dtype` or a list of numbers.
+    - with `shape=`, raw bytes (uint8) or a list of numbers (int64 or float32), or
+      numbers of another `dtype`.
 
     Pictures of several sizes need `size=`; models of several inputs need `parse`.
 
     The first use reads every file once, checks its checksums and writes
     `<file>.index.npz` beside it. A file whose size or time of change is another is
-    indexed anew. Files must not be compressed: those have no random access.
+    indexed anew, and a record that has changed all the same is an error when it is
+    first read. Files must not be compressed: those have no random access.
 
     Safe in threads and processes: files are opened for one `take` only, and
     TensorFlow is used for its message classes, none of its operations.
@@ -54,12 +63,17 @@ class TFRecordSource:
             this order.
         feature: name of the feature that is the sample. Default "image".
         label: name of the feature that is the label, one integer or string (bytes
-            in UTF-8); or a function `(record: bytes) -> label`, whose labels are not
-            kept in the index file; or None. Default "label".
+            in UTF-8), of one kind in all files; or a function
+            `(record: bytes) -> label`, whose labels are not kept in the index file
+            and which reads what is neither, as an integer written as raw bytes; or
+            None. Default "label".
         parse: function `(record: bytes) -> sample` in place of `feature`; a sample
             is an array or a dict or tuple of arrays. Default None.
         shape: shape of a feature that is no picture. Default None.
-        dtype: its dtype. Default "uint8".
+        dtype: its dtype. Raw bytes are read as numbers of it. Numbers in a list are
+            converted, which is an error if one of them changes by more than the
+            rounding from one float to another. Default None: raw bytes are uint8,
+            and lists keep what they are made of, int64 or float32.
         color: "rgb" (default) or "gray".
         size: (height, width) that pictures are resized to, or one integer for both.
             Default: as they are.
@@ -73,7 +87,8 @@ class TFRecordSource:
         FileNotFoundError: there is no such file.
         ValueError: a file is truncated, damaged or compressed, or a record has no
             such feature: says which, and where.
-        TypeError: labels are neither integers nor strings.
+        TypeError: labels are neither integers nor strings, or some are integers
+            and others strings.
 
     Warns:
         UserWarning: the index cannot be written; it is kept in memory.
@@ -103,7 +118,7 @@ class TFRecordSource:
         label: str | Callable[[bytes], Any] | None = "label",
         parse: Callable[[bytes], Any] | None = None,
         shape: Sequence[int] | None = None,
-        dtype: Any = "uint8",
+        dtype: Any = None,
         color: str = "rgb",
         size: int | tuple[int, int] | None = None,
         index: bool | str | os.PathLike[str] = True,
@@ -118,15 +133,20 @@ class TFRecordSource:
             size = None if size is None else checked_size(size)
             parse = partial(_picture, feature, color, size)
             if shape is not None:
-                parse = partial(_numbers, feature, shape, np.dtype(dtype))
+                kind = None if dtype is None else np.dtype(dtype)
+                parse = partial(_numbers, feature, shape, kind)
         elif not callable(parse):
             raise TypeError(message("parse", "a function of bytes", parse))
-        indexed = map(partial(_indexed, label=label, index=index), files)
-        offsets, labels = zip(*indexed, strict=True)
-        if not any(len(some) > 1 for some in offsets):
+        indices = list(map(partial(_indexed, label=label, index=index), files))
+        if not any(len(some.checks) for some in indices):
             raise ValueError(message("paths", "at least one record", files))
-        self.labels = None if label is None else _joined(files, labels)
-        self._rows = RowSource(_Records(files, offsets, parse), "record")
+        self.labels = None
+        if label is not None:
+            self.labels = _joined(files, [some.labels for some in indices])
+        self._stamps = np.concatenate(
+            [np.c_[np.diff(some.offsets) - _FRAME, some.checks] for some in indices]
+        )
+        self._rows = RowSource(_Records(files, indices, parse), "record")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -135,11 +155,29 @@ class TFRecordSource:
         """Fresh arrays of the samples, in the order asked for.
 
         Raises:
-            ValueError: a record cannot be read or parsed, or its sample has another
-                shape than the first; names the file and the record.
+            ValueError: a record has changed, cannot be read or parsed, or its sample
+                has another shape than the first; names the file and the record.
             IndexError: there is no such sample.
         """
         return self._rows.take(indices)
+
+    def stamps(self) -> np.ndarray:
+        """(n, 2) integers, length and CRC-32 of the data of each record."""
+        return self._stamps
+
+
+class _Index(NamedTuple):
+    """What is known of one file with n records.
+
+    Attributes:
+        offsets: (n + 1,) int64, where the records begin, and where the last one ends.
+        checks: (n,) uint32, CRC-32 of the data of each.
+        labels: (n,) integers or strings; empty if none are kept.
+    """
+
+    offsets: np.ndarray
+    checks: np.ndarray
+    labels: np.ndarray
 
 
 class _Records:
@@ -147,19 +185,20 @@ class _Records:
 
     Args:
         files: where they are.
-        offsets: for each file where its records begin, and where the last one ends.
+        indices: of each.
         parse: bytes -> sample.
     """
 
     def __init__(
         self,
         files: Sequence[pathlib.Path],
-        offsets: Sequence[np.ndarray],
+        indices: Sequence[_Index],
         parse: Callable[[bytes], Any],
     ):
-        self._files, self._offsets, self._parse = files, offsets, parse
-        counts = [len(some) - 1 for some in offsets]
+        self._files, self._indices, self._parse = files, indices, parse
+        counts = [len(some.checks) for some in indices]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self._checked = [np.zeros(count, bool) for count in counts]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -183,11 +222,17 @@ class _Records:
         return samples
 
     def _sample(self, file: BinaryIO, number: int, place: int) -> Any:
-        start, end = self._offsets[number][place : place + 2].tolist()
+        index = self._indices[number]
+        start, end = index.offsets[place : place + 2].tolist()
         file.seek(start + _HEAD)
         data = file.read(end - start - _FRAME)
         if len(data) < end - start - _FRAME:
             raise _damaged(self._files[number], place, start, "a truncated record")
+        if not self._checked[number][place]:
+            if zlib.crc32(data) != index.checks[place]:
+                what = "a record that has changed since the file was indexed"
+                raise _damaged(self._files[number], place, start, what)
+            self._checked[number][place] = True
         return _parsed(self._parse, data, self._files[number], place)
 
 
@@ -220,21 +265,20 @@ def _damaged(path: pathlib.Path, place: int, offset: int, what: str) -> ValueErr
 # -- the index -------------------------------------------------------------------
 
 
-def _indexed(path: pathlib.Path, label: Any, index: Any) -> tuple[np.ndarray, Any]:
-    """(records + 1,) offsets and (records,) labels of a file, or None for labels."""
+def _indexed(path: pathlib.Path, label: Any, index: Any) -> _Index:
+    """The index of a file: the one that is kept, or one that is made now."""
     told = path.stat()
     kept = label if isinstance(label, str) else None
     about = json.dumps([_VERSION, told.st_size, told.st_mtime_ns, kept])
     beside = None if index is False else _index_path(path, index)
-    found = beside and _loaded(beside, about)
+    found = beside and _loaded(beside, about, told.st_size, kept is not None)
     if found and (label is None or kept):
-        return found[0], found[1] if kept else None
+        return found
     read = label if callable(label) else partial(_label, label)
-    offsets, labels = _walked(path, None if label is None else read)
+    made = _walked(path, None if label is None else read)
     if beside and not found:
-        keep = labels if kept and labels is not None else np.empty(0)
-        _save(beside, about, offsets, keep)
-    return offsets, labels
+        _save(beside, about, made if kept else made._replace(labels=np.empty(0)))
+    return made
 
 
 def _index_path(path: pathlib.Path, index: Any) -> pathlib.Path:
@@ -245,28 +289,43 @@ def _index_path(path: pathlib.Path, index: Any) -> pathlib.Path:
     return pathlib.Path(index, f"{_crc32c(os.fsencode(path.resolve())):08x}-{name}")
 
 
-def _loaded(beside: pathlib.Path, about: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _loaded(
+    beside: pathlib.Path, about: str, size: int, labelled: bool
+) -> _Index | None:
+    """The index that is kept, if it is one of the file as it is."""
     try:
+        with zipfile.ZipFile(beside) as members:
+            if any(member.compress_type for member in members.infolist()):
+                return None  # ours are not compressed, and few bytes may grow to many
         with np.load(beside) as kept:
-            if kept["about"].item() == about:
-                return kept["offsets"], kept["labels"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # none yet, or not ours: a new one takes its place
-    return None
+            if kept["about"].item() != about:
+                return None
+            found = _Index(*(kept[name] for name in _Index._fields))
+    except Exception:
+        return None  # none yet, or not ours: a new one takes its place
+    return found if _agrees(found, size, labelled) else None
 
 
-def _save(
-    beside: pathlib.Path, about: str, offsets: np.ndarray, labels: np.ndarray
-) -> None:
-    # Whole or not at all, also where several processes begin together.
-    part = beside.with_name(f"{beside.name}.{os.getpid()}-{threading.get_ident()}")
+def _agrees(index: _Index, size: int, labelled: bool) -> bool:
+    """Whether an index is one of a file of so many bytes, from its first to its last."""
+    offsets, checks, labels = index
+    return (
+        offsets.dtype == np.int64
+        and offsets.shape == (len(checks) + 1,)
+        and offsets[0] == 0
+        and offsets[-1] == size
+        and bool((np.diff(offsets) >= _FRAME).all())
+        and checks.dtype == np.uint32
+        and labels.shape == (len(checks) if labelled else 0,)
+        and (len(labels) == 0 or labels.dtype.kind in "iuU")
+    )
+
+
+def _save(beside: pathlib.Path, about: str, index: _Index) -> None:
+    file = io.BytesIO()
+    np.savez(file, about=np.array(about), **index._asdict())
     try:
-        try:
-            with open(part, "wb") as file:
-                np.savez(file, about=np.array(about), offsets=offsets, labels=labels)
-            os.replace(part, beside)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(beside, file.getvalue())
     except OSError as error:
         warnings.warn(
             f"The index of a TFRecord file cannot be kept ({error}) and will be built "
@@ -275,11 +334,9 @@ def _save(
         )
 
 
-def _walked(
-    path: pathlib.Path, read_label: Callable[[bytes], Any] | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Offsets and labels from the file itself, its checksums checked."""
-    offsets, labels, size = [0], [], path.stat().st_size
+def _walked(path: pathlib.Path, read_label: Callable[[bytes], Any] | None) -> _Index:
+    """The index of a file from the file itself, its checksums checked."""
+    offsets, checks, labels, size = [0], [], [], path.stat().st_size
     with open(path, "rb") as file:
         while head := file.read(_HEAD):
             place, start = len(offsets) - 1, offsets[-1]
@@ -291,30 +348,46 @@ def _walked(
             offsets.append(start + length + _FRAME)
             if offsets[-1] > size:
                 raise _damaged(path, place, start, "a truncated record")
-            data, check = file.read(length), struct.unpack("<I", file.read(4))[0]
-            if _masked_crc(data) != check:
+            data, foot = file.read(length), file.read(_FOOT)
+            if _masked_crc(data).to_bytes(_FOOT, "little") != foot:
                 raise _damaged(path, place, start, "damaged data")
+            checks.append(zlib.crc32(data))
             if read_label is not None:
                 labels.append(_parsed(read_label, data, path, place))
-    kinds = {type(value).__name__ for value in labels}
+    return _Index(
+        np.array(offsets, np.int64),
+        np.array(checks, np.uint32),
+        _label_array(path, labels),
+    )
+
+
+def _label_array(path: pathlib.Path, labels: Sequence[Any]) -> np.ndarray:
+    kinds = {type(value).__name__: place for place, value in enumerate(labels)}
     array = np.array(labels)
     if len(kinds) > 1 or (labels and (array.ndim > 1 or array.dtype.kind not in "iuU")):
+        told = ", ".join(f"{kind} (record {place})" for kind, place in kinds.items())
         raise TypeError(
             message(
                 "label",
                 "one integer or one string for each record",
-                Told(f"{', '.join(sorted(kinds))} in {path}"),
+                Told(f"{told} in {path}"),
+                "A function label= makes labels of one kind.",
             )
         )
-    return np.array(offsets, np.int64), None if read_label is None else array
+    return array
 
 
 def _joined(files: Sequence[pathlib.Path], labels: Sequence[np.ndarray]) -> np.ndarray:
-    filled = [some for some in labels if len(some)]
-    if len({some.dtype.kind == "U" for some in filled}) > 1:
-        received = Told(f"both in {', '.join(map(str, files))}")
-        raise TypeError(message("label", "integers or strings", received))
-    return np.concatenate(filled)
+    kinds = {
+        "strings" if some.dtype.kind == "U" else "integers": path
+        for path, some in zip(files, labels, strict=True)
+        if len(some)
+    }
+    if len(kinds) > 1:
+        told = ", ".join(f"{kind} in {path}" for kind, path in kinds.items())
+        advice = "A function label= makes labels of one kind."
+        raise TypeError(message("label", "integers or strings", Told(told), advice))
+    return np.concatenate([some for some in labels if len(some)])
 
 
 def _tables() -> np.ndarray:
@@ -381,16 +454,50 @@ def _single(name: str, record: bytes) -> Any:
 
 def _label(name: str, record: bytes) -> Any:
     value = _single(name, record)
-    return value.decode() if isinstance(value, bytes) else value
+    if not isinstance(value, bytes):
+        return value
+    text = value.decode("utf-8", "replace")
+    if "\ufffd" in text or _CONTROL.search(text):
+        # As text, an integer of zeros and one other byte would be a class like others.
+        raise ValueError(
+            f"{name!r} is {len(value)} bytes that are no text, {value[:16]!r}: raw "
+            "numbers need a function label="
+        )
+    return text
 
 
 def _numbers(
-    name: str, shape: Sequence[int], dtype: np.dtype, record: bytes
+    name: str, shape: Sequence[int], dtype: np.dtype | None, record: bytes
 ) -> np.ndarray:
     values = _values(name, record)
-    if len(values) == 1 and isinstance(values[0], bytes):
-        return np.frombuffer(values[0], dtype).reshape(shape)
-    return np.array(values, dtype).reshape(shape)
+    if any(isinstance(value, bytes) for value in values):
+        if len(values) > 1:
+            raise ValueError(f"{name!r} has {len(values)} byte strings, not one")
+        raw = np.uint8 if dtype is None else dtype
+        return np.frombuffer(values[0], raw).reshape(shape)
+    whole = any(isinstance(value, int) for value in values)
+    numbers = np.array(values, np.int64 if whole else np.float32)
+    return _converted(name, numbers, dtype).reshape(shape)
+
+
+def _converted(name: str, numbers: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+    """int64 or float32 numbers in another dtype, if they are the same there."""
+    if dtype is None or dtype == numbers.dtype:
+        return numbers
+    with np.errstate(all="ignore"):
+        converted = numbers.astype(dtype)
+        if numbers.dtype.kind == converted.dtype.kind == "f":
+            same = np.isfinite(numbers) == np.isfinite(converted)
+        else:  # and back again: numbers beyond 2^53 are compared as rounded floats
+            back = converted.astype(numbers.dtype)
+            same = (numbers == converted) & (numbers == back)
+    if not same.all():
+        first = numbers[~same][0]
+        raise ValueError(
+            f"{name!r} holds {first:.9g}, which is no {dtype.name}. Without dtype= "
+            f"lists of numbers stay {numbers.dtype.name}"
+        )
+    return converted
 
 
 def _picture(
