@@ -81,7 +81,7 @@ def build_model(shape, classes):
     x, filters = layers.Rescaling(1 / 255)(images), 32
     while min(x.shape[1:3]) > 4:
         x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
-        x = layers.ReLU()(layers.BatchNormalization()(x))
+        x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
         x, filters = layers.MaxPooling2D()(x), min(2 * filters, 128)
     x = layers.Dense(DIM)(layers.Flatten()(x))
     embedding = layers.UnitNormalization(dtype="float32", name="embedding")(x)

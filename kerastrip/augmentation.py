@@ -24,6 +24,7 @@ import keras
 import numpy as np
 
 from kerastrip import _augmentation_json, _checks, _targets
+from kerastrip._files import write_whole
 from kerastrip._keyed import SCHEME, KeyedRandom, integer64
 from kerastrip._version import __version__
 
@@ -567,12 +568,12 @@ class Augmentation:
         """Write `to_json()` to a file, such as augmentation.json beside a model.
 
         Args:
-            path: the file; one that exists is replaced.
+            path: the file; one that exists is replaced, in one step.
 
         Raises:
             TypeError, ValueError, OSError: as `to_json`; the file cannot be written.
         """
-        pathlib.Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_whole(path, self.to_json())
 
     @classmethod
     def load(

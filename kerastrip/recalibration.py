@@ -32,6 +32,8 @@ from kerastrip.inference import (
 _AVERAGES = ("moving_mean", "moving_variance", "moving_stddev")
 # An average that keeps more than this of itself in a step is frozen.
 _KEEPS_ALL = 1 - 1e-6
+# The spread, as a share of the mean square, at which a training has collapsed.
+_POINT = 1e-5
 
 
 def recalibrate(
@@ -87,9 +89,12 @@ def recalibrate(
             _checks.message("model", "a built Keras model", model, "Train it first.")
         )
     inputs = itertools.islice(_inputs(x, batches, batch_size), batches)
-    averages = _averages(model)
+    averages = moving_averages(model)
     with _restored(model):
         fresh = _statistics(model, inputs, averages)
+    if not all(value is None or np.isfinite(value).all() for value in fresh):
+        told = _checks.Told("NaN or infinity in what reaches a layer")
+        raise ValueError(_checks.message("x", "finite statistics", told))
     moved: dict[str, dict[str, tuple]] = {}
     for variable, value in zip(averages, fresh, strict=True):
         if value is not None:
@@ -98,6 +103,11 @@ def recalibrate(
             moved.setdefault(layer, {})[variable.name] = old, value
             variable.assign(value)
     return {layer: _moved(changes) for layer, changes in moved.items()}
+
+
+def moving_averages(model: Any) -> list[Any]:
+    """The variables of a model that are moving averages, frozen ones included."""
+    return [v for v in model.non_trainable_variables if v.name in _AVERAGES]
 
 
 class Figures(NamedTuple):
@@ -115,12 +125,7 @@ class Figures(NamedTuple):
 
 
 def compare_modes(
-    model: Any,
-    inputs: Any,
-    labels: np.ndarray,
-    *,
-    output: int | str | None = None,
-    distance: str = "euclidean",
+    model: Any, inputs: Any, labels: np.ndarray, *, output: int | str | None = None
 ) -> tuple[Figures, Figures] | None:
     """The embedding of some rows as a training step sees it, and as it is used.
 
@@ -131,43 +136,43 @@ def compare_modes(
     Args:
         model: a built Keras model.
         inputs: what the model takes: arrays of n rows.
-        labels: (n,) labels; two rows must share one, two must not.
+        labels: (n,) labels; two rows must share one, two must not. The distance is that
+            of the compiled loss, euclidean without one.
         output: name or position of the embedding; None finds it.
-        distance: the word.
 
     Returns:
         The figures by the statistics of the rows, and by the moving averages; None for
-        a model without moving averages that are not frozen, or that gives NaN.
+        a model without moving averages that are not frozen, for embeddings that are not
+        finite, and where the training has made one point of all rows already.
     """
-    chosen, averages = embedding_output(model, output), _averages(model)
+    chosen, averages = embedding_output(model, output), moving_averages(model)
+
+    def rows() -> np.ndarray:
+        return _values(chosen.take(model(inputs, training=False))).astype("float32")
+
     if not averages:
         return None
-
-    def figures() -> Figures:
-        rows = _values(chosen.take(model(inputs, training=False))).astype("float32")
-        return _figures(rows, labels, distance)
-
     with _restored(model):
-        used = figures()
-        try:
-            fresh = _statistics(model, iter([inputs]), averages)
-        except FloatingPointError:
-            return None
-        if all(value is None for value in fresh):
-            return None
+        fresh = _statistics(model, iter([inputs]), averages)
+    if all(value is None for value in fresh):
+        return None
+    with _restored(model):
+        used = rows()
         for variable, value in zip(averages, fresh, strict=True):
             if value is not None:
                 variable.assign(value)
-        seen = figures()
-    return (seen, used) if np.isfinite((*seen, *used)).all() else None
-
-
-def _averages(model: Any) -> list[Any]:
-    return [v for v in model.non_trainable_variables if v.name in _AVERAGES]
+        seen = rows()
+    if not (np.isfinite(used).all() and np.isfinite(seen).all()):
+        return None
+    if seen.var(axis=0).sum() <= _POINT * np.mean(np.sum(seen**2, axis=1)):
+        return None
+    word = getattr(chosen.loss, "distance", None)
+    word = word if word in DISTANCES else "euclidean"
+    return _figures(seen, labels, word), _figures(used, labels, word)
 
 
 def _values(tensor: Any) -> np.ndarray:
-    return np.array(keras.ops.convert_to_numpy(tensor))  # torch shares its memory
+    return np.array(keras.ops.convert_to_numpy(keras.ops.copy(tensor)))
 
 
 @contextlib.contextmanager
@@ -219,19 +224,20 @@ def _statistics(
         for variable, start in zip(averages, starts, strict=True):
             variable.assign(np.full(variable.shape, start))
         model(inputs, training=True)
-        found = [_values(variable).astype("float64") for variable in averages]
-        if not all(np.isfinite(one).all() for one in found):
-            raise FloatingPointError("The statistics of a batch are not finite.")
-        return found
+        return [_values(variable).astype("float64") for variable in averages]
 
-    sums, rows, kept = [0.0] * len(averages), 0, []
+    kept: list[float] = []
+    sums: list[Any] = [0.0] * len(averages)
+    rows = 0
     for inputs in batches:
         found = step(inputs, [0.0] * len(averages))
         if not kept:
             large = [1e3 * max(1.0, np.abs(one).max()) for one in found]
             kept = [
                 float(np.median(after - before)) / start
-                for after, before, start in zip(step(inputs, large), found, large)
+                for after, before, start in zip(
+                    step(inputs, large), found, large, strict=True
+                )
             ]
         count = len(keras.tree.flatten(inputs)[0])
         sums = [total + count * one for total, one in zip(sums, found, strict=True)]
@@ -259,14 +265,10 @@ def _moved(changes: dict[str, tuple[np.ndarray, np.ndarray]]) -> float:
 
 
 def _figures(rows: np.ndarray, labels: np.ndarray, distance: str) -> Figures:
-    centred = rows - rows.mean(axis=0)
+    spread = float(rows.var(axis=0, dtype="float64").sum())
     if distance == "cosine":
         rows = unit_rows(rows)
     first, second = np.triu_indices(len(rows), 1)
     apart = row_distances(rows[first], rows[second], distance)
     same = labels[first] == labels[second]
-    return Figures(
-        float(np.mean(np.sum(centred**2, axis=1))),
-        float(apart[same].mean()),
-        float(apart[~same].mean()),
-    )
+    return Figures(spread, float(apart[same].mean()), float(apart[~same].mean()))

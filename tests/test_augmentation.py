@@ -632,6 +632,16 @@ def test_json_is_self_contained(tmp_path, aug, images, views):
     assert repr(again) == repr(aug)
 
 
+def test_saving_replaces_the_file_in_one_step_and_follows_no_link(tmp_path, aug):
+    path, other = tmp_path / "augmentation.json", tmp_path / "other"
+    other.write_text("kept")
+    path.symlink_to(other)
+    aug.save(path)
+    assert other.read_text() == "kept"
+    assert not path.is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["augmentation.json", "other"]
+
+
 def test_json_of_none_and_of_targets(sample):
     none = Augmentation.from_json(Augmentation.none().to_json())
     assert repr(none) == "Augmentation(none, seed=0)"
