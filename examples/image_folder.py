@@ -164,6 +164,8 @@ def train(images, args):
             kerastrip.TrainingReport(args.out / "report.html", unseen, guard=guard),
         ],
     )
+    # In a training of few steps the averages of BatchNormalization still lag behind.
+    kerastrip.recalibrate(model, sampler)
     figures["trained"] = judge(kerastrip.embed(model, unseen), unseen.labels)
     figures[f"{VIEWS} views"] = judge(
         kerastrip.embed(model, unseen, augmentation=aug, views=VIEWS), unseen.labels

@@ -18,16 +18,18 @@ _ROWS, _CLASSES = 64, 8
 # In trainings whose averages follow, `spread` differs by a factor of 0.75 to 1.3 and the
 # ratio of the distances by 0.85 to 1.15; where they lag, by 0.02 to 0.65 or by 1.5 to 2.2.
 _SPREAD, _RATIO = 2.0, 1.5
-# In short epochs averages lag at first that follow soon.
-_PATIENCE = 5
+# At first all averages lag: those of momentum 0.9 have left their start behind after
+# some 60 steps.
+_PATIENCE, _STEPS = 3, 100
 
 
 class AveragesWatch:
     """Compares the embeddings of one set of rows, after epochs that are evaluated.
 
     Attributes:
-        alarms: of this `fit`: one when the averages have lagged behind for five such
-            epochs in a row, or in the last, and another only after they had recovered.
+        alarms: of this `fit`: one when the averages have lagged behind in three such
+            epochs in a row and after 100 steps, or in the last epoch, and another only
+            after they had recovered.
     """
 
     def __init__(self) -> None:
@@ -47,7 +49,9 @@ class AveragesWatch:
             self._streak, self._told = 0, False
             return ""
         self._streak += 1
-        if self._told or not (last or self._streak >= _PATIENCE):
+        steps = int(getattr(model.optimizer, "iterations", 0) + 0)  # or a tensor
+        late = self._streak >= _PATIENCE and steps >= _STEPS
+        if self._told or not (last or late):
             return ""
         self._told = True
         seen, used = (
