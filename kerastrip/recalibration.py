@@ -75,10 +75,10 @@ def recalibrate(
 
     >>> import keras, numpy as np
     >>> norm = keras.layers.BatchNormalization(name="norm")
-    >>> model = keras.Sequential([keras.Input((1,)), norm])
+    >>> model = keras.Sequential([keras.Input((1,)), norm], name="net")
     >>> x = np.array([[2.0], [4.0]])
     >>> {name: round(moved) for name, moved in recalibrate(model, x).items()}
-    {'norm': 3}
+    {'net/norm': 3}
     >>> np.round(model.predict(x, verbose=0)).tolist()
     [[-1.0], [1.0]]
     """

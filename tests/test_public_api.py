@@ -29,6 +29,7 @@ PACKAGE = ROOT / "kerastrip"
 BELOW = {
     "_checks": set(),
     "_version": set(),
+    "_files": set(),
     "_labels": set(),
     "_outputs": set(),
     "_permutation": set(),
@@ -51,7 +52,7 @@ BELOW = {
     "plan": {"_schedule", "_labels"},
     "sources": set(),
     "_augmentation_json": {"_keyed"},
-    "augmentation": {"_augmentation_json", "_targets"},
+    "augmentation": {"_augmentation_json", "_files", "_targets"},
     "_batch": {"plan", "sources", "augmentation"},
     "sampler": {"_batch", "_workers"},
     "inference": {"distances", "sources", "_outputs"},
