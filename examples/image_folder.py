@@ -81,7 +81,7 @@ def build_model(shape, classes):
     x, filters = layers.Rescaling(1 / 255)(images), 32
     while min(x.shape[1:3]) > 4:
         x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
-        x = layers.ReLU()(layers.BatchNormalization()(x))
+        x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
         x, filters = layers.MaxPooling2D()(x), min(2 * filters, 128)
     x = layers.Dense(DIM)(layers.Flatten()(x))
     embedding = layers.UnitNormalization(dtype="float32", name="embedding")(x)
@@ -164,6 +164,8 @@ def train(images, args):
             kerastrip.TrainingReport(args.out / "report.html", unseen, guard=guard),
         ],
     )
+    # In a training of few steps the averages of BatchNormalization still lag behind.
+    kerastrip.recalibrate(model, sampler)
     figures["trained"] = judge(kerastrip.embed(model, unseen), unseen.labels)
     figures[f"{VIEWS} views"] = judge(
         kerastrip.embed(model, unseen, augmentation=aug, views=VIEWS), unseen.labels

@@ -38,6 +38,7 @@ from kerastrip.losses import (
 from kerastrip.memory import EmbeddingMemory
 from kerastrip.metrics import TripletCensus
 from kerastrip.plan import PKPlan, SamplingReport, split_classes, split_samples
+from kerastrip.recalibration import recalibrate
 from kerastrip.sampler import PKSampler
 from kerastrip.sources import cache_images
 
@@ -74,6 +75,7 @@ __all__ = [
     "evaluation",
     "mining",
     "plotting",
+    "recalibrate",
     "search",
     "sources",
     "sparse_categorical_focal_loss",

@@ -27,8 +27,9 @@ def check_image(name: str, image: Any) -> None:
     if len(shape) not in (2, 3):
         advice = "Use aug.batch(images, *key) for several." if len(shape) == 4 else ""
         raise ValueError(message(name, f"one image {expected}", image, advice))
-    if len(shape) == 3 and shape[0] <= 4 < shape[2]:
-        raise ValueError(message(name, expected, image, "Channels come last."))
+    if len(shape) == 3 and _is_channels_first(shape):
+        advice = "Channels come last: np.moveaxis(image, 0, -1)."
+        raise ValueError(message(name, expected, image, advice))
     if image.dtype == _UINT8:
         return
     expected = "an image of uint8, or of float32 in [0, 1]"
@@ -43,6 +44,19 @@ def check_image(name: str, image: Any) -> None:
         )
         received = Told(f"values from {low:g} to {high:g}")
         raise ValueError(message(name, expected, received, advice))
+
+
+def _is_channels_first(shape: tuple[int, ...]) -> bool:
+    """Whether (a, b, c) can hardly be (height, width, channels).
+
+    It is 3 or 4 channels of an image of any usual format, or 1 of a square one. Patches
+    of 3 x 3 pixels with 103 bands and signals (1, time, features) are no such images.
+    """
+    channels, *size = shape
+    least, most = min(size), max(size)
+    return least >= 8 and (
+        (channels in (3, 4) and most <= 4 * least) or (channels == 1 and least == most)
+    )
 
 
 def check_targets(pipeline: Any, targets: dict[str, Any]) -> None:

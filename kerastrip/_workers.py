@@ -46,6 +46,7 @@ from typing import Any
 
 import numpy as np
 
+from kerastrip import _checks
 from kerastrip._look_ahead import in_flight, inherited
 from kerastrip.sources._turns import own_files
 
@@ -320,12 +321,11 @@ class _Worker:
                 silent, used = now, _processor_time(self.process)
             if now - begun >= _PATIENCE:
                 begun = now
-                warnings.warn(
+                _checks.warn(
                     f"A worker process has been busy for {_PATIENCE} s with one batch. "
                     "TensorFlow, JAX and PyTorch hang in forked processes: sources and "
                     "augmentations must do without them, or use "
                     "use_multiprocessing=False.",
-                    stacklevel=5,
                 )
         if self._pipe not in ready:
             raise self._died()

@@ -8,14 +8,13 @@ the thread and the process do not matter.
 from __future__ import annotations
 
 import contextlib
-import enum
+import inspect
 import itertools
 import json
 import math
 import os
 import pathlib
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -23,7 +22,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from kerastrip import _checks, _targets
+from kerastrip import _augmentation_json, _checks, _targets
+from kerastrip._files import write_whole
 from kerastrip._keyed import SCHEME, KeyedRandom, integer64
 from kerastrip._version import __version__
 
@@ -78,13 +78,18 @@ class Augmentation:
         seed: integer of 64 bits. Default 0.
 
     Raises:
-        TypeError: `pipeline` is neither, or `seed` is not an integer.
+        TypeError: `pipeline` is neither, a callable that does not take two arguments,
+            or `seed` is not an integer.
 
     Warns:
         UserWarning: the Compose has a seed of its own. It is not used: a seeded
             Compose gives every transform the *same* random numbers, so that
             for example HorizontalFlip and VerticalFlip only ever occur
             together.
+
+    NumPy's, Python's and TensorFlow's global generators are not touched. OpenCV has one
+    for each thread, which albumentations' noises (GaussNoise, ShotNoise, ...) set in the
+    thread that runs them; OpenCV cannot tell its state, so it is not set back.
 
     Results are equal bit for bit under one version of albumentations and
     OpenCV; between OpenCV versions rotated and resized pixels may differ by a
@@ -116,12 +121,11 @@ class Augmentation:
         if self._seedable:
             pipeline = deepcopy(pipeline)
             if getattr(pipeline, "seed", None) is not None:
-                warnings.warn(
+                _checks.warn(
                     f"The seed of the pipeline ({pipeline.seed}) is not used: a "
                     "seeded Compose gives all its transforms the same random "
                     "numbers, so that they are not independent. Leave it out of the "
                     "Compose and pass it to Augmentation.",
-                    stacklevel=2,
                 )
                 pipeline.seed = None
         elif isinstance(pipeline, keras.Layer) or not callable(pipeline):
@@ -137,6 +141,8 @@ class Augmentation:
                     else "",
                 )
             )
+        else:
+            _check_signature(pipeline)
         self._pipeline = pipeline
         self._idle: list[_Clone] = []
 
@@ -500,7 +506,7 @@ class Augmentation:
                     "draws from self.random_generator, or as an "
                     "albumentations.Lambda(name=...); or pickle the Augmentation."
                 )
-            transform = self._pipeline.to_dict()["transform"]
+            transform = _augmentation_json.written(self._pipeline)
         content = {
             "kerastrip": __version__,
             "scheme": SCHEME,
@@ -508,7 +514,7 @@ class Augmentation:
             "versions": {} if transform is None else _versions(),
             "transform": transform,
         }
-        return json.dumps(content, indent=1, default=_plain) + "\n"
+        return json.dumps(content, indent=1, default=_augmentation_json.plain) + "\n"
 
     @classmethod
     def from_json(
@@ -523,7 +529,9 @@ class Augmentation:
                 been imported.
 
         Raises:
-            ValueError: another text, or a transform that is not known here.
+            ValueError: another text; a transform that is not known here, or that does
+                not take one of its arguments, with the place where it stands. No
+                class but those of transforms is called.
 
         Warns:
             UserWarning: written under another version of albumentations,
@@ -536,19 +544,7 @@ class Augmentation:
             >>> again.seed, again.to_json() == aug.to_json()
             (7, True)
         """
-        try:
-            content = json.loads(text)
-            scheme, seed = content["scheme"], content["seed"]
-            versions, transform = dict(content["versions"]), content["transform"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                _checks.message(
-                    "text",
-                    "the JSON text of Augmentation.to_json()",
-                    text,
-                    "Use Augmentation.load(path) for a file.",
-                )
-            ) from None
+        scheme, seed, versions, transform = _augmentation_json.read(text)
         if transform is None:
             return cls(_unchanged, seed)
         here = {"scheme": SCHEME, **_versions()}
@@ -559,39 +555,22 @@ class Augmentation:
             if here[name] != there.get(name)
         ]
         if changed:
-            warnings.warn(
+            _checks.warn(
                 f"The augmentation was written with {'; '.join(changed)}: "
                 "its views may differ from those it was trained with.",
-                stacklevel=2,
             )
-        import albumentations
-
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Transform Lambda has no 'p'")
-            if not changed:
-                # Some transforms do not know all they have written themselves.
-                warnings.filterwarnings("ignore", r"Argument\(s\) .* not valid")
-            try:
-                pipeline = albumentations.from_dict(
-                    {"transform": transform}, nonserializable=dict(lambdas or {})
-                )
-            except KeyError as error:
-                raise ValueError(
-                    f"The transform {error} is not known. Import the module that "
-                    "defines it first; pass a Lambda by its name in `lambdas`."
-                ) from error
-        return cls(pipeline, seed)
+        return cls(_augmentation_json.pipeline(transform, lambdas or {}), seed)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write `to_json()` to a file, such as augmentation.json beside a model.
 
         Args:
-            path: the file; one that exists is replaced.
+            path: the file; one that exists is replaced, in one step.
 
         Raises:
             TypeError, ValueError, OSError: as `to_json`; the file cannot be written.
         """
-        pathlib.Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_whole(path, self.to_json())
 
     @classmethod
     def load(
@@ -635,6 +614,27 @@ class _Clone:
             self.pipeline.set_random_state(self.random.rng, self.random.python)
 
 
+def _check_signature(function: Any) -> None:
+    """Refuses a callable that cannot be called with an image and a generator."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # a builtin that does not tell
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(
+            _checks.message(
+                "pipeline",
+                "a callable (image, rng) -> image",
+                _checks.Told(f"{name}{signature}"),
+                "It is called with the image and a numpy.random.Generator, whether it "
+                "needs one or not: lambda image, rng: function(image).",
+            )
+        ) from None
+
+
 def _is_small(row: Any) -> bool:
     image = row.get("image", ()) if isinstance(row, dict) else row
     return math.prod(np.shape(image)[:2]) <= _SMALL
@@ -672,15 +672,3 @@ def _versions() -> dict[str, str]:
     import cv2
 
     return {"albumentations": albumentations.__version__, "opencv": cv2.__version__}
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: enumerations and NumPy values as plain ones."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
-    raise TypeError(
-        f"The pipeline holds a {type(value).__name__}, which cannot be written as JSON: "
-        f"{_checks.describe(value)}. Pickle the Augmentation instead."
-    )

@@ -632,6 +632,16 @@ def test_json_is_self_contained(tmp_path, aug, images, views):
     assert repr(again) == repr(aug)
 
 
+def test_saving_replaces_the_file_in_one_step_and_follows_no_link(tmp_path, aug):
+    path, other = tmp_path / "augmentation.json", tmp_path / "other"
+    other.write_text("kept")
+    path.symlink_to(other)
+    aug.save(path)
+    assert other.read_text() == "kept"
+    assert not path.is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["augmentation.json", "other"]
+
+
 def test_json_of_none_and_of_targets(sample):
     none = Augmentation.from_json(Augmentation.none().to_json())
     assert repr(none) == "Augmentation(none, seed=0)"
@@ -670,10 +680,78 @@ def test_lambdas_come_by_name(images):
         Augmentation(A.Compose([A.Lambda(image=invert)])).to_json()
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "augmentation.json", '{"seed": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{}", "[]", "augmentation.json", '{"seed": 3}', "null", "nan", "\0"),
+        *(None, 3, b"\xff", "[" * 100_000, '{"a":' * 100_000),
+        '{"scheme": 2, "seed": 0, "versions": 3, "transform": null}',
+    ],
+)
 def test_another_text_is_refused(text):
     with pytest.raises(ValueError, match=r"to_json\(\), received"):
         Augmentation.from_json(text)
+
+
+def described():
+    """A pipeline as its JSON text describes it."""
+    some = A.OneOf([A.HorizontalFlip(), A.Blur()])
+    return json.loads(Augmentation(A.Compose([some, A.RandomCrop(8, 8)])).to_json())
+
+
+def test_what_is_wrong_with_a_description_is_told_with_its_place():
+    crop, blur = (
+        r"transform\.transforms\[1\]",
+        r"transform\.transforms\[0\]\.transforms\[1\]",
+    )
+
+    def refused(words, change):
+        content = described()
+        top = content["transform"]
+        change(content, top["transforms"][1], top["transforms"][0]["transforms"][1])
+        with pytest.raises(ValueError, match=words):
+            Augmentation.from_json(json.dumps(content))
+
+    kind = "__class_fullname__"
+    refused(f"{blur}.*Blur takes, received 'bogus'", lambda c, _, b: b.update(bogus=3))
+    refused(f"RandomCrop at {crop}: ", lambda c, r, _: r.update(height="x"))
+    refused(f"{crop}.*with the key '{kind}'", lambda c, r, _: r.pop(kind))
+    refused(f"{crop}.*with the key", lambda c, r, _: r.update({kind: [1]}))
+    refused("`transform`.*received 'x'", lambda c, *_: c.update(transform="x"))
+    refused("a list", lambda c, *_: c["transform"].update(transforms=None))
+    refused(crop, lambda c, *_: c["transform"]["transforms"].__setitem__(1, 7))
+    refused("`seed`.*an integer", lambda c, *_: c.update(seed="x"))
+    refused("no keys but.*'sed'", lambda c, *_: c.update(sed=3))
+    refused(f"{crop}.*`lambdas`", lambda c, r, _: r.update({kind: "Lambda"}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["os.system", "builtins.eval", "subprocess.Popen", "numpy.load", "BboxParams"],
+)
+def test_no_class_but_those_of_transforms_is_called(name):
+    content = described()
+    content["transform"] = {"__class_fullname__": name, "p": 1}
+    with pytest.raises(ValueError, match=f"'{name}' is not known"):
+        Augmentation.from_json(json.dumps(content))
+
+
+def test_a_description_may_not_be_nested_without_end():
+    content = described()
+    node = {"__class_fullname__": "HorizontalFlip", "p": 1}
+    for _ in range(150):
+        node = {"__class_fullname__": "Sequential", "transforms": [node], "p": 1}
+    content["transform"] = node
+    with pytest.raises(ValueError, match="nested at most 50 deep"):
+        Augmentation.from_json(json.dumps(content))
+
+
+def test_a_transform_that_cannot_be_written_is_a_type_error():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        aug = Augmentation(A.Compose([A.HistogramMatching(metadata_key="other")]))
+    with pytest.raises(TypeError, match="cannot be written as JSON"):
+        aug.to_json()
 
 
 def test_unknown_transform_and_plain_callable(aug):
@@ -698,6 +776,33 @@ def test_unknown_transform_and_plain_callable(aug):
 def test_pipelines_that_are_none(pipeline, words):
     with pytest.raises(TypeError, match=f"`pipeline`.*{words}"):
         Augmentation(pipeline)
+
+
+def test_a_callable_is_called_with_an_image_and_a_generator():
+    class Own:
+        def __call__(self, image, rng, strength=1):
+            return image
+
+    for pipeline in (Own(), lambda *both: both[0], np.add, draw):
+        Augmentation(pipeline)
+    for wrong in (lambda image: image, lambda image, rng, more: image):
+        with pytest.raises(
+            TypeError, match=r"\(image, rng\) -> image.*lambda image, rng:"
+        ):
+            Augmentation(wrong)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 103), (9, 9, 103), (1, 100, 6), (4, 30, 125)])
+def test_patches_with_many_bands_and_signals_are_no_channels_first(shape):
+    aug = Augmentation(A.Compose([A.HorizontalFlip(p=1)]))
+    image = np.random.default_rng(0).random(shape, "float32")
+    np.testing.assert_array_equal(aug(image, 0), image[:, ::-1])
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (4, 48, 64), (3, 30, 120)])
+def test_channels_first_are_told(shape):
+    with pytest.raises(ValueError, match="Channels come last"):
+        Augmentation(A.Compose([A.HorizontalFlip()]))(np.zeros(shape, "uint8"), 0)
 
 
 def test_seed_of_the_compose_warns_once():

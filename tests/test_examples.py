@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import kerastrip
+from kerastrip.callbacks._averages import lags
+from kerastrip.recalibration import compare_modes
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -106,6 +108,11 @@ def test_image_folder_learns_from_any_folder_of_class_folders(tmp_path, capsys):
     model = keras.models.load_model(out / "model.keras")
     augmentation = kerastrip.Augmentation.load(out / "augmentation.json")
     assert model.output_shape == [(None, 9), (None, 64)]
+    # The embedding that was saved is the one that was trained, though steps were few.
+    source = kerastrip.sources.ImageFolder(photos, size=16, color="gray")
+    rows = source.take(np.arange(150))
+    codes = np.unique(source.labels[:150], return_inverse=True)[1]
+    assert not lags(*compare_modes(model, rows, codes, output=1))
     assert augmentation(np.zeros((16, 16, 1), "uint8"), 0).shape == (16, 16, 1)
 
 

@@ -52,16 +52,18 @@ BELOW = {
     "_schedule": {"_permutation"},
     "plan": {"_schedule", "_labels"},
     "sources": {"_files", "_labels"},
-    "augmentation": {"_keyed", "_targets"},
+    "_augmentation_json": {"_keyed"},
+    "augmentation": {"_augmentation_json", "_files", "_targets"},
     "_batch": {"plan", "sources", "augmentation"},
     "sampler": {"_batch", "_look_ahead", "_workers"},
     "inference": {"distances", "sources", "_outputs"},
+    "recalibration": {"inference"},
     "evaluation": {"inference", "_labels"},
     "verification": {"evaluation"},
     "_pictures": set(),
     "_neighbours": {"inference"},
     "plotting": {"verification", "_files", "_pictures", "_neighbours"},
-    "callbacks": {"metrics", "plotting"},
+    "callbacks": {"metrics", "plotting", "recalibration"},
 }
 BELOW["__init__"] = set(BELOW)
 # Only inside a function, so that neither needs the other.

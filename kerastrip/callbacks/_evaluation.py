@@ -12,6 +12,8 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._labels import LabelTable
 from kerastrip._outputs import embedding_output
+from kerastrip.callbacks._averages import AveragesWatch, some_rows, training_rows
+from kerastrip.callbacks.collapse import Alarm
 from kerastrip.distances import DISTANCES
 from kerastrip.evaluation import label_table, shared_rows
 from kerastrip.inference import (
@@ -21,6 +23,7 @@ from kerastrip.inference import (
     source_of,
     unusable_rows,
 )
+from kerastrip.recalibration import moving_averages
 from kerastrip.sources import ArraySource, Subset
 
 
@@ -91,6 +94,13 @@ class HeldOut:
         shared = shared[rows]
         return np.where(shared >= 0, place[shared], -1)
 
+    def some(self) -> tuple[Any, np.ndarray] | None:
+        """The inputs of some samples and their labels; None of datasets, or few classes."""
+        rows = None if self.table is None else some_rows(self.table.codes)
+        if rows is None or self.table is None or self.length is None:
+            return None
+        return self._x.take(rows), self.table.codes[rows]
+
     def embed(self, model: Any, **options: Any) -> tuple[np.ndarray, Any]:
         """(n, dim) embeddings by the model, and (n,) labels if there are any."""
         embeddings, targets = embed_with_targets(model, self._x, **options)
@@ -149,6 +159,7 @@ class EpochEvaluation:
         self.results: dict[int, dict[str, float]] = {}
         self._latest: dict[str, float] | None = None
         self._begun = False
+        self._watch = AveragesWatch()
         self._callback = callback
         self._data = data
         self._keys = _log_keys(keys, prefix, names)
@@ -166,6 +177,7 @@ class EpochEvaluation:
     def begin(self) -> None:
         """Looks for what would fail, or be missed, at the end of the first epoch."""
         self._latest, self._begun = None, False
+        self._watch.begin()
         self._warn_of_foreign_distance()
         names = set(self._keys.values())
         for other in _listed_before(self._callback):
@@ -189,8 +201,26 @@ class EpochEvaluation:
         turn = (epoch + 1) % self._every == 0 or epoch + 1 == params.get("epochs")
         if turn or self._latest is None:
             self._latest = self.results[epoch] = self._evaluate(epoch)
+            self._watch_averages(epoch, epoch + 1 == params.get("epochs"))
         if logs is not None:
             logs.update({self._keys[key]: self._latest[key] for key in self._keys})
+
+    @property
+    def alarms(self) -> list[Alarm]:
+        """Of moving averages that lag behind; the warnings of a `fit` are given once."""
+        return self._watch.alarms
+
+    def _watch_averages(self, epoch: int, last: bool) -> None:
+        model, listed = self._callback.model, _listed_before(self._callback)
+        if not moving_averages(model):
+            return
+        rows = training_rows(listed, epoch) or self._data[0].some()
+        if rows is None:
+            return
+        alarm = self._watch.look(model, self._output, rows, epoch, last)
+        others = [getattr(other, "_evaluation", None) for other in listed]
+        if alarm and not any(isinstance(one, EpochEvaluation) for one in others):
+            _checks.warn(alarm)
 
     def _distance_of_loss(self) -> Any:
         loss = embedding_output(self._callback.model, self._output).loss

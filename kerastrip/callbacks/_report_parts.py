@@ -16,7 +16,7 @@ from kerastrip._neighbours import confusions, nearest_others, spread_rows
 from kerastrip._pictures import png
 from kerastrip.callbacks import _page
 from kerastrip.callbacks._images import Thumbnails
-from kerastrip.callbacks.collapse import CollapseGuard
+from kerastrip.callbacks.collapse import Alarm
 from kerastrip.evaluation import label_table, retrieval_metrics
 from kerastrip.verification import verification_curve
 
@@ -190,7 +190,7 @@ def lead(history: History, results: Mapping[int, Any], latest: Look | None) -> s
 
 
 def tiles(
-    history: History, results: Mapping[int, Any], guard: CollapseGuard | None
+    history: History, results: Mapping[int, Any], alarms: Sequence[Alarm] | None
 ) -> list[tuple[str, str]]:
     """The names and latest values of the figures that count most."""
     values = {
@@ -199,7 +199,7 @@ def tiles(
     for figures in filter(None, results.values()):
         values |= {name: figures[name] for name in ("recall@1", "map@r", "eer")}
     told = [(name, _page.digits(value)) for name, value in values.items()]
-    return told if guard is None else [*told, ("alarms", str(len(guard.alarms)))]
+    return told if alarms is None else [*told, ("alarms", str(len(alarms)))]
 
 
 def held_out_section(latest: Look | None, results: Mapping[int, Any]) -> str:
@@ -275,15 +275,16 @@ def mining_section(epochs: Sequence[int], history: History) -> str:
     )
 
 
-def alarms_section(guard: CollapseGuard | None) -> str:
-    if guard is None:
+def alarms_section(alarms: Sequence[Alarm] | None) -> str:
+    """What was noticed; without a `CollapseGuard` None, or what others noticed."""
+    if alarms is None:
         return ""
-    if not guard.alarms:
+    if not alarms:
         return _page.section("Alarms", "None from CollapseGuard so far.", "")
     return _page.section(
         "Alarms",
-        "From CollapseGuard, with what to try.",
-        _page.bullets(alarm.message for alarm in guard.alarms),
+        "What was noticed, with what to try.",
+        _page.bullets(alarm.message for alarm in alarms),
         "alarms",
     )
 

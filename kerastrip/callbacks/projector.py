@@ -15,7 +15,7 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._files import write_whole
 from kerastrip._pictures import png
-from kerastrip.callbacks._evaluation import HeldOut, warn, without_model
+from kerastrip.callbacks._evaluation import HeldOut, without_model
 from kerastrip.callbacks._images import Thumbnails, thumbnails_of
 
 # What the projector reads: so many points, and a sprite of so many pixels a side.
@@ -158,7 +158,7 @@ class EmbeddingProjector(keras.callbacks.Callback):
                 write_whole(self._directory / name, content)
         except OSError as error:
             if not self._told:
-                warn(
+                _checks.warn(
                     f"EmbeddingProjector cannot write into {self._directory} "
                     f"({error.strerror or error}). The training goes on."
                 )

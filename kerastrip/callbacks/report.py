@@ -18,7 +18,6 @@ from kerastrip.callbacks import _page
 from kerastrip.callbacks._evaluation import (
     EpochEvaluation,
     HeldOut,
-    warn,
     without_model,
 )
 from kerastrip.callbacks._images import thumbnails_of
@@ -43,7 +42,7 @@ class TrainingReport(keras.callbacks.Callback):
 
     - the fractions of easy, semi-hard and hard triplets stacked over the epochs, with
       the loss (with `MiningStats`, for training and validation);
-    - the alarms of a `CollapseGuard`;
+    - the alarms of a `CollapseGuard`, and BatchNormalization whose averages lag behind;
     - of held-out data: a table of retrieval and verification figures (first, best and
       latest), the distances of positives and negatives with the margin, the
       embeddings in their principal plane, the classes that nearest neighbours
@@ -211,14 +210,18 @@ class TrainingReport(keras.callbacks.Callback):
             name: [self._logs[e].get(name, math.nan) for e in epochs] for name in names
         }
         results = {} if self._evaluation is None else self._evaluation.results
+        found = [] if self._evaluation is None else self._evaluation.alarms
+        alarms = found or None
+        if self._guard is not None:
+            alarms = [*self._guard.alarms, *found]
         bodies = [
             _page.header(
                 self._title,
                 self._state(len(epochs)),
                 lead(history, results, self._latest),
-                tiles(history, results, self._guard),
+                tiles(history, results, alarms),
             ),
-            alarms_section(self._guard),
+            alarms_section(alarms),
             mining_section([e + 1 for e in epochs], history),
         ]
         if self._evaluation is not None:
@@ -231,7 +234,7 @@ class TrainingReport(keras.callbacks.Callback):
             write_whole(self._path, _page.page(self._title, bodies))
         except OSError as error:
             if not self._told:
-                warn(
+                _checks.warn(
                     f"TrainingReport cannot write {self._path} "
                     f"({error.strerror or error}). The training goes on, and so does "
                     "the report, once it can be written."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -100,13 +99,12 @@ class ContrastiveLoss(LabelLoss):
         """(batch,) values; see the class."""
         y_pred = ops.convert_to_tensor(y_pred)
         if y_pred.shape[-1] == 1:
-            warnings.warn(
+            _checks.warn(
                 "ContrastiveLoss got predictions of shape (batch, 1) and takes them for "
                 "embeddings of dimension 1. If they are distances of pairs, as a siamese "
                 "model with two inputs returns them, let the model embed single samples "
                 "instead, give their classes as labels, and this loss makes all pairs of "
                 "the batch.",
-                stacklevel=5,  # whoever called the loss
             )
         return contrastive_losses(
             y_true,

@@ -17,9 +17,10 @@ import contextlib
 import os
 import stat
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from kerastrip import _checks
 
 _PATIENCE = 60.0  # seconds that a thread waits for its turn before it says so
 _BEFORE_FORK = 5.0  # seconds that a fork waits for a read to end
@@ -56,11 +57,10 @@ def turn(safe: bool = False) -> Iterator[None]:
         return
     lock, _taken = _lock, True  # the lock of this process, even if it forks meanwhile
     if not lock.acquire(timeout=_PATIENCE):
-        warnings.warn(
+        _checks.warn(
             f"A thread has waited {_PATIENCE:.0f} s to read samples, because another "
             "thread reads a data set that is not known to be safe for threads. Where "
             "its reads may overlap, give the data set an attribute thread_safe = True.",
-            stacklevel=100,
         )
         lock.acquire()
     try:
@@ -99,11 +99,10 @@ def own_files() -> None:
             os.dup2(own, descriptor, os.get_inheritable(descriptor))
             os.close(own)
         except OSError as error:
-            warnings.warn(
+            _checks.warn(
                 f"A worker process cannot open a file anew that is open in its parent "
                 f"({error}). If the samples come from it, use threads: "
                 "use_multiprocessing=False.",
-                stacklevel=100,
             )
 
 

@@ -17,7 +17,6 @@ import os
 import pathlib
 import re
 import struct
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -347,10 +346,9 @@ def _save(beside: pathlib.Path, about: str, index: _Index) -> None:
     try:
         write_whole(beside, file.getvalue())
     except OSError as error:
-        warnings.warn(
+        _checks.warn(
             f"The index of a TFRecord file cannot be kept ({error}) and will be built "
             "again next time. Pass index=<a directory that can be written to>.",
-            stacklevel=4,
         )
 
 

@@ -1,0 +1,140 @@
+"""The JSON text of an augmentation: read with a word on what is wrong with it, and where.
+
+`albumentations.from_dict` would leave out arguments that it does not know, with a warning
+at most, and fails in many ways on what is no description of a pipeline.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kerastrip._checks import Told, describe, message
+from kerastrip._keyed import integer64
+
+_KEYS = {"kerastrip", "scheme", "seed", "versions", "transform"}
+_NAME = "__class_fullname__"
+_DEEPEST = 50  # copies of a pipeline go some frames deep for each level
+
+
+def written(pipeline: Any) -> Any:
+    """A pipeline as dicts, lists and plain values; TypeError if that cannot be."""
+    try:
+        return pipeline.to_dict()["transform"]
+    except NotImplementedError as error:
+        raise TypeError(
+            f"The pipeline holds a transform that cannot be written as JSON: {error} "
+            "Pickle the Augmentation instead."
+        ) from error
+
+
+def plain(value: Any) -> Any:
+    """For JSON: enumerations and NumPy values as plain ones."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(
+        f"The pipeline holds a {type(value).__name__}, which cannot be written as JSON: "
+        f"{describe(value)}. Pickle the Augmentation instead."
+    )
+
+
+def read(text: Any) -> tuple[Any, int, dict[str, Any], Any]:
+    """Scheme, seed, versions and transform of a text; ValueError for another text."""
+    try:
+        content = json.loads(text)
+        scheme, seed = content["scheme"], content["seed"]
+        versions, transform = dict(content["versions"]), content["transform"]
+        unknown = sorted(content.keys() - _KEYS)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(
+            message(
+                "text",
+                "the JSON text of Augmentation.to_json()",
+                text,
+                "Use Augmentation.load(path) for a file.",
+            )
+        ) from None
+    if unknown:
+        raise ValueError(message("text", f"no keys but {sorted(_KEYS)}", unknown[0]))
+    try:
+        return scheme, integer64("seed", seed), versions, transform
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def pipeline(node: Any, lambdas: Mapping[str, Any], place: str = "transform") -> Any:
+    """The transform that a part of the text describes.
+
+    Args:
+        node: the part.
+        lambdas: `Lambda` transforms by their names.
+        place: where the part stands, such as "transform.transforms[0]".
+    """
+    from albumentations.core import serialization
+
+    name = node.get(_NAME) if isinstance(node, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(message(place, f"a transform with the key {_NAME!r}", node))
+    if name in serialization.NON_SERIALIZABLE_REGISTRY:
+        key = node.get("__name__")
+        if not (isinstance(key, str) and key in lambdas):
+            raise ValueError(
+                message(place, f"one of `lambdas`, which are {sorted(lambdas)}", key)
+            )
+        return lambdas[key]
+    kind: Any = serialization.SERIALIZABLE_REGISTRY.get(
+        serialization.shorten_class_name(name)
+    )
+    # Parameters of boxes and keypoints stand in the register, too.
+    if not hasattr(kind, "set_random_state"):
+        raise ValueError(
+            f"The transform {name!r} is not known (at {place}). Import the module that "
+            "defines it first; pass a Lambda by its name in `lambdas`."
+        )
+    arguments = _arguments(kind, node, place)
+    if "transforms" in node:
+        parts = node["transforms"]
+        if not isinstance(parts, list) or place.count("[") >= _DEEPEST:
+            expected = f"a list of transforms, nested at most {_DEEPEST} deep"
+            told = parts if not isinstance(parts, list) else Told("more")
+            raise ValueError(message(f"{place}.transforms", expected, told))
+        arguments["transforms"] = [
+            pipeline(part, lambdas, f"{place}.transforms[{i}]")
+            for i, part in enumerate(parts)
+        ]
+    try:
+        return kind(**arguments)
+    except Exception as error:  # transforms check their arguments in many ways
+        raise ValueError(f"{name} at {place}: {error}") from error
+
+
+def _arguments(kind: Any, node: dict[str, Any], place: str) -> dict[str, Any]:
+    """The arguments of a transform, none of them unknown to it."""
+    signature = inspect.signature(kind.__init__).parameters
+    given = {key: value for key, value in node.items() if key != _NAME}
+    if any(one.kind is one.VAR_KEYWORD for one in signature.values()):
+        return given
+    # Some transforms write arguments of the class above them, which they do not take.
+    known = {
+        key
+        for above in kind.__mro__
+        for key in inspect.signature(above.__init__).parameters
+    }
+    for key in given:
+        if key not in known:
+            raise ValueError(
+                message(
+                    place,
+                    f"arguments that {kind.__name__} takes",
+                    key,
+                    "This version of albumentations may not know it.",
+                )
+            )
+    return {key: value for key, value in given.items() if key in signature}

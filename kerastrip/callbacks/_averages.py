@@ -1,0 +1,113 @@
+"""An alarm for an embedding that is used with other moving averages than it has by now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from kerastrip.callbacks.collapse import Alarm
+from kerastrip.callbacks.epoch_sync import EpochSync
+from kerastrip.recalibration import Figures, compare_modes
+
+# Rows that are looked at, about; and the fewest classes of held-out rows whose own mean
+# and variance tell of the averages. (Of two unseen classes they tell of these classes.)
+_ROWS, _CLASSES = 64, 8
+# In trainings whose averages follow, `spread` differs by a factor of 0.75 to 1.3 and the
+# ratio of the distances by 0.85 to 1.15; where they lag, by 0.02 to 0.65 or by 1.5 to 2.2.
+_SPREAD, _RATIO = 2.0, 1.5
+# At first all averages lag: those of momentum 0.9 have left their start behind after
+# some 60 steps.
+_PATIENCE, _STEPS = 3, 100
+
+
+class AveragesWatch:
+    """Compares the embeddings of one set of rows, after epochs that are evaluated.
+
+    Attributes:
+        alarms: of this `fit`: one when the averages have lagged behind in three such
+            epochs in a row and after 100 steps, or in the last epoch, and another only
+            after they had recovered.
+    """
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets the last `fit`."""
+        self.alarms: list[Alarm] = []
+        self._streak, self._told = 0, False
+
+    def look(
+        self, model: Any, output: Any, rows: tuple[Any, Any], epoch: int, last: bool
+    ) -> str:
+        """The alarm of this epoch, "" without one; `rows` are inputs and labels."""
+        found = compare_modes(model, *rows, output=output)
+        if found is None or not lags(*found):
+            self._streak, self._told = 0, False
+            return ""
+        self._streak += 1
+        steps = int(getattr(model.optimizer, "iterations", 0) + 0)  # or a tensor
+        late = self._streak >= _PATIENCE and steps >= _STEPS
+        if self._told or not (last or late):
+            return ""
+        self._told = True
+        seen, used = (
+            f"{one.spread:.2g}, {one.pos_dist:.2g} and {one.neg_dist:.2g}"
+            for one in found
+        )
+        message = (
+            f"Epoch {epoch + 1}: the embedding that is used is not the one that is "
+            "trained. BatchNormalization's moving averages lag behind the weights: of "
+            f"the same {len(rows[1])} rows spread, pos_dist and neg_dist are {seen} by "
+            "the statistics of the batch, as in a training step, and "
+            f"{used} by the moving averages, as in evaluation and in the saved model. "
+            "In this order: BatchNormalization(momentum=0.9); "
+            "kerastrip.recalibrate(model, sampler) after the training; in a network "
+            "that was trained before, frozen BatchNormalization (layer.trainable = "
+            "False)."
+        )
+        self.alarms.append(Alarm(epoch, "lagging", message))
+        return message
+
+
+def lags(seen: Figures, used: Figures) -> bool:
+    """Whether the embedding that is used is another than the one that is trained."""
+    factor = used.spread / seen.spread
+    ratios = [one.pos_dist / max(one.neg_dist, 1e-12) for one in (seen, used)]
+    return not 1 / _SPREAD <= factor <= _SPREAD or ratios[1] > _RATIO * ratios[0]
+
+
+def training_rows(listed: Sequence[Any], epoch: int) -> tuple[Any, np.ndarray] | None:
+    """Inputs and labels of the first batches of the sampler that `EpochSync` drives."""
+    for other in listed:
+        sampler: Any = other.samplers[0] if isinstance(other, EpochSync) else None
+        if not (hasattr(sampler, "batch") and hasattr(sampler, "plan")):
+            continue
+        size = len(sampler.plan.indices(epoch, 0))
+        steps = range(min(-(-_ROWS // size), len(sampler)))
+        inputs = [sampler.batch(step, epoch)[0] for step in steps]
+        rows = [sampler.plan.indices(epoch, step) for step in steps]
+        labels = sampler.labels[np.concatenate(rows)]
+        if len(np.unique(labels)) > 1:
+            return keras.tree.map_structure(_joined, *inputs), labels
+    return None
+
+
+def _joined(*parts: Any) -> np.ndarray:
+    return np.concatenate(parts)
+
+
+def some_rows(codes: np.ndarray) -> np.ndarray | None:
+    """Rows of up to 16 classes, equally many of each; None if the classes are few."""
+    rows = np.random.default_rng(0).permutation(len(codes))
+    rows = rows[np.argsort(codes[rows], kind="stable")]
+    _, first, counts = np.unique(codes[rows], return_index=True, return_counts=True)
+    first, counts = first[counts > 1], counts[counts > 1]
+    if len(first) < _CLASSES:
+        return None
+    chosen = np.linspace(0, len(first) - 1, min(len(first), _ROWS // 4)).astype(int)
+    each = min(_ROWS // len(chosen), int(counts[chosen].min()))
+    return rows[(first[chosen, None] + np.arange(each)).ravel()]
