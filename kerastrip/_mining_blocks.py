@@ -15,6 +15,7 @@ and the batch would shrink to a point.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -398,6 +399,40 @@ def loss_and_slope(gap: Any, margin: Any, soft: bool) -> tuple[Any, Any]:
         return ops.softplus(gap), ops.sigmoid(gap)
     loss = ops.relu(gap + margin)
     return loss, ops.cast(loss > 0, "float32")
+
+
+def with_gradient(rows: Any, values: Any, needed: Any, gradient: Callable) -> Any:
+    """`values`, with a gradient of one's own with respect to `rows`.
+
+    Args:
+        rows: what the gradient is for.
+        values: (batch,).
+        needed: a structure of all tensors that `gradient` works with.
+        gradient: from `needed` and weights (batch,) to the gradient of
+            sum(weights * values) for `rows`.
+    """
+    # JAX differentiates a compiled function only where a gradient of one's own, within
+    # it, gets tensors as arguments. The other backends take them from the closure.
+    leaves = keras.tree.flatten((values, needed))
+    on_jax = keras.backend.backend() == "jax"
+    passed = [on_jax and ops.is_tensor(leaf) for leaf in leaves]
+
+    @ops.custom_gradient
+    def attach(rows: Any, *tensors: Any) -> Any:
+        given = iter(tensors)
+        refilled = [
+            next(given) if is_passed else leaf
+            for leaf, is_passed in zip(leaves, passed, strict=True)
+        ]
+        result, state = keras.tree.pack_sequence_as((values, needed), refilled)
+
+        def grad(*args: Any, upstream: Any = None) -> Any:
+            slope = gradient(state, args[0] if upstream is None else upstream)
+            return (slope, *(None for _ in tensors)) if tensors else slope
+
+        return result, grad
+
+    return attach(rows, *itertools.compress(leaves, passed))
 
 
 @functools.cache

@@ -59,6 +59,25 @@ def is_rooted(distance: str) -> bool:
     return distance == "euclidean"
 
 
+def called_distances(distance: Callable[[Any], Any], embeddings: Any) -> Any:
+    """The matrix a callable makes of the embeddings, checked."""
+    result = ops.cast(distance(ops.cast(embeddings, "float32")), "float32")
+    size = embeddings.shape[0]
+    if len(result.shape) != 2 or any(
+        side is not None and size is not None and side != size for side in result.shape
+    ):
+        raise ValueError(
+            _checks.message(
+                "distance",
+                f"a callable that turns embeddings {tuple(embeddings.shape)} into "
+                "a (batch, batch) matrix of distances",
+                _checks.Told(f"a result of shape {tuple(result.shape)}"),
+            )
+        )
+    size = ops.shape(embeddings)[0]
+    return ops.reshape(result, (size, size))
+
+
 def squared_distances(rows: Any, columns: Any) -> Any:
     """Squared euclidean distances by one matrix product, clamped at 0.
 

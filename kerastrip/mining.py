@@ -16,7 +16,6 @@ under XLA. Second derivatives are not defined.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,9 +33,16 @@ from kerastrip._mining_blocks import (
     order_by_label,
     padded_size,
     take_padded,
+    with_gradient,
 )
 from kerastrip._numerics import integer_labels, nan_unless, safe_divide
-from kerastrip.distances import DISTANCES, is_rooted, prepare
+from kerastrip.distances import (
+    DISTANCES,
+    called_distances,
+    checked_distance,
+    is_rooted,
+    prepare,
+)
 
 __all__ = [
     "Census",
@@ -292,10 +298,8 @@ def triplet_census(
 
 def _marked(census: Census, known: Any) -> Census:
     """The census, its distances NaN if the labels turn out to be none."""
-    pos_dist, neg_dist = (
-        nan_unless(known, sums) for sums in (census.pos_dist, census.neg_dist)
-    )
-    return census._replace(pos_dist=pos_dist, neg_dist=neg_dist)
+    sums = {"pos_dist": census.pos_dist, "neg_dist": census.neg_dist}
+    return census._replace(**{k: nan_unless(known, v) for k, v in sums.items()})
 
 
 def _counted(
@@ -367,14 +371,10 @@ def contrastive_losses(
         times batch / number of pairs.
     """
     _checks.one_of("average_over", average_over, AVERAGES)
-    if not callable(distance):
-        _checks.one_of("distance", distance, DISTANCES)
+    checked_distance(distance)
     values, known = _mined(
         _dense,
-        labels,
-        embeddings,
-        [positive_margin, negative_margin],
-        None,
+        *(labels, embeddings, [positive_margin, negative_margin], None),
         mining="contrastive",
         distance=distance,
         soft=False,
@@ -406,14 +406,10 @@ def _triplets(
                 "A callable makes the matrix of the batch alone.",
             )
         )
-    if not callable(distance):
-        _checks.one_of("distance", distance, DISTANCES)
+    checked_distance(distance)
     (values, counts), known = _mined(
         _triplet_losses,
-        labels,
-        embeddings,
-        margin,
-        others,
+        *(labels, embeddings, margin, others),
         mining=mining,
         distance=distance,
         soft=soft,
@@ -448,8 +444,7 @@ def _triplet_losses(
         )
         return values, counts
 
-    rows = prepare(embeddings, distance)
-    rooted = is_rooted(distance)
+    rows, rooted = prepare(embeddings, distance), is_rooted(distance)
     ordered = _ordered(labels, rows, others, distance)
     forward = compiled(
         _mining_pairs.forward, mining=mining, rooted=rooted, soft=soft, census=census
@@ -524,7 +519,7 @@ def _dense(
     """The losses by coefficients, for distance words and for callables."""
     matrix = callable(distance)
     if matrix:
-        rows = _called(distance, embeddings)
+        rows = called_distances(distance, embeddings)
         if mining != "contrastive":
             # Only differences of distances count in triplets: none need be negative.
             rows = rows - ops.stop_gradient(ops.min(rows, initial=0.0))
@@ -543,27 +538,8 @@ def _dense(
         return ordered.restore(result, axis=1) if matrix else result
 
     units = units if average_over == "all" else terms.active
-    state = margin, terms.coefficients
-    return _attach(rows, ordered, terms.losses, units, state, gradient)
-
-
-def _called(distance: Callable[[Any], Any], embeddings: Any) -> Any:
-    """The matrix a callable makes of the embeddings, checked."""
-    result = ops.cast(distance(ops.cast(embeddings, "float32")), "float32")
-    size = embeddings.shape[0]
-    if len(result.shape) != 2 or any(
-        side is not None and size is not None and side != size for side in result.shape
-    ):
-        raise ValueError(
-            _checks.message(
-                "distance",
-                f"a callable that turns embeddings {tuple(embeddings.shape)} into "
-                "a (batch, batch) matrix of distances",
-                _checks.Told(f"a result of shape {tuple(result.shape)}"),
-            )
-        )
-    size = ops.shape(embeddings)[0]
-    return ops.reshape(result, (size, size))
+    needed = margin, terms.coefficients
+    return _attach(rows, ordered, terms.losses, units, needed, gradient)
 
 
 def _attach(
@@ -588,28 +564,10 @@ def _attach(
     units = ops.sum(ops.cast(units, "float32"))
     scale = safe_divide(ops.cast(ordered.batch.size, "float32"), units)
     values = ordered.restore(losses) * scale
-    needed = ordered, state, scale, values
-    # JAX differentiates a compiled function only where a gradient of one's own, within
-    # it, gets tensors as arguments. The other backends take them from the closure.
-    leaves = keras.tree.flatten(needed)
-    on_jax = keras.backend.backend() == "jax"
-    passed = [on_jax and ops.is_tensor(leaf) for leaf in leaves]
 
-    @ops.custom_gradient
-    def attach(rows: Any, *tensors: Any) -> Any:
-        given = iter(tensors)
-        refilled = [
-            next(given) if is_passed else leaf
-            for leaf, is_passed in zip(leaves, passed, strict=True)
-        ]
-        ordered, state, scale, values = keras.tree.pack_sequence_as(needed, refilled)
+    def of_rows(needed: Any, weights: Any) -> Any:
+        ordered, scale, state = needed
+        weights = take_padded(weights * scale, ordered.order)
+        return ordered.restore(gradient(ordered, state, weights))
 
-        def grad(*args: Any, upstream: Any = None) -> Any:
-            weights = args[0] if upstream is None else upstream
-            weights = take_padded(weights * scale, ordered.order)
-            result = ordered.restore(gradient(ordered, state, weights))
-            return (result, *(None for _ in tensors)) if tensors else result
-
-        return values, grad
-
-    return attach(rows, *itertools.compress(leaves, passed))
+    return with_gradient(rows, values, (ordered, scale, state), of_rows)
