@@ -51,14 +51,18 @@ def expected(model, margin, mining="semi_hard"):
 
 
 @pytest.mark.parametrize(
-    "stats_first", [pytest.param(True, marks=pytest.mark.backend), False]
+    ("stats_first", "schedule", "margins"),
+    [
+        # The change comes when the steps have been traced already.
+        pytest.param(True, {1: 0.8}, [0.2, 0.8, 0.8], marks=pytest.mark.backend),
+        (False, {0: 0.1, 2: 0.8}, [0.1, 0.1, 0.8]),
+    ],
 )
-def test_the_margin_changes_the_loss_and_the_census(stats_first):
+def test_the_margin_changes_the_loss_and_the_census(stats_first, schedule, margins):
     model, loss = build()
-    callbacks = [MiningStats(), MarginSchedule({0: 0.1, 2: 0.8})]
+    callbacks = [MiningStats(), MarginSchedule(schedule)]
     callbacks = callbacks if stats_first else callbacks[::-1]
     history = fit(model, *callbacks, validation_data=(X, Y))
-    margins = [0.1, 0.1, 0.8]
     for epoch, margin in enumerate(margins):
         value, semi_hard = expected(model, margin)
         for lead in ("", "val_"):

@@ -119,16 +119,22 @@ def _forget_if_made_by_others(model: Any) -> None:
     if kept.used is None or kept.used[1] != now:
         kept.functions.clear()
         kept.censuses.clear()
-        kept.used = None, now  # in which state they were traced is not known
+        _note(model, None)  # in which state they were traced is not known
+
+
+def _note(model: Any, state: Any) -> None:
+    """Remember which functions are in use, on TensorFlow.
+
+    JAX takes two functions of one method for the same: as long as anyone holds the
+    first, the second is never traced. So nothing is held there, and nothing kept.
+    """
+    if keras.backend.backend() == "tensorflow":
+        _kept(model).used = state, _functions(model)
 
 
 def _put_away(model: Any) -> None:
     """Keep the functions in use for a run like this one, if they are still right."""
     _forget_if_made_by_others(model)
-    # JAX takes two functions of one method for the same, and while the first is kept
-    # the second is never traced.
-    if keras.backend.backend() != "tensorflow":
-        return
     kept, state = _kept(model), _state(model)
     if kept.used is not None and kept.used[0] == state:
         kept.functions.pop(state, None)
@@ -144,7 +150,7 @@ def _take_out(model: Any) -> None:
         model.train_function, model.test_function = kept.functions[state]
     else:
         retrace(model)
-    kept.used = state, _functions(model)
+    _note(model, state)
 
 
 def census_for(
