@@ -10,13 +10,12 @@ where there is something to say, what would work:
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import numbers
 import reprlib
-import sys
 import warnings
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -137,8 +136,7 @@ def warn(text: str) -> None:
     own: then no line is shown.
     """
     between = ("kerastrip", "keras", "tensorflow", "jax", "torch")
-    frame: FrameType | None = sys._getframe(1)
-    level = 2
+    frame, level = inspect.currentframe(), 1
     while frame and frame.f_globals.get("__name__", "").split(".")[0] in between:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)

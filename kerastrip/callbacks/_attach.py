@@ -82,7 +82,7 @@ class _Kept:
 
 def _kept(model: Any) -> _Kept:
     # Past Keras' attribute tracking, as the tap.
-    return model.__dict__.setdefault("_mining_stats_kept", _Kept())
+    return model.__dict__.setdefault("mining_stats_kept", _Kept())
 
 
 def _functions(model: Any) -> tuple[Any, Any]:
