@@ -67,10 +67,11 @@ class PKSampler(keras.utils.PyDataset):
         workers: threads that prepare batches ahead, or processes with
             `use_multiprocessing=True`. Default 2 on TensorFlow, 1 on JAX and
             PyTorch. 0: batches are made when they are asked for.
-        use_multiprocessing: True: a pool of processes, forked here once (spawned on
-            macOS and Windows), prepares the inputs. Worth it where augmentation or
-            decoding is slow. No TensorFlow, JAX or PyTorch in what they run. `close()`
-            ends them (TensorFlow keeps a dataset that has been through `fit`).
+        use_multiprocessing: True: a pool of processes, forked here (spawned on macOS
+            and Windows), prepares the inputs. Worth it where augmentation or decoding
+            is slow. No TensorFlow, JAX or PyTorch in what they run. Processes that rest
+            end when another sampler starts its own, and are forked again with the next
+            batch; `close()` ends them for good.
         max_queue_size: batches made ahead at most. Default 10.
 
     Raises:
