@@ -9,7 +9,8 @@ embedding is judged by looking up every image of classes that it has never seen 
 the others of those classes. Raw pixels and the untrained network stand beside it,
 because they are the thing to beat; the last row averages several augmented views.
 
-The folder `--out` gets `model.keras`, `augmentation.json`, `history.csv` and
+The folder `--out` gets `model.keras`, `augmentation.json`, `reading.json` (how images are
+resized, which new ones must be as well: `sources.read_image`), `history.csv` and
 `report.html`, a page on the training that is written anew after every epoch.
 
 Two lines to change for your own images: what may happen to one without making it
@@ -18,6 +19,7 @@ There must be four classes at least; with so few the figures mean little.
 """
 
 import argparse
+import json
 import pathlib
 import time
 
@@ -57,7 +59,7 @@ def load(args):
 def augmentation(seed):
     """Leaning, shifting, growing and shrinking: no letter becomes another by that.
 
-    For photographs add A.HorizontalFlip() and A.ColorJitter().
+    For photographs add A.HorizontalFlip() and A.ColorJitter(hue=(-0.05, 0.05)).
     """
     affine = A.Affine(
         rotate=(-15, 15),
@@ -172,6 +174,7 @@ def train(images, args):
     )
     model.save(args.out / "model.keras")
     aug.save(args.out / "augmentation.json")
+    (args.out / "reading.json").write_text(json.dumps(images.reading))
     return figures
 
 

@@ -254,6 +254,7 @@ def _run(
     """
     arrays = keras.tree.flatten(inputs)
     count = len(arrays[0])
+    _check_shape(model, arrays)
 
     def fill(array: Any) -> np.ndarray:
         array = _array(array, "x")
@@ -295,6 +296,34 @@ def _run(
         )
     # Under a distribution strategy every replica has returned all the rows.
     return rows[:count].astype("float32")
+
+
+def _check_shape(model: Any, arrays: list[Any]) -> None:
+    """Refuses samples of another shape than the one input of the model has.
+
+    A network that pools takes images of any size, and embeds them otherwise than those
+    of its training.
+    """
+    wanted = [tuple(one.shape) for one in getattr(model, "inputs", None) or ()]
+    if len(wanted) != 1 or len(arrays) != 1:
+        return
+    (expected,), shape = wanted, tuple(np.shape(arrays[0]))
+    # Keras itself turns (n,) into (n, 1).
+    single = len(shape) == len(expected) - 1 and expected[1:] != (1,)
+    single = single and expected[2:] == shape[1:]
+    other = len(shape) == len(expected) and any(
+        side not in (None, given)
+        for side, given in zip(expected[1:], shape[1:], strict=True)
+    )
+    if single or other:
+        raise ValueError(
+            _checks.message(
+                "x",
+                f"samples of shape {expected[1:]}, as the model has been built for",
+                _checks.Told(f"samples of shape {shape[1:]}"),
+                "One sample alone goes in as a batch: x[None]." if single else "",
+            )
+        )
 
 
 def _array(value: Any, name: str) -> np.ndarray:

@@ -243,7 +243,8 @@ class PKPlan:
                     f"These have fewer: {self._named(code[small])}.",
                 )
             )
-        kept = sizes >= (max(least, k) if self.small_classes == "drop" else least)
+        fewest = max(least, k) if self.small_classes == "drop" else least
+        kept = sizes >= fewest
         self._order, self._starts, self._sizes = order, starts[kept], sizes[kept]
         self._codes_of_units = code[kept]
         self._left_out = int((~kept).sum()), int(sizes[~kept].sum())
@@ -274,7 +275,8 @@ class PKPlan:
                     f"at most {usable}, the classes with enough samples "
                     f"({len(np.unique(code))} have any)",
                     self.classes_per_batch,
-                    "Draw fewer classes per batch, or lower `min_class_size`."
+                    "Draw fewer classes per batch"
+                    + ("." if kept.all() else ", or lower `min_class_size`.")
                     if usable > 1
                     else f"A triplet takes two classes of at least {least} samples.",
                 )
@@ -282,8 +284,8 @@ class PKPlan:
         told = []
         if not kept.all():
             told.append(
-                f"{(~kept).sum()} of {len(sizes)} classes have fewer samples than "
-                f"wanted and are left out: {self._named(code[~kept])}"
+                f"{(~kept).sum()} of {len(sizes)} classes have fewer than "
+                f"{fewest} samples and are left out: {self._named(code[~kept])}"
             )
         repeated = kept & small
         if repeated.any():

@@ -472,6 +472,11 @@ class PKSampler(keras.utils.PyDataset):
             TypeError, ValueError: for a label that is not in `classes_`, or a weight
                 that is none.
         """
+        if isinstance(self._targets, (tuple, Mapping)) and len(self._targets) > 1:
+            advice = "Give the sampler `sample_weight`, one array for each output."
+            expected = "a sampler with targets for one output, as Keras weighs one only"
+            told = _checks.Told(f"targets for {len(self._targets)} outputs")
+            raise ValueError(_checks.message("class_weight", expected, told, advice))
         return self.plan.class_weight(weights)
 
     def report(self) -> Any:

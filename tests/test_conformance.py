@@ -454,6 +454,27 @@ def test_a_function_trains_as_the_loss_does(name, column):
         assert_trained(start, weights_of(head))
 
 
+def test_a_model_with_functions_tells_their_settings_and_is_saved(tmp_path):
+    inputs = keras.Input((4,))
+    p = keras.layers.Dense(CLASSES, activation="softmax")(inputs)
+    e = keras.layers.UnitNormalization(dtype="float32", name="e")(inputs)
+    model = keras.Model(inputs, [p, e])
+    losses = [kerastrip.sparse_categorical_focal_loss, kerastrip.triplet_hard_loss]
+    model.compile("sgd", loss=losses)
+    x, y = np.eye(4, dtype="float32")[[0, 1, 2, 3] * 4], np.repeat([0, 1], 8)
+    stats = kerastrip.MiningStats()
+    evaluation = kerastrip.RetrievalEvaluation(x, y)
+    logs = model.fit(x, [y, y], verbose=0, callbacks=[stats, evaluation]).history
+    assert {"easy", "val_recall@1"} <= logs.keys()
+    assert (stats.census.margin, stats.census.distance) == (1.0, "euclidean")
+    schedule = kerastrip.MarginSchedule({0: 0.5})
+    with pytest.raises(ValueError, match="whose loss has a `margin`"):
+        model.fit(x, [y, y], verbose=0, callbacks=[schedule])
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.evaluate(x, [y, y], verbose=0) == model.evaluate(x, [y, y], verbose=0)
+
+
 def test_every_loss_has_a_function():
     named = {loss for loss, _ in FUNCTIONS.values()}
     assert named == set(LOSSES)

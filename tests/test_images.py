@@ -301,11 +301,16 @@ def test_one_new_image_is_read_as_those_of_the_training(folder, rng):
             np.testing.assert_array_equal(
                 read_image(image, **reading), source.take([0])[0]
             )
+        again = ImageFiles([path], **reading)
+        np.testing.assert_array_equal(again.take([0]), source.take([0]))
     for wrong in ({"resize": "crop"}, {"turn": "none"}, {"color": "grey"}, {"bits": 8}):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}`"):
             read_image(path, **{**reading, **wrong})
     with pytest.raises(FileNotFoundError):
         read_image(folder / "nowhere.jpg", **reading)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"photo\.jpg.*cut short"):
+        read_image(path, **reading)
 
 
 def test_rows_come_fresh_in_the_order_asked_for(folder):

@@ -274,6 +274,16 @@ class TestEmbed:
             with pytest.raises(ValueError, match=r"'head/emb', 'head/same', 'more'"):
                 embed(Nested(), x, output=wrong)
 
+    def test_samples_of_another_shape_are_refused(self):
+        pooled = keras.layers.GlobalAveragePooling2D()
+        model = keras.Sequential([keras.Input((8, 8, 3)), pooled])
+        with pytest.raises(ValueError, match=r"\(8, 8, 3\).*received.*\(9, 8, 3\)"):
+            embed(model, np.zeros((4, 9, 8, 3), "float32"))
+        with pytest.raises(ValueError, match=r"as a batch: x\[None\]"):
+            embed(model, np.zeros((8, 8, 3), "float32"))
+        free = keras.Sequential([keras.Input((None, None, 3)), pooled])
+        assert embed(free, np.zeros((4, 9, 8, 3), "float32")).shape == (4, 3)
+
     def test_texts_go_to_the_model(self):
         texts = np.array(["red fox", "blue whale", "fox"])
         kinds = [texts, texts.astype(object), texts.astype("S"), texts.tolist()]

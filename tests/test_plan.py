@@ -455,7 +455,7 @@ def test_one_warning_names_at_most_ten_classes():
     words = [f"class{number:02}" for number in range(20)]
     labels = [word for word in words for _ in range(1 if word < "class13" else 3)]
     (text,) = caught(labels + ["big"] * 9, 2, 4)
-    assert "13 of 21 classes have fewer samples than wanted and are left out" in text
+    assert "13 of 21 classes have fewer than 2 samples and are left out" in text
     assert "'class00', 'class01'" in text
     assert "'class09' and 3 more" in text
     assert "class10" not in text
@@ -633,7 +633,7 @@ LABELS = np.repeat(np.arange(6), 4)
 @pytest.mark.parametrize(
     ("options", "error", "fragments"),
     [
-        ({"classes_per_batch": 7}, ValueError, ["at most 6", "7", "min_class_size"]),
+        ({"classes_per_batch": 7}, ValueError, ["at most 6", "7", "Draw fewer"]),
         (
             {"min_class_size": 5},
             ValueError,

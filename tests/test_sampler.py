@@ -531,6 +531,15 @@ def test_class_weight_counts_labels(images):
     assert history["loss"][0] == pytest.approx((1 + 5 + 0) / 3)
     with pytest.raises(ValueError, match=r"class_weight.*'dog'"):
         train.class_weight({"dog": 1.0})
+    two = PKSampler(
+        images,
+        names,
+        classes_per_batch=3,
+        samples_per_class=4,
+        targets=("one_hot", "label"),
+    )
+    with pytest.raises(ValueError, match=r"2 outputs.*sample_weight"):
+        two.class_weight({"bee": 5.0})
 
 
 # -- with fit ----------------------------------------------------------------------

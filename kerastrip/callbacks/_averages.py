@@ -28,8 +28,8 @@ class AveragesWatch:
 
     Attributes:
         alarms: of this `fit`: one when the averages have lagged behind in three such
-            epochs in a row and after 100 steps, or in the last epoch, and another only
-            after they had recovered.
+            epochs in a row and after 100 steps, another only after they had recovered,
+            and one if they lag behind in the last epoch.
     """
 
     def __init__(self) -> None:
@@ -50,24 +50,20 @@ class AveragesWatch:
             return ""
         self._streak += 1
         steps = int(getattr(model.optimizer, "iterations", 0) + 0)  # or a tensor
-        late = self._streak >= _PATIENCE and steps >= _STEPS
-        if self._told or not (last or late):
+        late = self._streak >= _PATIENCE and steps >= _STEPS and not self._told
+        if not (last or late):
             return ""
         self._told = True
-        seen, used = (
-            f"{one.spread:.2g}, {one.pos_dist:.2g} and {one.neg_dist:.2g}"
-            for one in found
-        )
+        seen, used = found
         message = (
-            f"Epoch {epoch + 1}: the embedding that is used is not the one that is "
-            "trained. BatchNormalization's moving averages lag behind the weights: of "
-            f"the same {len(rows[1])} rows spread, pos_dist and neg_dist are {seen} by "
-            "the statistics of the batch, as in a training step, and "
-            f"{used} by the moving averages, as in evaluation and in the saved model. "
-            "In this order: BatchNormalization(momentum=0.9); "
-            "kerastrip.recalibrate(model, sampler) after the training; in a network "
-            "that was trained before, frozen BatchNormalization (layer.trainable = "
-            "False)."
+            f"Epoch {epoch + 1}: BatchNormalization's moving averages lag behind the "
+            "weights, so evaluation and the saved model use another embedding than the "
+            f"one that is trained: of the same {len(rows[1])} rows spread {used.spread:.2g}, "
+            f"pos_dist {used.pos_dist:.2g} and neg_dist {used.neg_dist:.2g}, in training "
+            f"mode {seen.spread:.2g}, {seen.pos_dist:.2g} and {seen.neg_dist:.2g}. Call "
+            "kerastrip.recalibrate(model, sampler) after fit, or use "
+            "BatchNormalization(momentum=0.9) or less, or train longer. In a network that "
+            "was trained before, freeze BatchNormalization (layer.trainable = False)."
         )
         self.alarms.append(Alarm(epoch, "lagging", message))
         return message

@@ -158,7 +158,7 @@ class EpochEvaluation:
     ):
         self.results: dict[int, dict[str, float]] = {}
         self._latest: dict[str, float] | None = None
-        self._begun = False
+        self._begun = self._told_of_nan = False
         self._watch = AveragesWatch()
         self._callback = callback
         self._data = data
@@ -176,7 +176,7 @@ class EpochEvaluation:
 
     def begin(self) -> None:
         """Looks for what would fail, or be missed, at the end of the first epoch."""
-        self._latest, self._begun = None, False
+        self._latest, self._begun, self._told_of_nan = None, False, False
         self._watch.begin()
         self._warn_of_foreign_distance()
         names = set(self._keys.values())
@@ -250,12 +250,14 @@ class EpochEvaluation:
             )
             bad = unusable_rows(embeddings)
             if len(bad):
-                _checks.warn(
-                    f"{type(self._callback).__name__}: {len(bad)} of "
-                    f"{len(embeddings)} embeddings hold NaN, infinity or more than "
-                    f"1e15 after epoch {epoch + 1}; its figures are NaN. The training "
-                    "has diverged."
-                )
+                if not self._told_of_nan:
+                    self._told_of_nan = True
+                    _checks.warn(
+                        f"{type(self._callback).__name__}: {len(bad)} of "
+                        f"{len(embeddings)} embeddings hold NaN, infinity or more than "
+                        f"1e15 after epoch {epoch + 1}, so its figures are NaN. Look "
+                        "for NaN in the inputs, then lower the learning rate."
+                    )
                 return dict.fromkeys(self._keys, float("nan"))
             arguments += [embeddings, labels]
         return self._measure(

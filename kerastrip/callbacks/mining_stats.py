@@ -297,12 +297,20 @@ class MiningStats(keras.callbacks.Callback):
         why = (
             "no row met another row of its label"
             if alone == 1
-            else "no row that met another row of its label met a row of another label"
+            else "no batch with two rows of one label held a row of another label"
+        )
+        split = (
+            ""
+            if phase == "training"
+            else (
+                " (`validation_split` takes the last rows: if they are sorted, the last "
+                "labels alone)"
+            )
         )
         _checks.warn(
-            f"No batch of the {phase} holds a triplet ({why}), so its loss says nothing "
+            f"No batch of the {phase} holds a triplet: {why}. So its loss says nothing "
             "of the embedding. Draw batches of several rows of several labels with "
-            "PKSampler; of sorted rows `validation_split` takes the last labels alone."
+            f"PKSampler{split}."
         )
 
     def _drop_zeros(self, phase: str, logs: Any, lead: str = "") -> None:

@@ -9,6 +9,7 @@ trace again: one new trace per change, the same on every backend. Validation and
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -234,7 +235,8 @@ def _latest(schedule: Mapping[int, Any], epoch: int, otherwise: Any) -> Any:
 def _loss_with(model: Any, attribute: str, output: int | str | None) -> Any:
     """The compiled loss of the embedding, which must have `attribute`."""
     loss = embedding_output(model, output).loss
-    if not hasattr(loss, attribute):
+    # A function tells its settings, but does not follow them.
+    if inspect.isfunction(loss) or not hasattr(loss, attribute):
         raise ValueError(
             _checks.message(
                 "output",

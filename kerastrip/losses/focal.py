@@ -73,6 +73,7 @@ def class_balanced_alpha(counts: Sequence[int], beta: float = 0.999) -> np.ndarr
     return weight * (n.size / weight.sum())
 
 
+@keras.saving.register_keras_serializable(package="kerastrip")
 def binary_focal_loss(
     y_true: Any,
     y_pred: Any,
@@ -160,6 +161,7 @@ def binary_focal_loss(
     return _numerics.nan_unless(targets, _numerics.nan_unless(scores, values))
 
 
+@keras.saving.register_keras_serializable(package="kerastrip")
 def categorical_focal_loss(
     y_true: Any,
     y_pred: Any,
@@ -253,6 +255,7 @@ def _of_rows(
     return ops.where(impossible, INFINITE, ops.sum(terms, axis=-1))
 
 
+@keras.saving.register_keras_serializable(package="kerastrip")
 def sparse_categorical_focal_loss(
     y_true: Any,
     y_pred: Any,

@@ -225,6 +225,7 @@ def _tfa_distance(distance_metric: Any) -> Any:
     return checked_distance(distance_metric, name="distance_metric")
 
 
+@keras.saving.register_keras_serializable(package="kerastrip")
 def triplet_semihard_loss(
     y_true: Any,
     y_pred: Any,
@@ -266,6 +267,7 @@ def triplet_semihard_loss(
     )
 
 
+@keras.saving.register_keras_serializable(package="kerastrip")
 def triplet_hard_loss(
     y_true: Any,
     y_pred: Any,
@@ -430,6 +432,15 @@ class TripletHardLoss(TripletLoss):
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""
         return {**_tfa_config(self, super().get_config()), "soft": self.soft}
+
+
+# Callbacks read the settings of a compiled loss. A function that is given to `compile`
+# as it stands has its defaults.
+for _function, _mining in (
+    (triplet_semihard_loss, "semi_hard"),
+    (triplet_hard_loss, "hard"),
+):
+    vars(_function).update(margin=1.0, distance="euclidean", mining=_mining)
 
 
 def _tfa_config(loss: Any, config: dict[str, Any]) -> dict[str, Any]:

@@ -78,14 +78,17 @@ def read_image(
     _checks.one_of("color", color, tuple(CHANNELS))
     limit = _checks.integer("max_pixels", max_pixels, 1)
     data = image if isinstance(image, bytes) else read_file(os.fspath(image), limit)
-    return decode_image(
-        data,
-        checked_size(size),
-        color=color,
-        reduce=_checks.one_of("reduce", reduce, REDUCE) == "auto",
-        bits=checked_bits(bits),
-        max_pixels=limit,
-    )
+    options: dict[str, Any] = {
+        "color": color,
+        "reduce": _checks.one_of("reduce", reduce, REDUCE) == "auto",
+        "bits": checked_bits(bits),
+        "max_pixels": limit,
+    }
+    try:
+        return decode_image(data, checked_size(size), **options)
+    except ValueError as error:
+        name = "its bytes" if isinstance(image, bytes) else repr(os.fspath(image))
+        raise ValueError(f"The image cannot be read from {name}: {error}") from error
 
 
 def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:

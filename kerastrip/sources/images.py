@@ -90,6 +90,8 @@ class ImageFiles:
         max_pixels: the largest image, height x width, that is decoded; checked before
             memory is taken for it. A larger one is broken. Default 200 million: those
             of the largest phone cameras.
+        resize, turn: the one way there is, as for `read_image`; so `reading` of another
+            source may be given: `ImageFiles(paths, **photos.reading)`.
 
     Attributes:
         paths: list of the paths, as text.
@@ -125,6 +127,8 @@ class ImageFiles:
         read: Callable[[str], bytes] | None = None,
         bits: int | None = None,
         max_pixels: int = MAX_PIXELS,
+        resize: str = "stretch",
+        turn: str = "exif",
     ):
         if isinstance(paths, (str, bytes, os.PathLike)):
             advice = "ImageFolder(directory) reads a folder of class folders."
@@ -140,6 +144,8 @@ class ImageFiles:
         self._color = _checks.one_of("color", color, tuple(CHANNELS))
         self._reduce = _checks.one_of("reduce", reduce, REDUCE)
         self._bits = checked_bits(bits)
+        _checks.one_of("resize", resize, ("stretch",))
+        _checks.one_of("turn", turn, ("exif",))
         self._max_pixels = _checks.integer("max_pixels", max_pixels, 1)
         self._skip = _checks.one_of("on_error", on_error, ON_ERROR) == "skip"
         if read is None and not self._skip:
