@@ -7,6 +7,8 @@ import pathlib
 import secrets
 from typing import Any
 
+from kerastrip._checks import Told, message
+
 
 def readable(value: Any) -> str:
     """A value as text that can be written and drawn.
@@ -17,10 +19,25 @@ def readable(value: Any) -> str:
     return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def refuse_devices(name: str, path: str | os.PathLike[str]) -> None:
+    """ValueError for a pipe or device.
+
+    A pipe would be waited for without end, and a device replaced by a file.
+
+    Args:
+        name: the argument.
+        path: what came.
+    """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        told = Told(f"{str(path)!r}, a pipe or device")
+        raise ValueError(message(name, "the path of a file", told))
+
+
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file beside `path` and puts it in its place in one step.
 
-    Writers of one path do not meet: the last one that ends has written it.
+    Writers of one path do not meet: the last one that ends has written it. Where the
+    path is a link, the file that it leads to is written, and the link stays.
 
     Args:
         path: the file.
@@ -28,8 +45,10 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
 
     Raises:
         OSError: it cannot be written; what was there is still there.
+        ValueError: there is a pipe or device.
     """
-    path = pathlib.Path(path)
+    refuse_devices("path", path)
+    path = pathlib.Path(os.path.realpath(path))
     if isinstance(content, str):
         content = readable(content).encode("utf-8")
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")

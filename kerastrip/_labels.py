@@ -175,7 +175,7 @@ def _label_values(labels: Any, name: str) -> tuple[np.ndarray, int | None]:
     if not values.dtype.isnative:
         values = values.astype(values.dtype.newbyteorder("="))
     if values.dtype.kind == "T":  # NumPy's StringDType
-        values = values.astype(np.str_)
+        values = values.astype(object)
     if values.ndim == 2:
         return _from_one_hot(values, name), values.shape[1]
     if values.ndim != 1:
@@ -191,8 +191,10 @@ def _label_values(labels: Any, name: str) -> tuple[np.ndarray, int | None]:
         )
     if len(values) == 0:
         raise ValueError(_checks.message(name, "at least one label", values))
-    if not hasattr(labels, "dtype") and values.dtype.kind in "fUS":
-        # NumPy makes strings of ["a", 1] and floats of [-1, 2**63].
+    if not hasattr(labels, "dtype") and (
+        values.dtype.kind in "fUS" or len({type(label) for label in labels}) > 1
+    ):
+        # NumPy makes strings of ["a", 1], floats of [-1, 2**63], integers of [True, 2].
         values = np.array(list(labels), object)
     if values.dtype.kind == "O":
         values = _from_objects(values, name)
@@ -229,7 +231,11 @@ def _from_one_hot(values: np.ndarray, name: str) -> np.ndarray:
                 name,
                 "one label for each sample, or one-hot rows of 0 and a single 1",
                 values,
-                "A column of labels becomes a list of labels with `.ravel()`.",
+                "A column of labels becomes a list of labels with `.ravel()`."
+                if values.shape[1] == 1
+                else "Choose the column of the classes that are to be told apart, such "
+                "as `labels[:, 0]`. Labels that were mixed or smoothed are needed as "
+                "they were before.",
             )
         )
     return values.argmax(axis=1)
@@ -243,7 +249,9 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
     if kinds <= {bytes, np.bytes_}:
         # As objects: a fixed-width dtype would strip trailing zero bytes.
         return values
-    if all(issubclass(kind, (int, np.integer)) for kind in kinds):
+    if kinds <= {bool, np.bool_}:
+        return values.astype(np.int64)
+    if all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in kinds):
         try:
             return values.astype(np.int64)
         except OverflowError:

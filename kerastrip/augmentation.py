@@ -23,7 +23,7 @@ import keras
 import numpy as np
 
 from kerastrip import _augmentation_json, _checks, _targets
-from kerastrip._files import write_whole
+from kerastrip._files import refuse_devices, write_whole
 from kerastrip._keyed import SCHEME, KeyedRandom, integer64
 from kerastrip._version import __version__
 
@@ -88,8 +88,8 @@ class Augmentation:
             together.
 
     NumPy's, Python's and TensorFlow's global generators are not touched. OpenCV has one
-    for each thread, which albumentations' noises (GaussNoise, ShotNoise, ...) set in the
-    thread that runs them; OpenCV cannot tell its state, so it is not set back.
+    for each thread, which albumentations' noises (GaussNoise, ShotNoise, ...) set by
+    `cv2.setRNGSeed` in the thread that runs them; OpenCV cannot tell its state, so it is not set back.
 
     Results are equal bit for bit under one version of albumentations and
     OpenCV; between OpenCV versions rotated and resized pixels may differ by a
@@ -219,7 +219,14 @@ class Augmentation:
         clone.random.set(*draws)
         own = _copied if copy else _same
         if not self._seedable:
-            result = run(own(image), clone.random.rng)
+            try:
+                result = run(own(image), clone.random.rng)
+            except TypeError as error:
+                raise TypeError(
+                    f"The pipeline failed: {error}. A callable is called with the image "
+                    "and a numpy.random.Generator. If its second argument is something "
+                    "else, write lambda image, rng: function(image)."
+                ) from error
         elif isinstance(image, dict):
             _targets.check_targets(run, image)
             result = run(**{name: own(value) for name, value in image.items()})
@@ -592,6 +599,7 @@ class Augmentation:
             >>> Augmentation.load(path).seed
             3
         """
+        refuse_devices("path", path)
         return cls.from_json(
             pathlib.Path(path).read_text(encoding="utf-8"), lambdas=lambdas
         )

@@ -157,6 +157,25 @@ def test_a_member_that_unpacks_to_more_than_it_tells_is_broken(tmp_path):
         ZipImages(path, size=8, max_pixels=80).take([1])
 
 
+def test_a_large_member_that_is_no_image_is_not_unpacked(tmp_path, rng):
+    path = tmp_path / "bomb.zip"
+    start = png(0)[:16] + struct.pack(">II", 20_000, 20_000)
+    pixels = rng.integers(0, 256, (700, 700, 3), "uint8")
+    large = cv2.imencode(".bmp", pixels)[1].tobytes()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/1.png", bytes(50_000_000))
+        file.writestr("a/2.png", start + bytes(50_000_000))
+        file.writestr("b/1.bmp", large)
+    source = ZipImages(path, size=700)
+    for row, says in ((0, "no image that is read"), (1, "20,000 x 20,000 pixels")):
+        tracemalloc.start()
+        with pytest.raises(BrokenSamples, match=says):
+            source.take([row])
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+        tracemalloc.stop()
+    assert (source.take([2])[0] == pixels[..., ::-1]).all()
+
+
 def test_an_archive_with_flipped_bits_reads_or_gives_a_value_error(archive):
     rng, whole = np.random.default_rng(0), np.frombuffer(archive.read_bytes(), "u1")
     table = whole.tobytes().index(b"PK\x01\x02")

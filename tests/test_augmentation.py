@@ -632,13 +632,13 @@ def test_json_is_self_contained(tmp_path, aug, images, views):
     assert repr(again) == repr(aug)
 
 
-def test_saving_replaces_the_file_in_one_step_and_follows_no_link(tmp_path, aug):
+def test_saving_replaces_the_file_in_one_step_and_keeps_a_link(tmp_path, aug):
     path, other = tmp_path / "augmentation.json", tmp_path / "other"
-    other.write_text("kept")
+    other.write_text("old")
     path.symlink_to(other)
     aug.save(path)
-    assert other.read_text() == "kept"
-    assert not path.is_symlink()
+    assert other.read_text() == aug.to_json()
+    assert path.is_symlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["augmentation.json", "other"]
 
 
@@ -790,6 +790,15 @@ def test_a_callable_is_called_with_an_image_and_a_generator():
             TypeError, match=r"\(image, rng\) -> image.*lambda image, rng:"
         ):
             Augmentation(wrong)
+
+
+def test_a_second_argument_that_is_no_generator_is_told_when_it_is_used(images):
+    for function in (np.flip, np.roll, np.rot90):
+        aug = Augmentation(function)
+        for use in (lambda aug: aug(images[0], 0), lambda aug: aug.batch(images, 0)):
+            with pytest.raises(TypeError, match="lambda image, rng:") as caught:
+                use(aug)
+            assert isinstance(caught.value.__cause__, TypeError)
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 103), (9, 9, 103), (1, 100, 6), (4, 30, 125)])

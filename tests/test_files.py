@@ -30,19 +30,51 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
     assert os.listdir(tmp_path) == ["page.html"]
 
 
-def test_a_link_is_not_followed(tmp_path, monkeypatch):
+def test_a_link_at_the_name_of_a_part_is_not_followed(tmp_path, monkeypatch):
     victim = tmp_path / "victim"
     victim.write_text("mine")
     (tmp_path / "page.html.part").symlink_to(victim)
     write_whole(tmp_path / "page.html", "new")
-    (tmp_path / "linked.html").symlink_to(victim)
-    write_whole(tmp_path / "linked.html", b"new")
     monkeypatch.setattr("secrets.token_hex", lambda size: "guessed")
     (tmp_path / "page.html.guessed.part").symlink_to(victim)
     with pytest.raises(FileExistsError):
         write_whole(tmp_path / "page.html", "newer")
     assert victim.read_text() == "mine"
     assert (tmp_path / "page.html").read_text() == "new"
+
+
+def test_the_file_that_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
+    real, link = tmp_path / "there" / "real.html", tmp_path / "linked.html"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    for text in ("new", "newer"):  # at first the link leads nowhere
+        write_whole(link, text)
+        assert link.is_symlink()
+        assert real.read_text() == text
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_or_device_is_neither_read_nor_replaced(tmp_path):
+    from kerastrip import Augmentation
+    from kerastrip.callbacks import TrainingReport
+    from kerastrip.sources import TFRecordSource, ZipImages
+
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        for use in (
+            lambda path: write_whole(path, "new"),
+            TrainingReport,
+            Augmentation.none().save,
+            Augmentation.load,
+            TFRecordSource,
+            lambda path: ZipImages(path, size=8),
+        ):
+            with pytest.raises(ValueError, match=f"{path.name}', a pipe or device"):
+                use(path)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):

@@ -150,7 +150,11 @@ def test_an_unknown_label_is_named(labels, classes, named):
         (deque(["a", 1]), TypeError, ["one kind", "int (1 at position 1)"]),
         (["a", b"a"], TypeError, ["one kind", "bytes (b'a' at position 1), str"]),
         ([[1], [2]], ValueError, ["one-hot", "shape (2, 1)", ".ravel()"]),
-        ([[0.5, 0.5]], ValueError, ["one-hot", "shape (1, 2)"]),
+        ([[0.5, 0.5]], ValueError, ["one-hot", "shape (1, 2)", "mixed or smoothed"]),
+        ([[7, 1], [8, 1]], ValueError, ["one-hot", "Choose the column", "[:, 0]"]),
+        ([True, 2, 3], TypeError, ["one kind", "bool (True at position 0), int (2 at"]),
+        (np.array([2, True], object), TypeError, ["one kind", "bool (True at"]),
+        ([2, np.True_], TypeError, ["one kind", "int (2 at position 0)"]),
         ([[0, 0], [1, 0]], ValueError, ["one-hot"]),
         ([[1, 1], [1, 0]], ValueError, ["one-hot"]),
         ([["a", "b"]], ValueError, ["one-hot"]),
@@ -205,6 +209,25 @@ def test_pandas_labels_that_are_missing_are_named():
     ):
         with pytest.raises(ValueError, match=r"`y`.*every sample.*at position 1"):
             LabelTable(labels, name="y")
+
+
+def test_labels_that_are_all_booleans_are_two_classes():
+    for labels in ([True, False], [np.True_, False], np.array([True, False], object)):
+        assert LabelTable(labels).codes.tolist() == [1, 0]
+
+
+@pytest.mark.skipif(not hasattr(np.dtypes, "StringDType"), reason="NumPy before 2")
+def test_numpys_texts_of_any_length_are_labels_and_missing_ones_are_named():
+    names = ["b", "a", "a long name" * 9]
+    for missing in ({}, {"na_object": None}, {"na_object": np.nan}):
+        dtype = np.dtypes.StringDType(**missing)
+        table = LabelTable(np.array(names, dtype))
+        assert table.decode(table.codes).tolist() == names
+        assert label_array(np.array(names, dtype)).tolist() == names
+        if missing:
+            gap = np.array(["a", missing["na_object"]], dtype)
+            with pytest.raises(ValueError, match=r"for every sample.*at position 1"):
+                LabelTable(gap)
 
 
 def test_labels_are_checked_before_they_become_an_array():

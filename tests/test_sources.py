@@ -163,7 +163,8 @@ def test_rows_of_differing_shape_are_named(images):
         (["cat/1.jpg", "cat/2.PNG"], TypeError, "not paths.*ImageFiles"),
         (np.array(["cat/1.jpg", "cat/2.PNG"]), TypeError, "not paths.*ImageFiles"),
         (np.array([b"cat/1.jpg"], object), TypeError, "not paths.*ImageFiles"),
-        ([__file__, "b"], TypeError, "not paths.*ImageFiles"),
+        ([__file__, "b.wav", "c/d.npy"], TypeError, "not paths.*`__getitem__`"),
+        (np.array([["a.jpg"], ["b.jpg"]], object), TypeError, "not paths.*ImageFiles"),
         ([pathlib.Path("a")], TypeError, "not paths.*ImageFiles"),
         ([{"path": "cat/1.jpg"}], TypeError, r"x\['path'\]\[0\].*ImageFiles"),
         ("cat/1.jpg", TypeError, "ImageFiles"),
@@ -263,6 +264,93 @@ def test_images_of_pillow_come_in_the_colours_that_they_show(mode):
         taken = taken[..., :3]
     assert taken.dtype == np.uint8
     np.testing.assert_array_equal(taken, np.stack([expected] * len(ROWS)))
+
+
+class OneBuffer:
+    """Samples that are all read into one buffer, as by a decoder."""
+
+    def __init__(self, give):
+        self.buffer, self.give = np.zeros((3, 2), "uint8"), give
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        self.buffer[:] = index
+        return self.give(self.buffer)
+
+
+class OneBufferInBulk(OneBuffer):
+    """A part of it, as PyTorch's `Subset` reads several samples."""
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+@pytest.mark.parametrize("kind", [OneBuffer, OneBufferInBulk])
+@pytest.mark.parametrize(
+    "give", [lambda a: a, lambda a: a[:2], lambda a: {"a": (a[0], 1)}]
+)
+def test_samples_that_are_read_into_one_buffer_stay_apart(kind, give):
+    source = as_source(kind(give))
+    first, taken = source.take([5]), source.take(ROWS)
+    if isinstance(taken, dict):
+        first, taken = first["a"][0], taken["a"][0]
+    assert taken.reshape(len(ROWS), -1)[:, 0].tolist() == ROWS
+    assert (first == 5).all()
+
+
+def test_frames_of_one_image_object_stay_apart(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    frames = [image.fromarray(np.full((4, 4), i, "uint8")) for i in range(12)]
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    with image.open(tmp_path / "a.tif") as file:
+
+        class Frames(Samples):
+            def __getitem__(self, index):
+                file.seek(index)
+                return file
+
+            def __getitems__(self, indices):
+                return [self[index] for index in indices]
+
+        assert as_source(Frames(frames)).take(ROWS)[:, 0, 0].tolist() == ROWS
+
+
+def test_a_batch_of_a_users_source_stays_when_the_next_one_is_taken():
+    buffer = np.zeros(2, int)
+
+    def take(rows):
+        buffer[:] = rows
+        return {"a": buffer}
+
+    source = as_source(Own(take))
+    first, second = source.take(np.array([1, 2])), source.take(np.array([3, 4]))
+    assert first["a"].tolist() == [1, 2]
+    assert second["a"].tolist() == [3, 4]
+
+
+def test_a_caption_that_ends_like_a_file_is_a_text():
+    for texts in (
+        ["how I made cat.jpg", "a dog"],
+        ["cat.jpg", "a dog"],
+        ["see cat.jpg", "see dog.jpg"],
+    ):
+        for x in (texts, Samples(texts), np.array(texts), np.array(texts, object)):
+            assert as_source(x).take([1, 0]).tolist() == texts[::-1]
+        assert as_source([{"a": text} for text in texts]).take([0])["a"][0] == texts[0]
+
+
+def test_the_bytes_of_image_files_are_told_to_be_decoded():
+    import cv2
+
+    image = cv2.imencode(".jpg", np.zeros((8, 8, 3), "uint8"))[1].tobytes()
+    for x in ([image] * 3, Samples([{"image": image, "label": 1}] * 3)):
+        with pytest.raises(TypeError, match=r"bytes of image files.*read_image"):
+            as_source(x)
+    assert as_source([b"BMW is a car of Bavaria, not a picture"]).take([0]).shape == (
+        1,
+    )
 
 
 # -- what keeps a file open ------------------------------------------------------

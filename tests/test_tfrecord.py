@@ -181,6 +181,19 @@ def test_numbers_that_another_dtype_does_not_hold_are_refused(tmp_path, values, 
         TFRecordSource(path, shape=(1,), dtype=dtype)
 
 
+def test_bytes_of_another_kind_are_told_how_to_be_read(tmp_path):
+    import tensorflow as tf
+
+    numbers = np.arange(4, dtype="float32")
+    raw, written = numbers.tobytes(), tf.io.serialize_tensor(numbers).numpy()
+    for image, dtype in ((raw, None), (written, None), (written, "float32")):
+        path = write(tmp_path / "x", [example(image=image, label=0)])
+        with pytest.raises(ValueError, match=r"Record 0 .*dtype=, bytes .* parse="):
+            TFRecordSource(path, shape=(4,), dtype=dtype)
+        with pytest.raises(ValueError, match=r"no picture.*shape=.* need parse="):
+            TFRecordSource(path)
+
+
 def test_several_byte_strings_are_no_numbers(tmp_path):
     path = write(tmp_path / "x", [example(image=[b"1", b"2"], label=0)])
     with pytest.raises(ValueError, match="'image' has 2 byte strings, not one"):

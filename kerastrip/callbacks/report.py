@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip._files import write_whole
+from kerastrip._files import refuse_devices, write_whole
 from kerastrip._outputs import embedding_output
 from kerastrip.callbacks import _page
 from kerastrip.callbacks._evaluation import (
@@ -114,6 +114,7 @@ class TrainingReport(keras.callbacks.Callback):
 
         super().__init__()
         self._path = pathlib.Path(path)
+        refuse_devices("path", self._path)
         if guard is not None and not isinstance(guard, CollapseGuard):
             raise TypeError(_checks.message("guard", "a CollapseGuard", guard))
         self._guard = guard

@@ -26,6 +26,11 @@ class Header(NamedTuple):
     least: int = 0
 
 
+def is_known(data: bytes) -> bool:
+    """Whether a file that begins so is in one of the formats that are read."""
+    return any(data.startswith(start, place) for start, place, _ in _FORMATS)
+
+
 def read_header(data: bytes) -> Header | None:
     """The header of a file in one of the formats that are read; None for another one."""
     for start, place, parse in _FORMATS:

@@ -11,11 +11,15 @@ from typing import Any
 
 from kerastrip import _checks
 from kerastrip._checks import Told, message
+from kerastrip._files import refuse_devices
 from kerastrip.sources._listing import is_image, labelled_images
-from kerastrip.sources.decoding import MAX_PIXELS, check_bytes
+from kerastrip.sources.decoding import MAX_PIXELS, check_bytes, check_head
 from kerastrip.sources.images import ImageFiles, is_wrong_with_file
 
 _STORED_OR_DEFLATED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# A few bytes may unpack to gigabytes. Of a larger member the first bytes are looked at
+# before the rest is unpacked.
+_LARGE, _HEAD = 1 << 20, 1 << 16
 
 
 def ZipImages(
@@ -107,6 +111,7 @@ class _Archive:
 
     def __init__(self, path: str, max_pixels: int):
         self.path, self._max_pixels = path, max_pixels
+        refuse_devices("path", path)
         try:
             with zipfile.ZipFile(path) as archive:
                 self.members = {
@@ -160,11 +165,10 @@ class _Archive:
             file.seek(sum(struct.unpack("<2H", header[26:30])), os.SEEK_CUR)
             data = file.read(info.compress_size)
         if info.compress_type == zipfile.ZIP_DEFLATED:
-            try:
-                # One byte too many is enough to see that more would come.
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
-            except zlib.error as error:
-                raise ValueError(f"the archive is damaged: {error}") from error
+            if size > _LARGE:
+                check_head(_inflated(data, _HEAD), self._max_pixels)
+            # One byte too many is enough to see that more would come.
+            data = _inflated(data, size + 1)
         if len(data) != size:
             found = "more" if len(data) > size else "fewer"
             raise ValueError(
@@ -174,3 +178,11 @@ class _Archive:
         if zlib.crc32(data) != info.CRC:
             raise ValueError("the archive is damaged: wrong checksum")
         return data
+
+
+def _inflated(data: bytes, most: int) -> bytes:
+    """The first `most` bytes of a deflated member."""
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, most)
+    except zlib.error as error:
+        raise ValueError(f"the archive is damaged: {error}") from error

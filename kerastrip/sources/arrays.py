@@ -14,20 +14,29 @@ from __future__ import annotations
 
 import mimetypes
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from kerastrip._checks import Told, message, refuse_masked
+from kerastrip.sources._headers import read_header
 from kerastrip.sources._turns import is_safe, turn
 
 _NO_NUMBERS = "OSUTMm"  # dtype kinds that hold no numbers
 _NO_INPUT = "OTMm"  # ... and no texts either
+_TEXTS = "OSUT"
 _FILES = (
     "ImageFolder(directory, size=...) reads a folder of class folders, "
-    "ImageFiles(paths, size=...) a list of image files."
+    "ImageFiles(paths, size=...) a list of image files. Other files are read by an "
+    "object with `__len__` and `__getitem__`."
 )
+_DECODE = (
+    "Let `__getitem__` return kerastrip.sources.read_image(data, size=(height, width))."
+)
+_FEW = 10  # samples that are looked at, to tell paths from texts
+_LONGEST = 4096  # a path, at most
 
 # Modes of Pillow whose arrays hold other numbers than the colours that are shown, and
 # the way to these. (Pillow warns of a transparent palette that is turned into RGB.)
@@ -206,26 +215,54 @@ class RowSource:
             )
         )
         with turn(self._safe):
-            self._first = self._read([0])[0]
-            _stack([self._first], [0], [0], self._first, name)
+            self._first = next(iter(self._read([0])))
+            self._refuse_paths(name)
+            _put(_room(self._first, 1, name), [0], self._first, self._first, 0, name)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def _read(self, indices: list[int]) -> Sequence[Any]:
+    def _refuse_paths(self, name: str) -> None:
+        """Refuses paths and encoded images in place of samples."""
+        found = dict(_leaves(self._first, name))
+        for part, leaf in found.items():
+            if isinstance(leaf, bytes) and _is_encoded(leaf):
+                expected = "samples, not the bytes of image files"
+                told = Told(f"{len(leaf):,} bytes that begin with {leaf[:8]!r}")
+                raise TypeError(message(f"{part}[0]", expected, told, _DECODE))
+        found = {part: leaf for part, leaf in found.items() if _is_path(leaf)}
+        if found:  # a caption may end in ".jpg" too, but not all of them do
+            for row in self._read(list(range(1, min(len(self), _FEW)))):
+                leaves = dict(_leaves(row, name))
+                found = {
+                    p: leaf for p, leaf in found.items() if _is_path(leaves.get(p))
+                }
+        for part, leaf in found.items():
+            raise _no_samples(f"{part}[0]", leaf)
+
+    def _read(self, indices: list[int]) -> Iterable[Any]:
+        """The samples one after the other: each may lie where the last one lay."""
         if hasattr(self._rows, "__getitems__"):
-            return self._rows.__getitems__(indices)
-        return [self._rows[index] for index in indices]
+            rows = list(self._rows.__getitems__(indices))
+            if not _share_memory(rows):
+                return rows
+        return (self._rows[index] for index in indices)
 
     def take(self, indices: Any) -> Any:
         """Fresh arrays of the samples, in the order asked for."""
         unique, inverse = np.unique(np.asarray(indices), return_inverse=True)
         places = unique.tolist()
-        # To the end of `_stack`: an image object reads its file when it becomes an array.
+        positions: list[list[int]] = [[] for _ in places]
+        for position, which in enumerate(inverse.tolist()):
+            positions[which].append(position)
+        first, name = self._first, self._name
+        taken = _room(first, len(inverse), name)
+        # To the end of `_put`: an image object reads its file when it becomes an array.
         with turn(self._safe):
-            return _stack(
-                self._read(places), places, inverse.tolist(), self._first, self._name
-            )
+            rows = zip(self._read(places), places, positions, strict=True)
+            for row, place, at in rows:
+                _put(taken, at, row, first, place, name)
+        return taken
 
 
 class _ForeignSource:
@@ -246,9 +283,14 @@ class _ForeignSource:
         return getattr(self._source, name)
 
     def take(self, indices: Any) -> Any:
-        """What the source gives, in the byte order of this machine."""
+        """A copy of what the source gives, in the byte order of this machine.
+
+        The source may write its next batch where this one is, and augmentations may
+        write into a batch that is a part of the data.
+        """
         with turn(self._safe):
-            return _native(self._source.take(indices), f"{self._name}.take(...)")
+            taken = self._source.take(indices)
+            return _native(taken, f"{self._name}.take(...)", copy=True)
 
 
 class StructureSource:
@@ -406,34 +448,60 @@ def _check_rows(rows: Any, name: str) -> None:
     _check_length(len(rows), rows, name)
     refuse_masked(name, rows)
     if isinstance(rows, (list, np.ndarray)):
-        few = [rows[i] for i in range(min(len(rows), 10))]
-        if all(_is_path(row) for row in few):
+        few = [rows[i] for i in range(min(len(rows), _FEW))]
+        if isinstance(rows, np.ndarray) and rows.dtype.kind in _TEXTS:
+            few = rows[:_FEW].ravel().tolist()  # a data frame has a second axis
+        if few and all(_is_path(row) for row in few):
             raise _no_samples(name, few[0])
 
 
 def _is_path(sample: Any) -> bool:
     if isinstance(sample, (str, bytes)):
+        if len(sample) > _LONGEST:
+            return False
         text = os.fsdecode(sample)
-        kind = mimetypes.guess_type(text)[0] or ""
-        return kind.startswith("image/") or (len(text) < 256 and os.path.isfile(text))
+        ending = os.path.splitext(text)[1].lower()
+        kind = (mimetypes.guess_type(f"a{ending}")[0] or "").partition("/")[0]
+        named = kind in ("image", "audio", "video") or ending in (".npy", ".npz")
+        return (named and not re.search(r"\s", text)) or os.path.isfile(text)
     return isinstance(sample, os.PathLike)
+
+
+def _is_encoded(sample: bytes) -> bool:
+    """Whether bytes are an image file rather than a text."""
+    try:
+        sample.decode()
+    except UnicodeDecodeError:
+        return read_header(sample) is not None
+    return False
+
+
+def _leaves(sample: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """The parts of a sample, and what errors call them."""
+    if isinstance(sample, (Mapping, tuple)):
+        keys = sample if isinstance(sample, Mapping) else range(len(sample))
+        for key in keys:
+            yield from _leaves(sample[key], f"{name}[{key!r}]")
+    else:
+        yield name, sample
 
 
 def _no_samples(name: str, path: Any) -> TypeError:
     return TypeError(message(name, "samples, not paths of files", path, _FILES))
 
 
-def _native(taken: Any, name: str = "x") -> Any:
+def _native(taken: Any, name: str = "x", copy: bool = False) -> Any:
     """Arrays in the byte order of this machine, for which every backend is made.
 
     JAX and TensorFlow read the bytes of the others the wrong way round.
     """
     if isinstance(taken, Mapping):
-        return {key: _native(part, f"{name}[{key!r}]") for key, part in taken.items()}
+        items = taken.items()
+        return {key: _native(part, f"{name}[{key!r}]", copy) for key, part in items}
     if type(taken) in (tuple, list):
-        return type(taken)(_native(part, name) for part in taken)
+        return type(taken)(_native(part, name, copy) for part in taken)
     refuse_masked(name, taken)
-    if isinstance(taken, np.ndarray) and not taken.dtype.isnative:
+    if isinstance(taken, np.ndarray) and (copy or not taken.dtype.isnative):
         return taken.astype(taken.dtype.newbyteorder("="))
     return taken
 
@@ -457,85 +525,99 @@ def _check_array(array: Any, name: str, refused: str = _NO_NUMBERS) -> None:
     refuse_masked(name, array)
 
 
-def _stack(
-    rows: Sequence[Any], places: list[int], order: list[int], first: Any, name: str
-) -> Any:
-    """Stacks `rows[i] for i in order`; `places` are their positions in the source."""
-    if isinstance(first, (Mapping, tuple)):
-        keys = list(first) if isinstance(first, Mapping) else range(len(first))
-        for row, place in zip(rows, places, strict=True):
-            if type(row) is not type(first) or len(row) != len(first):
-                raise ValueError(
-                    message(
-                        f"{name}[{place}]",
-                        f"a {type(first).__name__} of {len(first)} entries, as "
-                        f"{name}[0]",
-                        row,
-                    )
-                )
-        parts = {
-            key: _stack(
-                [row[key] for row in rows],
-                places,
-                order,
-                first[key],
-                f"{name}[{key!r}]",
-            )
-            for key in keys
-        }
-        return parts if isinstance(first, Mapping) else tuple(parts.values())
-    if isinstance(first, (str, bytes)):
-        return _texts(rows, places, order, first, name)
-    return _arrays(rows, places, order, first, name)
-
-
-def _arrays(
-    rows: Sequence[Any], places: list[int], order: list[int], first: Any, name: str
-) -> np.ndarray:
-    """(len(order), ...) samples, all of the shape and dtype of the first."""
-    model = _shown(first, f"{name}[0]")
+def _room(first: Any, count: int, name: str) -> Any:
+    """Arrays for `count` samples that are like the first."""
+    if isinstance(first, Mapping):
+        items = first.items()
+        return {key: _room(part, count, f"{name}[{key!r}]") for key, part in items}
+    if isinstance(first, tuple):
+        parts = enumerate(first)
+        return tuple(_room(part, count, f"{name}[{key!r}]") for key, part in parts)
+    if isinstance(first, (str, bytes)):  # as Python objects: they differ in length
+        return np.empty(count, object)
+    model = _shown(first, name, 0)
     if model.dtype.kind in _NO_NUMBERS or model.dtype.names is not None:
         if isinstance(first, os.PathLike):
             raise _no_samples(f"{name}[0]", first)
         raise TypeError(message(f"{name}[0]", "an array of numbers, or a text", first))
-    arrays = []
-    for row, place in zip(rows, places, strict=True):
-        array = _shown(row, f"{name}[{place}]")
-        if array.shape != model.shape or not np.can_cast(array.dtype, model.dtype):
-            raise ValueError(
-                message(
-                    f"{name}[{place}]",
-                    f"a sample of shape {model.shape} and dtype {model.dtype.name}, "
-                    f"as {name}[0]",
-                    Told(f"shape {array.shape} and dtype {array.dtype.name}"),
-                    "Batches need one shape: resize, crop or pad the samples."
-                    if array.shape[:2] != model.shape[:2] or not hasattr(row, "convert")
-                    else "Images become alike with `.convert('RGB')`.",
-                )
-            )
-        arrays.append(array)
-    stacked = np.empty((len(order), *model.shape), model.dtype.newbyteorder("="))
-    for position, which in enumerate(order):
-        stacked[position] = arrays[which]
-    return stacked
+    return np.empty((count, *model.shape), model.dtype.newbyteorder("="))
 
 
-def _texts(
-    rows: Sequence[Any], places: list[int], order: list[int], first: Any, name: str
-) -> np.ndarray:
-    """(len(order),) texts, or bytes, as Python objects: they differ in length."""
-    if _is_path(first):
-        raise _no_samples(f"{name}[0]", first)
-    for row, place in zip(rows, places, strict=True):
+def _put(
+    taken: Any, positions: list[int], row: Any, first: Any, place: int, name: str
+) -> None:
+    """Writes a sample to its positions in what `_room` made.
+
+    Args:
+        taken: what is written into.
+        positions: where in it.
+        row: the sample.
+        first: the first one of the source, which all others are like.
+        place: its position in the source.
+        name: what errors call the source.
+    """
+    # This runs for every sample, so names are made where they are needed.
+    if not isinstance(taken, np.ndarray):
+        if type(row) is not type(first) or len(row) != len(first):
+            kind = f"a {type(first).__name__} of {len(first)} entries"
+            raise ValueError(message(f"{name}[{place}]", f"{kind}, as {name}[0]", row))
+        for key in taken if isinstance(taken, dict) else range(len(taken)):
+            part = f"{name}[{key!r}]"
+            _put(taken[key], positions, row[key], first[key], place, part)
+        return
+    if taken.dtype.hasobject:
         if not isinstance(row, type(first)):
             kind = "a text" if isinstance(first, str) else "bytes"
             raise ValueError(message(f"{name}[{place}]", f"{kind}, as {name}[0]", row))
-    return np.array([rows[which] for which in order], object)
+        array = row
+    else:
+        array = _shown(row, name, place)
+        shape, dtype = taken.shape[1:], taken.dtype
+        if array.shape != shape or not np.can_cast(array.dtype, dtype):
+            raise ValueError(
+                message(
+                    f"{name}[{place}]",
+                    f"a sample of shape {shape} and dtype {dtype.name}, as {name}[0]",
+                    Told(f"shape {array.shape} and dtype {array.dtype.name}"),
+                    "Batches need one shape: resize, crop or pad the samples."
+                    if array.shape[:2] != shape[:2] or not hasattr(row, "convert")
+                    else "Images become alike with `.convert('RGB')`.",
+                )
+            )
+    for position in positions:
+        taken[position] = array
 
 
-def _shown(sample: Any, name: str) -> np.ndarray:
+def _share_memory(rows: Iterable[Any]) -> bool:
+    """Whether samples lie in one place: a buffer that every read has written anew."""
+    seen: set[int] = set()
+    for row in rows:
+        places = set(_memory(row))
+        if not seen.isdisjoint(places):
+            return True
+        seen |= places
+    return False
+
+
+def _memory(sample: Any) -> list[int]:
+    """Where the arrays and tensors of a sample begin."""
+    if isinstance(sample, np.ndarray):
+        return [sample.__array_interface__["data"][0]]
+    if isinstance(sample, (int, float, str, bytes)):
+        return []
+    if isinstance(sample, (dict, tuple, Mapping)):
+        parts = sample if isinstance(sample, tuple) else sample.values()
+        return [place for part in parts for place in _memory(part)]
+    if hasattr(sample, "data_ptr"):  # of PyTorch
+        return [sample.data_ptr()]
+    # An image of Pillow goes to another frame with `seek`.
+    return [id(sample)] if hasattr(sample, "convert") else []
+
+
+def _shown(sample: Any, name: str, place: int) -> np.ndarray:
     """A sample as an array; an image of Pillow in the colours that it shows."""
-    refuse_masked(name, sample)
+    if isinstance(sample, np.ma.MaskedArray):
+        refuse_masked(f"{name}[{place}]", sample)
     if hasattr(sample, "convert"):
         for mode in _SHOWN.get(getattr(sample, "mode", ""), ()):
             sample = sample.convert(mode)

@@ -14,7 +14,7 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip._checks import message
-from kerastrip.sources._headers import Header, read_header
+from kerastrip.sources._headers import Header, is_known, read_header
 
 CHANNELS = {"rgb": 3, "gray": 1}
 REDUCE = ("auto", "never")
@@ -127,6 +127,19 @@ def check_bytes(size: int, max_pixels: int) -> None:
         )
 
 
+def check_head(head: bytes, max_pixels: int) -> None:
+    """ValueError if a file that begins so is no image that is read, or too large.
+
+    Args:
+        head: the first bytes. The size may stand further behind.
+        max_pixels: the largest image that is decoded.
+    """
+    if not is_known(head):
+        raise ValueError(_DAMAGED)
+    if header := read_header(head):
+        _check_pixels(header, max_pixels)
+
+
 def decode_image(
     data: bytes,
     size: tuple[int, int] | None,
@@ -187,15 +200,17 @@ def _checked_header(data: bytes, max_pixels: int) -> Header:
     header = read_header(data)
     if header is None or min(header.height, header.width) < 1:
         raise ValueError(_DAMAGED)
-    too_large = header.height * header.width > max_pixels
-    if too_large or len(data) < header.least:
-        told = f"{header.height:,} x {header.width:,} pixels"
-        raise ValueError(
-            f"its {told} are more than max_pixels={max_pixels:,}"
-            if too_large
-            else f"it is cut short, or its header lies: {told} in {len(data):,} bytes"
-        )
+    _check_pixels(header, max_pixels)
+    if len(data) < header.least:
+        told = f"{header.height:,} x {header.width:,} pixels in {len(data):,} bytes"
+        raise ValueError(f"it is cut short, or its header lies: {told}")
     return header
+
+
+def _check_pixels(header: Header, max_pixels: int) -> None:
+    if header.height * header.width > max_pixels:
+        told = f"{header.height:,} x {header.width:,} pixels"
+        raise ValueError(f"its {told} are more than max_pixels={max_pixels:,}")
 
 
 def _decoded(data: bytes, flags: int, header: Header) -> np.ndarray:

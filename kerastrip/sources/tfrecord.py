@@ -27,7 +27,7 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip._checks import Told, message, one_of
-from kerastrip._files import write_whole
+from kerastrip._files import refuse_devices, write_whole
 from kerastrip.sources.arrays import RowSource
 from kerastrip.sources.decoding import (
     MAX_PIXELS,
@@ -286,6 +286,7 @@ def _damaged(path: pathlib.Path, place: int, offset: int, what: str) -> ValueErr
 
 def _indexed(path: pathlib.Path, label: Any, index: Any) -> _Index:
     """The index of a file: the one that is kept, or one that is made now."""
+    refuse_devices("paths", path)
     told = path.stat()
     kept = label if isinstance(label, str) else None
     about = json.dumps([_VERSION, told.st_size, told.st_mtime_ns, kept])
@@ -313,6 +314,7 @@ def _loaded(
 ) -> _Index | None:
     """The index that is kept, if it is one of the file as it is."""
     try:
+        refuse_devices("index", beside)
         with zipfile.ZipFile(beside) as members:
             if any(member.compress_type for member in members.infolist()):
                 return None  # ours are not compressed, and few bytes may grow to many
@@ -492,7 +494,15 @@ def _numbers(
     if isinstance(first, bytes):
         if len(values) > 1:
             raise ValueError(f"{name!r} has {len(values)} byte strings, not one")
-        return np.frombuffer(first, np.uint8 if dtype is None else dtype).reshape(shape)
+        dtype = np.dtype(np.uint8 if dtype is None else dtype)
+        try:
+            return np.frombuffer(first, dtype).reshape(shape)
+        except ValueError as error:
+            raise ValueError(
+                f"{name!r} has {len(first)} bytes, which do not reshape to {tuple(shape)} "
+                f"in {dtype.name}. Raw numbers of another kind need their dtype=, bytes "
+                "of tf.io.serialize_tensor need parse="
+            ) from error
     whole = isinstance(first, int)
     numbers = np.array(values, np.int64 if whole else np.float32)
     return _converted(name, numbers, dtype).reshape(shape)
@@ -528,5 +538,6 @@ def _picture(
         return decode_image(data, size, **options)
     except ValueError as error:
         raise ValueError(
-            f"{name!r} is no picture: {error}. Raw pixels need shape="
+            f"{name!r} is no picture: {error}. Raw pixels need shape=, and bytes of "
+            "tf.io.serialize_tensor need parse="
         ) from error
