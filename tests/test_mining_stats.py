@@ -737,9 +737,25 @@ def test_warns_once_when_the_embedding_is_not_normalised():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(model, targets, epochs=2, validation_data=(X, targets))
-    told = [str(w.message) for w in caught if "UnitNormalization" in str(w.message)]
+    told = [w for w in caught if "UnitNormalization" in str(w.message)]
     assert len(told) == 1
-    assert "0.3" in told[0]
+    assert "0.3" in str(told[0].message)
+    assert told[0].filename == __file__
+
+
+@pytest.mark.backend
+def test_figures_that_are_nan_are_told_once_with_the_labels_as_a_cause():
+    model, _ = build("single")
+    mixed = 0.7 * ONE_HOT + 0.3 * ONE_HOT[::-1]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        history = fit(model, mixed, epochs=2, validation_data=(X, mixed))
+    assert np.isnan(history["easy"]).all()
+    told = [w for w in caught if "NaN" in str(w.message)]
+    assert len(told) == 1
+    assert "not one-hot" in str(told[0].message)
+    assert "run_eagerly=True" in str(told[0].message)
+    assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize("mean", [0.7, 1.1])

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import pickle
 import subprocess
 import sys
@@ -238,7 +239,7 @@ def test_a_diverged_model_is_reported_not_raised(data, kind, weight):
     x, y = data
     model = small_model(rate=0.0)
     model.set_weights([np.full_like(w, weight) for w in model.get_weights()])
-    with pytest.warns(UserWarning, match="24 of 24 embeddings.*diverged"):
+    with pytest.warns(UserWarning, match="24 of 24 embeddings.*class.*rate"):
         history = fit(model, data, [kind(x, y)], epochs=1)
     figures = [v for key, v in history.items() if key.startswith("val_")]
     assert len(figures) >= 2
@@ -400,6 +401,49 @@ def test_a_distance_that_it_does_not_know_is_told_at_the_line_of_the_user(data, 
         measure_once([kind(*data, distance="cosine")], Marked("manhattan"))
 
 
+def own_loss(y_true, y_pred):
+    return keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
+
+
+class OwnLoss(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        return own_loss(y_true, y_pred)
+
+
+@both
+def test_that_a_loss_of_the_user_tells_no_distance_is_told_once(data, kind):
+    for loss in (own_loss, OwnLoss(), functools.partial(own_loss)):
+        with pytest.warns(UserWarning, match="tells no `distance`.*euclid") as caught:
+            measure_once([kind(*data)], loss, epochs=2)
+        ours = [w for w in caught if "tells no" in str(w.message)]
+        assert [w.filename for w in ours] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        measure_once([kind(*data, distance="cosine")], own_loss)
+        for known in (
+            "mse",
+            keras.losses.mean_squared_error,
+            keras.losses.MeanSquaredError(),
+        ):
+            measure_once([kind(*data)], known)
+
+
+@both
+def test_a_key_that_was_in_the_logs_already_is_told_once(data, kind):
+    key = kind_key(kind)
+    twice = [kind(*data), kind(*data, prefix="other_"), kind(*data)]
+    for callbacks, taken in (
+        (twice, f"'val_{key}'"),
+        ([kind(*data, prefix="", names={key: "loss"})], "'loss'"),
+    ):
+        with pytest.warns(UserWarning, match="The logs had") as caught:
+            measure_once(callbacks, epochs=2)
+        ours = [w for w in caught if "The logs had" in str(w.message)]
+        assert [w.filename for w in ours] == [__file__]
+        assert taken in str(ours[0].message)
+        assert "other_" not in str(ours[0].message)
+
+
 def galleries_of_the_same_samples(x, y):
     """(x, y) as the callback gets them, gallery and its labels; where 24 rows are all."""
     source = Subset(x, np.arange(24))  # reads the array, as any other source would
@@ -548,6 +592,25 @@ def test_a_loader_of_pytorch(data):
     for loader in loaders:
         got = measure_once([RetrievalEvaluation(loader, gallery=loader)], epochs=2)
         assert got == pytest.approx(plain)
+
+
+def test_the_key_of_the_loss_names_the_output_of_a_subclassed_model(data):
+    x, y = data
+
+    class Two(keras.Model):
+        def call(self, rows):
+            return {"copy": -3 * rows[:, ::-1], "emb": rows}
+
+    for loss in (Marked("euclidean"), keras.losses.MeanSquaredError()):
+        model = Two()
+        model.compile("sgd", {"emb": loss}, run_eagerly=True)
+        callback = RetrievalEvaluation(x, y, output=None)
+        if isinstance(loss, Marked):
+            model.fit(x, {"emb": x}, verbose=0, callbacks=[callback])
+            np.testing.assert_array_equal(embed(model, x), x)
+        else:  # it may be any output
+            with pytest.raises(ValueError, match="model with 2 outputs"):
+                embed(model, x)
 
 
 def test_nested_outputs(data):

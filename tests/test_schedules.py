@@ -71,7 +71,9 @@ def test_the_margin_changes_the_loss_and_the_census(stats_first, schedule, margi
                 semi_hard, rel=1e-5
             )
     assert history["margin"] == margins
-    assert loss.margin == 0.8
+    assert loss.margin == 0.2
+    value, _ = expected(model, 0.2)
+    assert model.evaluate(X, Y, 24, verbose=0) == pytest.approx(value, rel=1e-4)
 
 
 @pytest.mark.backend
@@ -82,7 +84,7 @@ def test_the_mining_changes_the_loss_and_the_gradient():
     by_all = model.get_weights()
     model.set_weights(start)
     history = fit(model, MiningSchedule({0: "hard"}), epochs=1)
-    assert loss.mining == "hard"
+    assert loss.mining == "semi_hard"
     assert not np.allclose(model.get_weights()[0], by_all[0])
     model.set_weights(start)
     assert history["loss"][0] == pytest.approx(
@@ -106,12 +108,11 @@ def test_a_function_gets_epoch_margin_and_logs():
 
 
 def test_by_epoch_a_resumed_run_starts_where_it_belongs():
-    model, loss = build()
+    model, _ = build()
     callbacks = MarginSchedule({1: 0.5, 4: 0.9}), MiningSchedule({0: "all", 3: "hard"})
     history = fit(model, *callbacks, initial_epoch=2, epochs=5)
     assert history["margin"] == [0.5, 0.5, 0.9]
     assert history["mining_stage"] == [0, 1, 1]
-    assert loss.mining == "hard"
 
 
 def test_before_the_first_entry_the_loss_keeps_its_own():
@@ -125,6 +126,7 @@ def run_by_logs(schedule, values):
     """The mining of each epoch when `monitor` takes these values."""
     model, loss = build()
     schedule.set_model(model)
+    schedule.on_train_begin()
     used = []
     for epoch, value in enumerate(values):
         schedule.on_epoch_begin(epoch)
@@ -145,13 +147,12 @@ def test_by_logs_the_next_stage_begins_when_the_figure_stays_low():
 
 @pytest.mark.backend
 def test_by_the_logs_of_a_real_fit():
-    model, loss = build()
+    model, _ = build()
     schedule = MiningSchedule(["all", "semi_hard", "hard"], below=1.1)
     history = fit(model, MiningStats(), schedule)
     assert history["mining_stage"] == [0, 1, 2]
     for value, word in zip(history["loss"], schedule.words, strict=True):
         assert value == pytest.approx(expected(model, 0.2, word)[0], rel=1e-4)
-    assert loss.mining == "hard"
 
 
 @pytest.mark.parametrize("same_callback", [True, False])
@@ -167,7 +168,7 @@ def test_a_new_fit_begins_anew_and_initial_epoch_goes_on(same_callback):
     model, _ = build(loss)
     used = callbacks()
     first = fit(model, *used, epochs=2)
-    assert (loss.margin, loss.mining) == (0.8, "hard")  # evaluate measures with them
+    assert (loss.margin, loss.mining) == (0.2, "semi_hard")
     resumed = fit(model, *used, initial_epoch=2, epochs=3)
     assert resumed["margin"] == [1.6]
     assert resumed["mining_stage"] == [1]
@@ -178,6 +179,32 @@ def test_a_new_fit_begins_anew_and_initial_epoch_goes_on(same_callback):
         assert second[key] == pytest.approx(values, rel=1e-5), key
     loss.margin = 0.3  # what is set by hand is the loss's own
     assert fit(model, *used, epochs=1)["margin"] == [0.6]
+
+
+@pytest.mark.backend
+def test_the_next_fit_without_the_schedule_trains_as_if_there_had_been_none():
+    model, _ = build()
+    callbacks = MarginSchedule({0: 0.8}), MiningSchedule({0: "all"})
+    fit(model, MiningStats(), *callbacks, epochs=1)
+    assert fit(model, epochs=1)["loss"] == pytest.approx(
+        [expected(model, 0.2)[0]], rel=1e-4
+    )
+
+
+def test_what_an_exception_has_left_is_given_back_by_the_next_fit():
+    class Breaks(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise KeyboardInterrupt
+
+    model, loss = build()
+    schedule = MarginSchedule(lambda epoch, margin, logs: margin * 2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, schedule, Breaks())
+    assert fit(model, schedule, initial_epoch=1, epochs=2)["margin"] == [0.8]
+    assert loss.margin == 0.2
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, schedule, Breaks())
+    assert fit(model, schedule, epochs=1)["margin"] == [0.4]
 
 
 def test_nothing_is_changed_on_nan():
@@ -203,14 +230,14 @@ def test_a_margin_that_a_soft_loss_does_not_use():
 
 
 def test_without_the_key_it_says_so_once():
-    model, loss = build()
+    model, _ = build()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(model, MiningSchedule(["all", "hard"]))
     told = [str(w.message) for w in caught if "MiningSchedule" in str(w.message)]
     assert len(told) == 1
     assert "MiningStats()" in told[0]
-    assert loss.mining == "all"
+    assert "stays at 'all'" in told[0]
 
 
 def test_no_new_trace_without_a_change():

@@ -158,7 +158,7 @@ class EpochEvaluation:
     ):
         self.results: dict[int, dict[str, float]] = {}
         self._latest: dict[str, float] | None = None
-        self._begun = self._told_of_nan = False
+        self._begun = self._told_of_nan = self._told_of_keys = False
         self._watch = AveragesWatch()
         self._callback = callback
         self._data = data
@@ -176,9 +176,10 @@ class EpochEvaluation:
 
     def begin(self) -> None:
         """Looks for what would fail, or be missed, at the end of the first epoch."""
-        self._latest, self._begun, self._told_of_nan = None, False, False
+        self._latest = None
+        self._begun = self._told_of_nan = self._told_of_keys = False
         self._watch.begin()
-        self._warn_of_foreign_distance()
+        self._warn_of_assumed_distance()
         names = set(self._keys.values())
         for other in _listed_before(self._callback):
             if getattr(other, "monitor", None) in names:
@@ -203,6 +204,7 @@ class EpochEvaluation:
             self._latest = self.results[epoch] = self._evaluate(epoch)
             self._watch_averages(epoch, epoch + 1 == params.get("epochs"))
         if logs is not None:
+            self._warn_of_taken_keys(logs)
             logs.update({self._keys[key]: self._latest[key] for key in self._keys})
 
     @property
@@ -222,17 +224,39 @@ class EpochEvaluation:
         if alarm and not any(isinstance(one, EpochEvaluation) for one in others):
             _checks.warn(alarm)
 
+    @property
+    def _name(self) -> str:
+        return type(self._callback).__name__
+
     def _distance_of_loss(self) -> Any:
         loss = embedding_output(self._callback.model, self._output).loss
         return getattr(loss, "distance", None)
 
-    def _warn_of_foreign_distance(self) -> None:
-        word = self._distance_of_loss()
-        if self._distance is None and word is not None and word not in DISTANCES:
+    def _warn_of_assumed_distance(self) -> None:
+        loss = embedding_output(self._callback.model, self._output).loss
+        word = getattr(loss, "distance", None)
+        if self._distance is not None or word in DISTANCES:
+            return
+        if word is not None:
+            fact = f"has the distance {word!r}, which {self._name} does not know"
+        elif loss is None or isinstance(loss, str) or _is_known(loss):
+            return  # of these losses everyone knows that they have no distance
+        else:
+            kind = getattr(loss, "__name__", type(loss).__name__)
+            fact = f"{kind!r} tells no `distance`"
+        _checks.warn(
+            f"The loss {fact}, so {self._name} measures by the euclidean distance. "
+            f"Give it distance=, one of {DISTANCES}."
+        )
+
+    def _warn_of_taken_keys(self, logs: dict[str, Any]) -> None:
+        taken = sorted(set(self._keys.values()) & set(logs))
+        if taken and not self._told_of_keys:
+            self._told_of_keys = True
             _checks.warn(
-                f"The loss has the distance {word!r}, which "
-                f"{type(self._callback).__name__} does not know: it measures by the "
-                f"euclidean distance. Give it distance=, one of {DISTANCES}."
+                f"The logs had {', '.join(map(repr, taken))} before {self._name} put "
+                "its own figures there: the others are lost. Give it another prefix= "
+                "or names=."
             )
 
     def _evaluate(self, epoch: int) -> dict[str, float]:
@@ -256,7 +280,9 @@ class EpochEvaluation:
                         f"{type(self._callback).__name__}: {len(bad)} of "
                         f"{len(embeddings)} embeddings hold NaN, infinity or more than "
                         f"1e15 after epoch {epoch + 1}, so its figures are NaN. Look "
-                        "for NaN in the inputs, then lower the learning rate."
+                        "for NaN in the inputs, then for labels that name no class "
+                        "(run_eagerly=True names the row), then lower the learning "
+                        "rate."
                     )
                 return dict.fromkeys(self._keys, float("nan"))
             arguments += [embeddings, labels]
@@ -265,6 +291,12 @@ class EpochEvaluation:
             distance=distance if distance in DISTANCES else "euclidean",
             verbose=verbose,
         )
+
+
+def _is_known(loss: Any) -> bool:
+    """Whether Keras or this package has made the loss, not the user."""
+    made_by = getattr(loss, "__module__", None) or ""
+    return made_by.partition(".")[0] in ("keras", "kerastrip")
 
 
 def without_model(callback: keras.callbacks.Callback) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class CollapseGuard(keras.callbacks.Callback):
 
     | kind | figures of the training batches |
     |---|---|
-    | `not_finite` | NaN: an embedding of the epoch is NaN or infinite |
+    | `not_finite` | NaN: an embedding of the epoch is NaN or infinite, or a label names no class |
     | `exploded` | `norm` over `max_norm` |
     | `collapsed` | for `patience` epochs: while `easy` < 0.5, `spread` under 0.001 `norm`^2 (a point), or `effective_dim` under 1.1 (a line, told for embeddings of 3 and more dimensions); or the loss within 5 % of the margin (of ln 2 if it is soft) while `hard` > 0.95 or both distances are under a tenth of the margin |
     | `at_chance` | for `chance_patience` epochs: `hard` within 0.02 of 0.5 and `pos_dist` within 2 % of `neg_dist`: the embedding knows nothing of the labels, as with permuted labels |
@@ -187,10 +187,12 @@ class CollapseGuard(keras.callbacks.Callback):
         if not math.isfinite(now["norm"]):
             return (
                 "not_finite",
-                "there is NaN or infinity in the embeddings, so no figure of this epoch "
-                "counts",
+                "there is NaN or infinity in the embeddings, or a label names no class, "
+                "so no figure of this epoch counts",
                 "look for NaN and missing values in the inputs (and for a division by "
-                f"a deviation of 0), {self._lower_rate()}, clip the gradients "
+                "a deviation of 0), look for labels that name no class (rows that are "
+                "not one-hot, fractions): compile with run_eagerly=True to have the "
+                f"row named, {self._lower_rate()}, clip the gradients "
                 "(clipnorm=1.0), with mixed precision take bfloat16 for float16, and go "
                 "back to weights saved before",
             )

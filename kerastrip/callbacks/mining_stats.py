@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,8 +39,8 @@ class MiningStats(keras.callbacks.Callback):
     positive or negative is one of them.
 
     It warns, once in a run, when the embeddings are not normalised although the margin
-    is meant for length 1, and when no batch of the training or of the validation holds
-    a triplet.
+    is meant for length 1, when no batch of the training or of the validation holds
+    a triplet, and when the figures are NaN.
 
     It is detached when the run ends; after an exception or Ctrl-C it stays until
     the next run with a `MiningStats` replaces it, or until `detach()`. Saving the
@@ -230,14 +231,18 @@ class MiningStats(keras.callbacks.Callback):
             self._attach()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._check("train", logs)
+        # In a thread beside the main one a warning could not show the user's line: there
+        # it waits for the end of the epoch.
+        if threading.current_thread() is threading.main_thread():
+            self._check("train", logs)
         self._drop_zeros("train", logs)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._check("train", logs)
         self._drop_zeros("train", logs)
         self._drop_zeros("test", logs, "val_")
-        self._check_triplets("training", logs)
-        self._check_triplets("validation", logs, "val_")
+        self._check_figures("training", logs)
+        self._check_figures("validation", logs, "val_")
 
     def on_train_end(self, logs: Any = None) -> None:
         self._end()
@@ -251,7 +256,7 @@ class MiningStats(keras.callbacks.Callback):
         self._phase = "train"
         self._check("test", logs)
         if not self._fitting:
-            self._check_triplets("evaluation", logs)
+            self._check_figures("evaluation", logs)
             self.detach()
             if logs:  # keep all: what stands behind it may want them
                 _attach.arrange(logs, self._shown_and_hidden()[0], set())
@@ -285,12 +290,20 @@ class MiningStats(keras.callbacks.Callback):
                 "or choose a margin of the size of the distances."
             )
 
-    def _check_triplets(self, phase: str, logs: Any, lead: str = "") -> None:
-        """Once per run and phase: a loss of 0 out of nothing looks like success."""
+    def _check_figures(self, phase: str, logs: Any, lead: str = "") -> None:
+        """Once per run: NaN; and per phase: a loss of 0 out of nothing."""
         easy, active, alone = (
             (logs or {}).get(f"{lead}{self.prefix}{key}", 1.0)
             for key in ("easy", "active", "anchors_without_positive")
         )
+        if easy != easy and "nan" not in self._told:
+            self._told.add("nan")
+            _checks.warn(
+                f"The figures of MiningStats are NaN for the {phase}: an embedding is NaN "
+                "or infinite, or a label names no class (rows that are not one-hot, "
+                "fractions). Look for NaN in the inputs; compile with run_eagerly=True "
+                "to have the row of a wrong label named."
+            )
         if easy + active != 0 or phase in self._told:
             return
         self._told.add(phase)
@@ -315,6 +328,6 @@ class MiningStats(keras.callbacks.Callback):
 
     def _drop_zeros(self, phase: str, logs: Any, lead: str = "") -> None:
         """A model that does not count must not report zeros."""
-        if logs and phase in self._checked - self._counted:
+        if logs and phase not in self._counted:
             for key in self.census.keys:
                 logs.pop(f"{lead}{key}", None)

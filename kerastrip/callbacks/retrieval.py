@@ -39,7 +39,8 @@ class RetrievalEvaluation(keras.callbacks.Callback):
     their keys; patience still counts epochs.
 
     The figures are those of the distance that the loss of the embedding has in
-    `compile`, as for `MiningStats`; of a loss that has none, of the euclidean one.
+    `compile`, as for `MiningStats`; of a loss that has none, of the euclidean one, with
+    a warning where that loss is one of your own.
 
     Samples of x that are in the gallery, too, would find themselves. Those that come
     from the same array or source are looked up without themselves; copies are counted

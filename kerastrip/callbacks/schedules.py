@@ -3,14 +3,13 @@
 The margin and the mining word of a loss are Python attributes that are read when a
 step is traced. Both callbacks set them at the beginning of an epoch and let the model
 trace again: one new trace per change, the same on every backend. Validation and
-`MiningStats` follow. After the training the loss keeps what it got last, so that
-`evaluate` and another `fit` without the callback measure with it.
+`MiningStats` follow. After the training the loss has its own value again, so that a
+`fit` without the callback does not train with what another one has left behind.
 """
 
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,20 +20,15 @@ from kerastrip._outputs import embedding_output
 from kerastrip.callbacks._attach import retrace, state_without_run
 from kerastrip.mining import MININGS
 
-# Of every loss and attribute that a schedule has set: its own value, and the last one
-# set. The next training begins with its own, though the callback be another.
-_SET: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, Any]]] = (
-    weakref.WeakKeyDictionary()
-)
-
 
 class MarginSchedule(keras.callbacks.Callback):
     """Set the margin of the compiled loss at the beginning of every epoch.
 
-    The logs of the epoch get the key `margin`. A `fit` that begins at epoch 0 begins
-    with the loss's own margin, whatever a schedule has made of it before; a `fit` with
-    `initial_epoch` goes on with the margin the loss has. After the training the loss
-    keeps its last margin.
+    The logs of the epoch get the key `margin`. After the training the loss has its own
+    margin again, and a `fit` that begins at epoch 0 begins with that; with
+    `initial_epoch` the same callback goes on with the margin at which it stopped. An
+    exception or Ctrl-C leaves the loss as it is until the next `fit` with the same
+    callback.
 
     Args:
         schedule: a mapping {epoch: margin}, each margin being valid from its epoch
@@ -77,13 +71,14 @@ class MarginSchedule(keras.callbacks.Callback):
             )
         self.schedule = schedule
         self.output = output
+        self._lent = _Lent("margin")
         self._logs: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return state_without_run(self)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        loss = _loss_with(self.model, "margin", self.output)
+        loss = self._lent.begin(self.model, self.output)
         if getattr(loss, "soft", False):
             raise ValueError(
                 _checks.message(
@@ -96,19 +91,24 @@ class MarginSchedule(keras.callbacks.Callback):
         self._logs = {}
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        loss = _loss_with(self.model, "margin", self.output)
-        margin = _at_the_beginning(loss, "margin") if epoch == 0 else loss.margin
+        margin = self._lent.own
         if isinstance(self.schedule, Mapping):
             margin = _latest(self.schedule, epoch, margin)
-        elif not _has_nan(self._logs):
-            margin = self.schedule(epoch, margin, self._logs)
-            margin = _checks.number("schedule(...)", margin, above=0)
-        _change(self.model, loss, "margin", margin)
+        else:
+            if epoch > 0 and self._lent.latest is not None:
+                margin = self._lent.latest
+            if not _has_nan(self._logs):
+                margin = self.schedule(epoch, margin, self._logs)
+                margin = _checks.number("schedule(...)", margin, above=0)
+        self._lent.change(margin)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._logs = dict(logs or {})
         if logs is not None:
-            logs["margin"] = _loss_with(self.model, "margin", self.output).margin
+            logs["margin"] = self._lent.latest
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self._lent.give_back()
 
 
 class MiningSchedule(keras.callbacks.Callback):
@@ -122,7 +122,8 @@ class MiningSchedule(keras.callbacks.Callback):
 
     A `fit` that begins at epoch 0 begins with the first word (or the loss's own before
     the first entry of a mapping); with `initial_epoch` the same callback goes on where
-    it stopped. After the training the loss keeps its last word.
+    it stopped. After the training the loss has its own mining again; an exception or
+    Ctrl-C leaves it as it is until the next `fit` with the same callback.
 
     Args:
         stages: mining words in order, or a mapping {epoch: word}, each word being
@@ -176,6 +177,7 @@ class MiningSchedule(keras.callbacks.Callback):
         self.patience = _checks.integer("patience", patience, 1)
         self.output = output
         self.stage = 0
+        self._lent = _Lent("mining")
         self._epochs_below = 0
         self._told = False
 
@@ -183,20 +185,16 @@ class MiningSchedule(keras.callbacks.Callback):
         return state_without_run(self)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        _loss_with(self.model, "mining", self.output)
+        self._lent.begin(self.model, self.output)
         self._told = False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        loss = _loss_with(self.model, "mining", self.output)
-        word = loss.mining
         if epoch == 0:
-            word = _at_the_beginning(loss, "mining")
             self.stage = self._epochs_below = 0
         if isinstance(self.stages, Mapping):
             self.stage = sum(start <= epoch for start in self.stages) - 1
-        if self.stage >= 0:
-            word = self.words[self.stage]
-        _change(self.model, loss, "mining", word)
+        word = self.words[self.stage] if self.stage >= 0 else self._lent.own
+        self._lent.change(word)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         logs = {} if logs is None else logs
@@ -217,6 +215,51 @@ class MiningSchedule(keras.callbacks.Callback):
         if self._epochs_below >= self.patience and self.stage < len(self.words) - 1:
             self.stage += 1
             self._epochs_below = 0
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self._lent.give_back()
+
+
+class _Lent:
+    """An attribute of a loss that is another while a model trains.
+
+    Attributes:
+        own: the loss's own value, to which it goes back.
+        latest: what it was last; None before the first training. It stays known when
+            the value is given back, so that another `fit` can go on.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.own: Any = None
+        self.latest: Any = None
+        self._name = name
+        self._model: Any = None
+        self._loss: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None, "_loss": None}
+
+    def begin(self, model: Any, output: int | str | None) -> Any:
+        """Finds the loss in the model, and its own value."""
+        self.give_back()  # what an interrupted training could not
+        self._model, self._loss = model, _loss_with(model, self._name, output)
+        self.own = getattr(self._loss, self._name)
+        return self._loss
+
+    def change(self, value: Any) -> None:
+        """Sets the value; the model traces anew if it is another."""
+        self.latest = value
+        if getattr(self._loss, self._name) != value:
+            setattr(self._loss, self._name, value)
+            retrace(self._model)
+
+    def give_back(self) -> None:
+        """Ends what `begin` began. What was set by hand meanwhile stays."""
+        latest = self.latest
+        if self._loss is not None and getattr(self._loss, self._name) == latest:
+            self.change(self.own)
+            self.latest = latest
+        self._model = self._loss = None
 
 
 def _check_epochs(name: str, schedule: Mapping[int, Any]) -> None:
@@ -254,18 +297,3 @@ def _has_nan(logs: Mapping[str, float]) -> bool:
         value != value and key.endswith(("loss", "semi_hard"))
         for key, value in logs.items()
     )
-
-
-def _at_the_beginning(loss: Any, attribute: str) -> Any:
-    """The loss's own value, if what it has now was set by a schedule."""
-    now = getattr(loss, attribute)
-    own, last = _SET.get(loss, {}).get(attribute, (now, now))
-    return own if now == last else now
-
-
-def _change(model: Any, loss: Any, attribute: str, value: Any) -> None:
-    own = _at_the_beginning(loss, attribute)
-    _SET.setdefault(loss, {})[attribute] = (own, value)
-    if getattr(loss, attribute) != value:
-        setattr(loss, attribute, value)
-        retrace(model)
