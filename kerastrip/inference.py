@@ -263,21 +263,12 @@ def _run(
         single: `chosen` was taken for the only output there is.
     """
     _check_names(model, inputs)
+    inputs = keras.tree.map_structure(_sample_array, inputs)
     arrays = keras.tree.flatten(inputs)
     _check_shape(model, arrays)
     count = len(arrays[0])
 
-    def fill(array: Any) -> np.ndarray:
-        array = _array(array, "x")
-        if array.dtype.kind in "OSUT" and keras.backend.backend() != "tensorflow":
-            raise TypeError(
-                _checks.message(
-                    "x",
-                    "numbers, as only TensorFlow has tensors of texts",
-                    array,
-                    "Turn the texts into numbers before they come here.",
-                )
-            )
+    def fill(array: np.ndarray) -> np.ndarray:
         if array.dtype == np.float64:
             array = array.astype(keras.config.floatx())
         if len(array) < size:
@@ -309,18 +300,33 @@ def _run(
     return rows[:count].astype("float32")
 
 
-def _check_shape(model: Any, arrays: list[Any]) -> None:
+def _sample_array(value: Any) -> np.ndarray:
+    """`_array` of samples, which are texts on TensorFlow only."""
+    array = _array(value, "x")
+    if array.dtype.kind in "OSUT" and keras.backend.backend() != "tensorflow":
+        raise TypeError(
+            _checks.message(
+                "x",
+                "numbers, as only TensorFlow has tensors of texts",
+                array,
+                "Turn the texts into numbers before they come here.",
+            )
+        )
+    return array
+
+
+def _check_shape(model: Any, arrays: list[np.ndarray]) -> None:
     """Refuses samples of another shape than the one input of the model has.
 
     A network that pools takes images of any size, and embeds them otherwise than those
     of its training.
     """
-    if any(np.ndim(array) == 0 for array in arrays):
+    if any(array.ndim == 0 for array in arrays):
         raise _no_batch("numbers or texts without an axis")
     wanted = [tuple(one.shape) for one in _inputs(model)]
     if len(wanted) != 1 or len(arrays) != 1:
         return
-    (expected,), shape = wanted, tuple(np.shape(arrays[0]))
+    (expected,), shape = wanted, arrays[0].shape
     # Keras itself turns (n,) into (n, 1).
     single = len(shape) == len(expected) - 1 and expected[1:] != (1,)
     if single and _fits(shape[1:], expected[2:]):

@@ -271,9 +271,9 @@ def triplet_census(
 
     Returns:
         A `Census` of (batch,) tensors. They carry no gradient. Labels that are found
-        to be none while a function is traced make the distances NaN. So does an
-        embedding with NaN or infinity, for every anchor that it is measured with. Where
-        a distance of a row is NaN, the counts of that row mean nothing.
+        to be none while a function is traced make the distances NaN. An embedding with
+        NaN or infinity makes `pos_dist` of its class and `neg_dist` of the other
+        classes NaN or infinite, and the counts of these anchors then mean nothing.
 
     Raises:
         TypeError: for labels that are no numbers.

@@ -326,7 +326,7 @@ class TestEmbed:
         x, y = np.float32(rng.normal(size=(6, 4))), np.arange(6)
         batch = {"image": x, "label": y}
         unnamed = linear_model()
-        entry = keras.Input((4,), name="other")
+        entry = keras.Input((4,), name="pixels")
         by_key = keras.Model({"pixels": entry}, keras.layers.Dense(2)(entry))
         for model, key in ((unnamed, unnamed.inputs[0].name), (by_key, "pixels")):
             told = rf"`x`.*'{key}'.*keys \['image', 'label'\].*x\.map\(lambda"
