@@ -136,7 +136,7 @@ def sweep(
                 )
                 counts = ops.where(many, counted[0], counts)
                 distance = ops.where(many, counted[1], distance)
-            far = ops.where(d > 0, d, 0.0)
+            far = ops.where(d < 0, 0.0, d)  # NaN stays
             sums = ops.stack([distance, row_sum(ops.sqrt(far) if rooted else far)])
             known = ops.stack([here.positives, here.negatives])
             counts = ops.concatenate([known, counts])

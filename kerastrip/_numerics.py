@@ -121,9 +121,24 @@ def nan_unless(known: Any, x: Any) -> Any:
     return x if known is None else ops.where(known, x, float("nan"))
 
 
+def plain(name: str, value: Any) -> Any:
+    """`value`; an array of NumPy as every backend reads it rightly.
+
+    ValueError for masked entries, whose mask the backends would drop.
+    """
+    _checks.refuse_masked(name, value)
+    if not isinstance(value, np.ndarray):
+        return value
+    # JAX and PyTorch know one byte order only.
+    return np.asarray(value, value.dtype.newbyteorder("="))
+
+
 def as_given(name: str, labels: Any) -> Any:
-    """`labels` as a tensor; ValueError for integers that the backend would wrap."""
-    tensor = ops.convert_to_tensor(labels)
+    """`labels` as a tensor; ValueError for masked entries.
+
+    ValueError, too, for integers that the backend would wrap.
+    """
+    tensor = ops.convert_to_tensor(plain(name, labels))
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu" and labels.size:
         # JAX makes int32 of int64: the classes 0 and 2^32 would be one.
         dtype = keras.backend.standardize_dtype(tensor.dtype)

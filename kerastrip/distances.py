@@ -16,7 +16,7 @@ import keras
 from keras import ops
 
 from kerastrip import _checks
-from kerastrip._numerics import safe_sqrt
+from kerastrip._numerics import plain, safe_sqrt
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine")
 
@@ -120,13 +120,13 @@ def pairwise_distances(
            [5., 0.]], dtype=float32)
     """
     _checks.one_of("distance", distance, DISTANCES)
-    rows = prepare(ops.convert_to_tensor(embeddings), distance)
+    rows = prepare(ops.convert_to_tensor(plain("embeddings", embeddings)), distance)
     if others is None:
         size = ops.arange(ops.shape(rows)[0])
         off_diagonal = ops.cast(size[:, None] != size[None, :], "float32")
         result = squared_distances(rows, rows) * off_diagonal
     else:
         result = squared_distances(
-            rows, prepare(ops.convert_to_tensor(others), distance)
+            rows, prepare(ops.convert_to_tensor(plain("others", others)), distance)
         )
     return safe_sqrt(result) if is_rooted(distance) else result

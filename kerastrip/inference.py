@@ -10,7 +10,7 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -75,7 +75,12 @@ def embed(
 
     Raises:
         TypeError, ValueError: if the arguments do not fit each other, `x` holds no
-            samples, the output is left open, or it is not (batch, dim).
+            samples or dicts without an input of the model, the output is left open, or
+            it is not (batch, dim).
+
+    Warns:
+        UserWarning: for floats in [0, 1] that a `Rescaling` at the input of the model,
+            by 1 / 100 or less, scales again.
 
     Example:
 
@@ -156,6 +161,8 @@ def embed_with_targets(
     rows, targets = [], []
     done = size = 0
     for inputs, target in batches:
+        if not rows:
+            _warn_of_scaled_twice(model, inputs[0])
         seen = [_run(model, chosen, one, size, single) for one in inputs]
         size = max(size, len(seen[0]))
         if views > 1:
@@ -224,7 +231,10 @@ def _read_batches(x: Any) -> Iterator[tuple[list[Any], Any]]:
         batches = x
     for batch in batches:
         if isinstance(batch, (tuple, list)):  # a list: PyTorch's loader
-            yield [batch[0]], batch[1] if len(batch) > 1 else None
+            target = batch[1] if len(batch) > 1 else None
+            if getattr(target, "shape", None) == ():
+                raise _no_batch("samples with one target each")
+            yield [batch[0]], target
         else:
             yield [batch], None
 
@@ -252,21 +262,13 @@ def _run(
     Args:
         single: `chosen` was taken for the only output there is.
     """
+    _check_names(model, inputs)
+    inputs = keras.tree.map_structure(_sample_array, inputs)
     arrays = keras.tree.flatten(inputs)
-    count = len(arrays[0])
     _check_shape(model, arrays)
+    count = len(arrays[0])
 
-    def fill(array: Any) -> np.ndarray:
-        array = _array(array, "x")
-        if array.dtype.kind in "OSUT" and keras.backend.backend() != "tensorflow":
-            raise TypeError(
-                _checks.message(
-                    "x",
-                    "numbers, as only TensorFlow has tensors of texts",
-                    array,
-                    "Turn the texts into numbers before they come here.",
-                )
-            )
+    def fill(array: np.ndarray) -> np.ndarray:
         if array.dtype == np.float64:
             array = array.astype(keras.config.floatx())
         if len(array) < size:
@@ -301,32 +303,119 @@ def _run(
     return rows[:count].astype("float32")
 
 
-def _check_shape(model: Any, arrays: list[Any]) -> None:
+def _sample_array(value: Any) -> np.ndarray:
+    """`_array` of samples, which are texts on TensorFlow only."""
+    array = _array(value, "x")
+    if array.dtype.kind in "OSUT" and keras.backend.backend() != "tensorflow":
+        raise TypeError(
+            _checks.message(
+                "x",
+                "numbers, as only TensorFlow has tensors of texts",
+                array,
+                "Turn the texts into numbers before they come here.",
+            )
+        )
+    return array
+
+
+def _check_shape(model: Any, arrays: list[np.ndarray]) -> None:
     """Refuses samples of another shape than the one input of the model has.
 
     A network that pools takes images of any size, and embeds them otherwise than those
     of its training.
     """
-    wanted = [tuple(one.shape) for one in getattr(model, "inputs", None) or ()]
+    if any(array.ndim == 0 for array in arrays):
+        raise _no_batch("numbers or texts without an axis")
+    wanted = [tuple(one.shape) for one in _inputs(model)]
     if len(wanted) != 1 or len(arrays) != 1:
         return
-    (expected,), shape = wanted, tuple(np.shape(arrays[0]))
+    (expected,), shape = wanted, arrays[0].shape
     # Keras itself turns (n,) into (n, 1).
     single = len(shape) == len(expected) - 1 and expected[1:] != (1,)
-    single = single and expected[2:] == shape[1:]
-    other = len(shape) == len(expected) and any(
-        side not in (None, given)
-        for side, given in zip(expected[1:], shape[1:], strict=True)
-    )
-    if single or other:
+    if single and _fits(shape[1:], expected[2:]):
+        raise _no_batch(f"samples of shape {shape}")
+    if len(shape) == len(expected) and not _fits(shape[1:], expected[1:]):
         raise ValueError(
             _checks.message(
                 "x",
                 f"samples of shape {expected[1:]}, as the model has been built for",
                 _checks.Told(f"samples of shape {shape[1:]}"),
-                "One sample alone goes in as a batch: x[None]." if single else "",
             )
         )
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    """Whether a shape is the expected one, of which None is any number."""
+    pairs = zip(shape, expected, strict=True)
+    return all(side in (None, given) for given, side in pairs)
+
+
+def _no_batch(told: str) -> ValueError:
+    return ValueError(
+        _checks.message(
+            "x",
+            "a batch of samples, or batches of (inputs, targets)",
+            _checks.Told(told),
+            "One sample alone goes in as a batch: x[None], a tf.data.Dataset of "
+            "samples in batches: x.batch(64).",
+        )
+    )
+
+
+def _inputs(model: Any) -> list[Any]:
+    """The symbolic inputs of a model; of one that is not built from them, none."""
+    return list(getattr(model, "inputs", None) or ())
+
+
+def _check_names(model: Any, inputs: Any) -> None:
+    """Refuses a dict that lacks an input of the model."""
+    if not (isinstance(inputs, Mapping) and _inputs(model)):
+        return
+    own = getattr(model, "input", None)
+    names = [*own] if isinstance(own, Mapping) else [one.name for one in _inputs(model)]
+    if set(names) <= set(inputs):
+        return
+    raise ValueError(
+        _checks.message(
+            "x",
+            f"batches of (inputs, targets), or dicts with the inputs of the model, "
+            f"{names}",
+            _checks.Told(f"a dict with the keys {[*inputs]}"),
+            "Take the inputs out of the dict. For a tf.data.Dataset this is "
+            "x.map(lambda d: (d['image'], d['label'])).",
+        )
+    )
+
+
+def _warn_of_scaled_twice(model: Any, inputs: Any) -> None:
+    """Warns of images in [0, 1] before a layer that scales 0 ... 255 to a range like it.
+
+    Args:
+        inputs: the first batch.
+    """
+    given = inputs
+    if not isinstance(inputs, Mapping):
+        names = [one.name for one in _inputs(model)]
+        given = dict(zip(names, keras.tree.flatten(inputs), strict=False))
+    for layer in model.layers if _inputs(model) else ():
+        if not isinstance(layer, keras.layers.Rescaling):
+            continue
+        scale, source = np.max(np.abs(layer.scale)), getattr(layer, "input", None)
+        images = [given.get(one.name) for one in _inputs(model) if one is source]
+        if scale <= 0.01 and images and _is_scaled(images[0]):
+            _checks.warn(
+                "The images reach the model scaled to [0, 1] and its "
+                f"Rescaling({scale:.3g}) scales them again: give uint8 (0 to 255), or "
+                "take the layer away."
+            )
+
+
+def _is_scaled(images: Any) -> bool:
+    """Whether images are floats in [0, 1], and not all black."""
+    images = _array(images, "x")
+    if not np.issubdtype(images.dtype, np.floating) or not images.size:
+        return False
+    return bool(images.min() >= 0 and 0 < images.max() <= 1)
 
 
 def _array(value: Any, name: str) -> np.ndarray:

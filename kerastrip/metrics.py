@@ -10,7 +10,7 @@ from keras import ops
 
 from kerastrip import _checks
 from kerastrip._mining_blocks import choose
-from kerastrip._numerics import integer_labels, nan_unless
+from kerastrip._numerics import integer_labels, nan_unless, plain
 from kerastrip._replicas import gathered, whole
 from kerastrip.distances import DISTANCES
 from kerastrip.mining import Census, Others, triplet_census
@@ -96,7 +96,8 @@ def _measure(
     With `gather` they are sums over the rows of this replica, whose triplets are those
     with all rows of the batch.
     """
-    embeddings = ops.stop_gradient(ops.cast(embeddings, "float32"))
+    embeddings = ops.cast(plain("embeddings", embeddings), "float32")
+    embeddings = ops.stop_gradient(embeddings)
     labels, known = integer_labels(labels)
     embeddings = nan_unless(known, embeddings)
     own_part: Callable[[Any], Any] = whole

@@ -35,7 +35,7 @@ from kerastrip._mining_blocks import (
     take_padded,
     with_gradient,
 )
-from kerastrip._numerics import integer_labels, nan_unless, safe_divide
+from kerastrip._numerics import integer_labels, nan_unless, plain, safe_divide
 from kerastrip.distances import (
     DISTANCES,
     called_distances,
@@ -129,7 +129,7 @@ def _checked(labels: Any, embeddings: Any) -> tuple[Any, Any, Any]:
     The third is None, or a () bool tensor where the labels are not seen yet.
     """
     labels, known = integer_labels(labels)
-    embeddings = ops.convert_to_tensor(embeddings)
+    embeddings = ops.convert_to_tensor(plain("embeddings", embeddings))
     if len(embeddings.shape) != 2:
         raise ValueError(
             _checks.message(
@@ -271,7 +271,9 @@ def triplet_census(
 
     Returns:
         A `Census` of (batch,) tensors. They carry no gradient. Labels that are found
-        to be none while a function is traced make the distances NaN.
+        to be none while a function is traced make the distances NaN. An embedding with
+        NaN or infinity makes `pos_dist` of its class and `neg_dist` of the other
+        classes NaN or infinite, and the counts of these anchors then mean nothing.
 
     Raises:
         TypeError: for labels that are no numbers.

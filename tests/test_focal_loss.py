@@ -789,3 +789,27 @@ def test_fractions_as_labels_are_refused():
 def test_bad_counts(counts, beta, error, words):
     with pytest.raises(error, match=words):
         class_balanced_alpha(counts, beta)
+
+
+FOCAL = {
+    "binary object": (BinaryFocalLoss(), np.eye(3)),
+    "categorical object": (CategoricalFocalLoss(), np.eye(3)),
+    "sparse object": (SparseCategoricalFocalLoss(), np.arange(3)),
+    "binary": (binary_focal_loss, np.eye(3)),
+    "categorical": (categorical_focal_loss, np.eye(3)),
+    "sparse": (sparse_categorical_focal_loss, np.arange(3)),
+}
+
+
+@backend
+@pytest.mark.parametrize(("loss", "y"), FOCAL.values(), ids=FOCAL)
+def test_masks_are_refused_and_foreign_byte_order_is_read(loss, y):
+    x = np.float32(np.eye(3) * 0.4 + 0.2)
+    with pytest.raises(ValueError, match=r"`y_true`.*1 masked"):
+        loss(np.ma.array(y, mask=np.arange(y.size).reshape(y.shape) == 1), x)
+    with pytest.raises(ValueError, match=r"`y_pred`.*3 masked"):
+        loss(y, np.ma.array(x, mask=x > 0.5))
+    expected = ops.convert_to_numpy(loss(y, x))
+    for labels in (y.astype(">i4"), y.astype(">f4")):
+        got = ops.convert_to_numpy(loss(labels, x.astype(">f4")))
+        np.testing.assert_allclose(got, expected, rtol=1e-6)

@@ -138,6 +138,30 @@ class Batches(keras.utils.PyDataset):
         return (self.x[part],) if self.y is None else (self.x[part], self.y[part])
 
 
+class Loader:
+    """A loader, as PyTorch has, of the batches that it is given."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+def rescaling_model(scale):
+    """A model with a Rescaling at its input."""
+    return keras.Sequential(
+        [
+            keras.Input((4, 4, 1)),
+            keras.layers.Rescaling(scale),
+            keras.layers.Flatten(),
+        ]
+    )
+
+
 @pytest.mark.backend
 class TestEmbed:
     def test_equals_predict_in_order(self, rng):
@@ -284,6 +308,62 @@ class TestEmbed:
         free = keras.Sequential([keras.Input((None, None, 3)), pooled])
         assert embed(free, np.zeros((4, 9, 8, 3), "float32")).shape == (4, 3)
 
+    def test_samples_that_are_no_batch_are_refused(self):
+        x, y = np.zeros((3, 8, 8, 3), "float32"), np.arange(3)
+        pooled = keras.layers.GlobalAveragePooling2D()
+        free = keras.Sequential([keras.Input((None, None, 3)), pooled])
+        unbuilt = keras.Sequential([pooled])
+        for model, batches in (
+            (free, Loader(list(x))),
+            (free, Loader(list(zip(x, y, strict=True)))),
+            (unbuilt, Loader(list(zip(x, y, strict=True)))),
+            (unbuilt, Loader(list(y))),
+        ):
+            with pytest.raises(ValueError, match=r"`x`: expected a batch.*batch\(64\)"):
+                embed(model, batches)
+
+    def test_dicts_without_the_inputs_of_the_model_are_refused(self, rng):
+        x, y = np.float32(rng.normal(size=(6, 4))), np.arange(6)
+        batch = {"image": x, "label": y}
+        unnamed = linear_model()
+        entry = keras.Input((4,), name="pixels")
+        by_key = keras.Model({"pixels": entry}, keras.layers.Dense(2)(entry))
+        for model, key in ((unnamed, unnamed.inputs[0].name), (by_key, "pixels")):
+            told = rf"`x`.*'{key}'.*keys \['image', 'label'\].*x\.map\(lambda"
+            with pytest.raises(ValueError, match=told):
+                embed(model, Loader([batch]))
+        entry = keras.Input((4,), name="image")
+        named = keras.Model(entry, keras.layers.Dense(2)(entry))
+        np.testing.assert_allclose(
+            embed(named, Loader([batch])), embed(named, x), rtol=1e-5
+        )
+
+    def test_images_that_are_scaled_twice_are_told(self, rng):
+        pixels = rng.integers(0, 256, size=(6, 4, 4, 1), dtype=np.uint8)
+        model = rescaling_model(1 / 255)
+        with pytest.warns(UserWarning, match=r"\[0, 1\].*Rescaling\(0\.00392\).*uint8"):
+            embed(model, np.float32(pixels / 255), batch_size=2)
+        with pytest.warns(UserWarning, match="scales them again"):
+            embed(model, Loader([(pixels / 255, np.arange(6))]))
+
+    def test_images_that_are_scaled_once_are_not_told(self, rng, recwarn):
+        pixels = rng.integers(0, 256, size=(6, 4, 4, 1), dtype=np.uint8)
+        shares = np.float32(pixels / 255)
+        for scale, images in (
+            (1 / 255, pixels),
+            (1 / 255, np.float32(pixels)),
+            (1 / 255, np.uint8(pixels > 99)),
+            (1 / 255, np.zeros_like(shares)),
+            (1 / 255, 2 * shares - 1),
+            (5.0, shares),
+        ):
+            embed(rescaling_model(scale), images)
+        entry = keras.Input((4, 4, 1))
+        flat = keras.layers.Flatten()(keras.layers.Rescaling(255.0)(entry))
+        inner = keras.layers.Rescaling(1 / 255)(flat)
+        embed(keras.Model(entry, inner), shares)
+        assert not [one for one in recwarn if "scaled" in str(one.message)]
+
     def test_texts_go_to_the_model(self):
         texts = np.array(["red fox", "blue whale", "fox"])
         kinds = [texts, texts.astype(object), texts.astype("S"), texts.tolist()]
@@ -388,3 +468,15 @@ def test_tf_dataset(rng):
     )
     with pytest.raises(ValueError, match="repeat"):
         embed(model, alone.repeat())
+
+
+def test_a_tf_dataset_of_samples_or_of_dicts_is_refused(rng):
+    tf = pytest.importorskip("tensorflow")
+    x, y = np.float32(rng.normal(size=(6, 4))), np.arange(6)
+    model = linear_model()
+    for parts in (x, (x, y), {"image": x, "label": y}):
+        data = tf.data.Dataset.from_tensor_slices(parts)
+        with pytest.raises(ValueError, match=r"`x`.*(batch\(64\)|x\.map\(lambda)"):
+            embed(model, data)
+    with pytest.raises(ValueError, match=r"\['image', 'label'\].*x\.map\(lambda"):
+        embed(model, data.batch(2))

@@ -347,3 +347,17 @@ def test_bad_arguments(options, error, says):
 def test_float_labels_are_refused():
     with pytest.raises(ValueError, match="labels"):
         TripletCensus().update_state(np.array([0.5, 1.5]), np.eye(2))
+
+
+@pytest.mark.backend
+def test_masks_are_refused_and_foreign_byte_order_is_read():
+    y, x = np.array([0, 0, 1]), np.array([[0.0], [1.0], [1.25]], "float32")
+    census, other = TripletCensus(), TripletCensus()
+    with pytest.raises(ValueError, match=r"`labels`.*1 masked.*position 2"):
+        census.update_state(np.ma.array(y, mask=y == 1), x)
+    with pytest.raises(ValueError, match=r"`embeddings`.*1 masked.*position 1, 0"):
+        census.update_state(y, np.ma.array(x, mask=x == 1))
+    census.update_state(y, x)
+    other.update_state(y.astype(">i4"), x.astype(">f4"))
+    for key, value in census.result().items():
+        assert float(other.result()[key]) == float(value)

@@ -374,3 +374,15 @@ def test_one_trace_serves_several_sizes(jit_compile):
 def test_one_trace_serves_a_dozen_sizes(jit_compile):
     sizes = (1, 2, 3, 4, 5, 31, 64, 127, 128, 129, 500, 1024, 2048)
     check_one_trace(sizes, jit_compile)
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_embedding_of_nan_shows_in_the_distances_of_all_anchors(rng, bad):
+    x = np.float32(rng.normal(size=(6, 3)))
+    x[4, 1] = bad
+    census = mining.triplet_census(np.arange(6) % 2, x)
+    to_same, to_other = map(ops.convert_to_numpy, (census.pos_dist, census.neg_dist))
+    assert not np.isfinite(to_same[::2]).any()
+    assert not np.isfinite(to_other[1::2]).any()
+    assert np.isfinite(to_same[1::2]).all()

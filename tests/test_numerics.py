@@ -121,3 +121,15 @@ def test_pytorch_builds_a_model_with_label_matrices_of_ones():
 def test_labels_of_another_rank_are_a_value_error(shape):
     with pytest.raises(ValueError, match=r"labels.*\(batch,\)"):
         _numerics.integer_labels(np.zeros(shape, np.int32))
+
+
+def test_arrays_are_read_without_masks_and_in_the_byte_order_of_the_machine():
+    for dtype in (">i4", ">f4", ">u2", "<i4", "f2"):
+        got = _numerics.plain("y", np.ma.array([1, 2], dtype=dtype, mask=False))
+        assert type(got) is np.ndarray
+        assert got.dtype.isnative
+        assert got.tolist() == [1, 2]
+        assert ops.convert_to_numpy(_numerics.as_given("y", got)).tolist() == [1, 2]
+    with pytest.raises(ValueError, match=r"`y`.*1 masked.*position 1"):
+        _numerics.as_given("y", np.ma.array([1, 2], mask=[0, 1]))
+    assert _numerics.plain("y", "any") == "any"

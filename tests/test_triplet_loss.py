@@ -8,6 +8,7 @@ from keras import ops
 
 from kerastrip import mining
 from kerastrip.distances import pairwise_distances
+from kerastrip.losses import ContrastiveLoss
 from kerastrip.losses.triplet import (
     TripletHardLoss,
     TripletLoss,
@@ -400,3 +401,32 @@ def test_bad_calls_are_named(rng):
     vector = TripletLoss(distance=lambda x: ops.sum(x, axis=1))
     with pytest.raises(ValueError, match=r"distance.*\(batch, batch\)"):
         vector([0, 0, 1, 1], rows)
+
+
+LOSSES = {
+    "TripletLoss": TripletLoss(),
+    "ContrastiveLoss": ContrastiveLoss(),
+    "triplet_hard_loss": triplet_hard_loss,
+    "triplet_semihard_loss": triplet_semihard_loss,
+    "triplet_census": lambda y, x: mining.triplet_census(y, x).pos_dist,
+}
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_masked_labels_and_embeddings_are_refused(rng, loss):
+    y, x = np.arange(6) % 2, np.float32(rng.normal(size=(6, 3)))
+    with pytest.raises(ValueError, match=r"1 masked.*position 4"):
+        loss(np.ma.array(y, mask=np.arange(6) == 4), x)
+    with pytest.raises(ValueError, match=r"3 masked.*position 2, 0"):
+        loss(y, np.ma.array(x, mask=x == x[2]))
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_labels_and_embeddings_of_foreign_byte_order_count_alike(rng, loss):
+    y, x = np.arange(6) % 2, np.float32(rng.normal(size=(6, 3)))
+    expected = ops.convert_to_numpy(loss(y, x))
+    for labels in (y.astype(">i4"), y.astype(">i8"), y.astype(">f4")):
+        got = ops.convert_to_numpy(loss(labels, x.astype(">f4")))
+        np.testing.assert_allclose(got, expected, rtol=1e-6)

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from kerastrip._numerics import as_given
+from kerastrip._numerics import as_given, plain
 from kerastrip._replicas import gathered
 
 
@@ -38,7 +38,7 @@ class LabelLoss(keras.losses.Loss):
     gather = False
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        labels = as_given("y_true", y_true)
+        labels, y_pred = as_given("y_true", y_true), plain("y_pred", y_pred)
         return _Bound(self, labels)(y_pred, y_pred, sample_weight)
 
     def get_config(self) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def binary_focal_loss(
     gamma, label_smoothing = _settings(gamma, label_smoothing, from_logits)
     alpha = _alpha(alpha, maximum=1.0)
     y_pred, shape = _predictions(y_pred, alpha)
-    y_true = ops.convert_to_tensor(y_true)
+    y_true = ops.convert_to_tensor(_numerics.plain("y_true", y_true))
     if shape[-1] == 1 and len(_shape("y_true", y_true)) == len(shape) - 1:
         y_true = ops.expand_dims(y_true, -1)
     _same_shape(y_true, shape, "Give one target for each prediction.")
@@ -212,7 +212,7 @@ def categorical_focal_loss(
     gamma, label_smoothing = _settings(gamma, label_smoothing, from_logits)
     alpha = _alpha(alpha)
     y_pred, shape = _predictions(y_pred, alpha)
-    y_true = ops.convert_to_tensor(y_true)
+    y_true = ops.convert_to_tensor(_numerics.plain("y_true", y_true))
     _same_shape(y_true, shape, _one_hot_advice(_shape("y_true", y_true)))
     y_true = ops.cast(y_true, y_pred.dtype)
     targets = _targets_in_range(y_true)
@@ -383,6 +383,9 @@ class BinaryFocalLoss(keras.losses.Loss):
         self.alpha = _alpha(alpha, maximum=1.0)
         self.from_logits = from_logits
 
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        return super().__call__(*_plain(y_true, y_pred), sample_weight)
+
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Values of `y_pred.shape[:-1]`."""
         return binary_focal_loss(y_true, y_pred, **_formula(self))
@@ -448,6 +451,9 @@ class CategoricalFocalLoss(keras.losses.Loss):
         )
         self.alpha = _alpha(alpha)
         self.from_logits = from_logits
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        return super().__call__(*_plain(y_true, y_pred), sample_weight)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Values of `y_pred.shape[:-1]`."""
@@ -549,6 +555,11 @@ class SparseCategoricalFocalLoss(LabelLoss):
         }
 
 
+def _plain(y_true: Any, y_pred: Any) -> tuple[Any, Any]:
+    """Both before Keras makes tensors of them, which drops masks."""
+    return _numerics.plain("y_true", y_true), _numerics.plain("y_pred", y_pred)
+
+
 def _formula(loss: Any) -> dict[str, Any]:
     """The arguments that every focal loss shares with its function."""
     return {
@@ -603,7 +614,9 @@ def _shape(name: str, tensor: Any) -> tuple[int | None, ...]:
 
 def _predictions(y_pred: Any, alpha: Any) -> tuple[Any, tuple[Any, ...]]:
     """The predictions in float32 or wider, and their static shape."""
-    y_pred = _numerics.at_least_float32(ops.convert_to_tensor(y_pred))
+    y_pred = _numerics.at_least_float32(
+        ops.convert_to_tensor(_numerics.plain("y_pred", y_pred))
+    )
     shape = _shape("y_pred", y_pred)
     if len(shape) < 2 or shape[-1] is None:
         raise ValueError(
