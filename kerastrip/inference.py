@@ -158,7 +158,8 @@ def embed_with_targets(
     chosen = embedding_output(model, output)
     single = output is None and chosen.count == 1
     show = progress(total, "sample", verbose)
-    rows, targets = [], []
+    rows: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
     done = size = 0
     for inputs, target in batches:
         if not rows:
@@ -397,7 +398,8 @@ def _warn_of_scaled_twice(model: Any, inputs: Any) -> None:
     for layer in model.layers if _inputs(model) else ():
         if not isinstance(layer, keras.layers.Rescaling):
             continue
-        scale, source = np.max(np.abs(layer.scale)), getattr(layer, "input", None)
+        scale = np.max(np.abs(layer.scale))
+        source: Any = getattr(layer, "input", None)
         images = [given.get(one.name) for one in _inputs(model) if one is source]
         if scale <= 0.01 and images and _is_scaled(images[0]):
             _checks.warn(
