@@ -110,7 +110,13 @@ def test_census_at_the_same_distance_is_hard():
 
 
 @pytest.mark.backend
-@pytest.mark.parametrize("word", mining.MININGS)
+@pytest.mark.parametrize(
+    "word",
+    [
+        "semi_hard",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in mining.MININGS[1:]),
+    ],
+)
 def test_losses_and_census_in_one_pass_are_those_of_two(word, rng):
     labels, rows = skewed_batch(rng)
     values, census = mining.triplet_losses_and_census(labels, rows, mining=word)
@@ -297,8 +303,16 @@ def test_lengths_that_differ_at_run_time_fail():
 
 
 @needs_tf
-@pytest.mark.parametrize("beside", [False, True])
-@pytest.mark.parametrize("word", ["semi_hard", "all"])
+@pytest.mark.parametrize(
+    ("word", "beside"),
+    [
+        ("semi_hard", True),
+        *(
+            pytest.param(*way, marks=pytest.mark.slow)
+            for way in (("semi_hard", False), ("all", False), ("all", True))
+        ),
+    ],
+)
 def test_coefficients_made_again_give_the_gradient_of_those_kept(
     word, beside, rng, monkeypatch
 ):
