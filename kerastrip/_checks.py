@@ -163,6 +163,13 @@ def refuse_masked(name: str, value: Any) -> None:
     )
 
 
+def native(array: np.ndarray) -> np.ndarray:
+    """The array in the byte order of this machine, the only one that JAX and PyTorch know."""
+    if array.dtype.isnative:
+        return array
+    return array.astype(array.dtype.newbyteorder("="))
+
+
 def warn(text: str) -> None:
     """A `UserWarning` that shows the line of the user's program which led to it.
 

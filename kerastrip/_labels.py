@@ -171,9 +171,7 @@ def label_array(labels: Any, name: str = "labels") -> np.ndarray:
 def _label_values(labels: Any, name: str) -> tuple[np.ndarray, int | None]:
     """1-D labels of one kind, and the number of columns if they were one-hot."""
     _checks.refuse_masked(name, labels)
-    values = np.asarray(labels)
-    if not values.dtype.isnative:
-        values = values.astype(values.dtype.newbyteorder("="))
+    values = _checks.native(np.asarray(labels))
     if values.dtype.kind == "T":  # NumPy's StringDType
         values = values.astype(object)
     if values.ndim == 2:

@@ -129,8 +129,7 @@ def plain(name: str, value: Any) -> Any:
     _checks.refuse_masked(name, value)
     if not isinstance(value, np.ndarray):
         return value
-    # JAX and PyTorch know one byte order only.
-    return np.asarray(value, value.dtype.newbyteorder("="))
+    return _checks.native(np.asarray(value))
 
 
 def as_given(name: str, labels: Any) -> Any:

@@ -425,9 +425,7 @@ def _array(value: Any, name: str) -> np.ndarray:
     if hasattr(value, "detach"):  # PyTorch: perhaps on another device, with a gradient
         value = value.detach().cpu()
     _checks.refuse_masked(name, value)
-    array = np.asarray(value)
-    # JAX and PyTorch know one byte order only.
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+    return _checks.native(np.asarray(value))
 
 
 def _one_array(target: Any) -> Any:

@@ -43,11 +43,6 @@ def creation_scope(model: Any) -> Any:
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
-def state_without_run(callback: Any) -> dict[str, Any]:
-    """What a copy or a pickle of a callback takes along: not the model it served."""
-    return {**vars(callback), **vars(keras.callbacks.Callback())}
-
-
 class _Tap:
     """Stands in for `model.compute_metrics` and feeds the attached `MiningStats`.
 

@@ -185,7 +185,7 @@ class EpochEvaluation:
             if getattr(other, "monitor", None) in names:
                 _checks.warn(
                     f"{type(other).__name__}(monitor={other.monitor!r}) is listed "
-                    f"before {type(self._callback).__name__} and will not see that "
+                    f"before {self._name} and will not see that "
                     "key. List it after."
                 )
 
@@ -277,7 +277,7 @@ class EpochEvaluation:
                 if not self._told_of_nan:
                     self._told_of_nan = True
                     _checks.warn(
-                        f"{type(self._callback).__name__}: {len(bad)} of "
+                        f"{self._name}: {len(bad)} of "
                         f"{len(embeddings)} embeddings hold NaN, infinity or more than "
                         f"1e15 after epoch {epoch + 1}, so its figures are NaN. Look "
                         "for NaN in the inputs, then for labels that name no class "
@@ -297,15 +297,6 @@ def _is_known(loss: Any) -> bool:
     """Whether Keras or this package has made the loss, not the user."""
     made_by = getattr(loss, "__module__", None) or ""
     return made_by.partition(".")[0] in ("keras", "kerastrip")
-
-
-def without_model(callback: keras.callbacks.Callback) -> dict[str, Any]:
-    """The state of a callback for a copy or a pickle.
-
-    What Keras has set in a `fit` (the model, its parameters) is as in a new callback:
-    a copy is for another `fit`, and not every model can be copied.
-    """
-    return {**callback.__dict__, **keras.callbacks.Callback().__dict__}
 
 
 def _log_keys(

@@ -9,7 +9,7 @@ import keras
 
 from kerastrip import _checks
 from kerastrip._outputs import embedding_output
-from kerastrip.callbacks._attach import state_without_run
+from kerastrip.callbacks._copies import without_model
 
 ACTIONS = ("warn", "stop", "reduce_lr")
 
@@ -116,7 +116,7 @@ class CollapseGuard(keras.callbacks.Callback):
         self._where: Any = None  # the output it watches
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**state_without_run(self), "_where": None}
+        return {**without_model(self), "_where": None}
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._where = embedding_output(self.model, self.output)

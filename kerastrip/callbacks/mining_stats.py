@@ -11,6 +11,7 @@ import keras
 from kerastrip import _checks
 from kerastrip._outputs import embedding_output
 from kerastrip.callbacks import _attach
+from kerastrip.callbacks._copies import without_model
 from kerastrip.distances import DISTANCES
 from kerastrip.metrics import KEYS
 
@@ -124,7 +125,7 @@ class MiningStats(keras.callbacks.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         run = dict.fromkeys(("census", "_where", "_target", "_bar"))
-        return {**_attach.state_without_run(self), **run, "_fitting": False}
+        return {**without_model(self), **run, "_fitting": False}
 
     @property
     def settings(self) -> tuple[Any, ...]:

@@ -15,10 +15,10 @@ from kerastrip import _checks
 from kerastrip._files import refuse_devices, write_whole
 from kerastrip._outputs import embedding_output
 from kerastrip.callbacks import _page
+from kerastrip.callbacks._copies import without_model
 from kerastrip.callbacks._evaluation import (
     EpochEvaluation,
     HeldOut,
-    without_model,
 )
 from kerastrip.callbacks._images import thumbnails_of
 from kerastrip.callbacks._report_parts import (

@@ -9,10 +9,10 @@ import keras
 import numpy as np
 
 from kerastrip import _checks
+from kerastrip.callbacks._copies import without_model
 from kerastrip.callbacks._evaluation import (
     EpochEvaluation,
     HeldOut,
-    without_model,
 )
 from kerastrip.evaluation import (
     check_metrics,

@@ -17,7 +17,8 @@ import keras
 
 from kerastrip import _checks
 from kerastrip._outputs import embedding_output
-from kerastrip.callbacks._attach import retrace, state_without_run
+from kerastrip.callbacks._attach import retrace
+from kerastrip.callbacks._copies import without_model
 from kerastrip.mining import MININGS
 
 
@@ -75,7 +76,7 @@ class MarginSchedule(keras.callbacks.Callback):
         self._logs: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return state_without_run(self)
+        return without_model(self)
 
     def on_train_begin(self, logs: Any = None) -> None:
         loss = self._lent.begin(self.model, self.output)
@@ -182,7 +183,7 @@ class MiningSchedule(keras.callbacks.Callback):
         self._told = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return state_without_run(self)
+        return without_model(self)
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._lent.begin(self.model, self.output)

@@ -8,7 +8,8 @@ from typing import Any
 import keras
 
 from kerastrip import _checks
-from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut, without_model
+from kerastrip.callbacks._copies import without_model
+from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
 from kerastrip.verification import (
     VerificationCurve,
     check_codes,

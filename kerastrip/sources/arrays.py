@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from kerastrip._checks import Told, message, refuse_masked
+from kerastrip._checks import Told, message, native, refuse_masked
 from kerastrip.sources._headers import read_header
 from kerastrip.sources._turns import is_safe, turn
 
@@ -501,9 +501,9 @@ def _native(taken: Any, name: str = "x", copy: bool = False) -> Any:
     if type(taken) in (tuple, list):
         return type(taken)(_native(part, name, copy) for part in taken)
     refuse_masked(name, taken)
-    if isinstance(taken, np.ndarray) and (copy or not taken.dtype.isnative):
-        return taken.astype(taken.dtype.newbyteorder("="))
-    return taken
+    if not isinstance(taken, np.ndarray):
+        return taken
+    return native(taken.copy() if copy else taken)
 
 
 def _check_array(array: Any, name: str, refused: str = _NO_NUMBERS) -> None:
