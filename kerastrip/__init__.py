@@ -35,7 +35,6 @@ from kerastrip.losses import (
     triplet_hard_loss,
     triplet_semihard_loss,
 )
-from kerastrip.memory import EmbeddingMemory
 from kerastrip.metrics import TripletCensus
 from kerastrip.plan import PKPlan, SamplingReport, split_classes, split_samples
 from kerastrip.recalibration import recalibrate
@@ -48,7 +47,6 @@ __all__ = [
     "CategoricalFocalLoss",
     "CollapseGuard",
     "ContrastiveLoss",
-    "EmbeddingMemory",
     "EmbeddingProjector",
     "EpochSync",
     "MarginSchedule",

@@ -1,15 +1,18 @@
 """A batch ordered by label and padded; distances of one block of its rows.
 
 The mining engine works on the batch in the order of its labels. Every class is then
-one stretch of rows, so the positives of a row are known by two numbers, and the
-padding at the end makes all blocks of rows equal. The batch size may be unknown when
-a function is traced: sizes are Python integers or scalar tensors.
+one stretch of rows, so that two numbers tell the positives of a row, and the padding at
+the end makes all blocks of rows equal. A batch of seven rows in three classes:
 
-Columns of the distance matrix are the rows of the batch, and behind them other rows,
-of a memory, which have positives and negatives in nobody's eyes but the batch's. They
-get no gradient, and in a triplet with one of them the anchor alone does. For a negative
-that cannot give way the positive would be pulled to the anchor with nothing in return,
-and the batch would shrink to a point.
+    row       0   1   2   3   4   5   6   7 ...
+    label     a   a   a   b   b   c   c   (padding)
+    start     0   0   0   3   3   5   5          row 1: its class is [0, 3), so its
+    stop      3   3   3   5   5   7   7          positives are the rows 0 and 2,
+    positives 2   2   2   1   1   1   1   0      and all rows but [0, 3) its negatives
+
+The batch size may be unknown when a function is traced: sizes are Python integers or
+scalar tensors. Below, `padded` is the number of rows with the padding, `count` that of
+one block.
 """
 
 from __future__ import annotations
@@ -22,55 +25,61 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from kerastrip.distances import squared_distances
+from kerastrip.distances import is_rooted, squared_distances
 
 INFINITE = float("inf")
 TINY = 2e-38  # the least distance of a positive: above every denormal number
+# Up to so many positives of a row are taken one by one; a row with more is sorted.
+FEW = 64
 
 
-class OtherRows(NamedTuple):
-    """Rows that are no anchors, ordered by label, then padding."""
+class Rule(NamedTuple):
+    """What a loss takes from a batch: plain values, fixed when a function is traced."""
 
-    rows: Any  # (more, dim) float32
-    labels: Any  # (more,) integers, those of the padding not below the others
-    size: Any  # () int32: how many rows are real
-    positives: bool  # whether those of an anchor's label are positives, or nothing
+    mining: str  # a mining word, "contrastive" or "census"
+    distance: str
+    soft: bool = False
+    average_over: str = "all"
+
+    @property
+    def rooted(self) -> bool:
+        """Whether the distance is the root of what `signed_distances` gives."""
+        return is_rooted(self.distance)
+
+    @property
+    def by_pairs(self) -> bool:
+        """Whether every pair has one negative."""
+        return self.mining in ("semi_hard", "semi_hard_or_hard")
 
 
 class Batch(NamedTuple):
     """Rows ordered by label, then padding; every row is an anchor."""
 
-    rows: Any  # (padded, dim) float32, or a (padded, padded) matrix of distances
+    rows: Any  # (padded, dim) float32
     labels: Any  # (padded,) integers
     size: Any  # () int32: how many rows are real
-    others: OtherRows | None = None
-
-    def width(self) -> Any:
-        """The number of columns."""
-        padded = ops.shape(self.rows)[0]
-        return padded + (0 if self.others is None else ops.shape(self.others.rows)[0])
-
-    def columns(self) -> Any:
-        """The rows to measure against, (columns, dim): the batch, then the others."""
-        if self.others is None:
-            return self.rows
-        return ops.concatenate([self.rows, self.others.rows])
 
 
 class Anchors(NamedTuple):
-    """For every row: where its class lies among the columns, and how many rows match.
+    """For every row: where its class lies, and how many rows match.
 
-    The positives of a row are the columns [start, stop) without `own`, and of the
-    others, where there are any, [other_start, other_stop).
+    The positives of a row are the rows [start, stop) without `own`.
     """
 
-    own: Any  # (padded,) int32: the row's own column
+    own: Any  # (padded,) int32: the row's own number
     start: Any  # (padded,) int32
     stop: Any  # (padded,) int32
     positives: Any  # (padded,) int32: 0 for padding
     negatives: Any  # (padded,) int32: 0 for padding
-    other_start: Any = None  # (padded,) int32
-    other_stop: Any = None  # (padded,) int32
+
+
+class Terms(NamedTuple):
+    """What a loss finds in a batch, by row."""
+
+    losses: Any  # (padded,) float32: the sum over the row's units
+    active: Any  # (padded,) int32: how many of its units have a loss > 0
+    units: Any  # (padded,) int32 or float32: how many units it has
+    kept: Any  # a structure of tensors that the gradient goes on with
 
 
 def flag(condition: Any) -> Any:
@@ -105,11 +114,6 @@ def choose(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any
     if isinstance(condition, bool):
         return yes() if condition else no()
     return ops.switch(ops.cast(condition, "int32"), [no, yes])
-
-
-def zero() -> Any:
-    """The int32 scalar 0, where a loop begins."""
-    return ops.zeros((), "int32")
 
 
 def put(buffer: Any, at: tuple, values: Any) -> Any:
@@ -149,90 +153,100 @@ def find_anchors(batch: Batch) -> Anchors:
     stop = ops.cast(ops.take(ops.cumsum(members), code), "int32")
     members = ops.cast(ops.take(members, code), "int32")
     real = ops.cast(own < batch.size, "int32")
-    anchors = Anchors(
+    return Anchors(
         own, stop - members, stop, real * (members - 1), real * (batch.size - members)
     )
-    if batch.others is None:
-        return anchors
-    return _among_others(anchors, batch, batch.others)
 
 
-def _among_others(anchors: Anchors, batch: Batch, others: OtherRows) -> Anchors:
-    """The anchors with their positives and negatives among the others."""
-    start, stop = (
-        ops.minimum(
-            ops.cast(ops.searchsorted(others.labels, batch.labels, side), "int32"),
-            others.size,
-        )
-        for side in ("left", "right")
-    )
-    real = ops.cast(anchors.own < batch.size, "int32")
-    positives = stop - start if others.positives else 0
-    return anchors._replace(
-        positives=anchors.positives + real * positives,
-        negatives=anchors.negatives + real * (others.size - (stop - start)),
-        other_start=start + ops.shape(batch.rows)[0],
-        other_stop=stop + ops.shape(batch.rows)[0],
-    )
+def over_blocks(batch: Batch, visit: Callable, state: tuple) -> tuple:
+    """Call `visit(here, first, *state)` for one block of rows after the other.
+
+    Args:
+        batch: ordered by label.
+        visit: gets the anchors of the block, its first row () int32 and the state;
+            returns the next state, tensors of the same shapes.
+        state: a tuple of tensors.
+
+    Returns:
+        The last state.
+    """
+    anchors = find_anchors(batch)
+    padded = ops.shape(batch.rows)[0]
+    count = block_rows(padded)
+
+    def block(first: Any, *state: Any) -> Any:
+        here = Anchors(*(ops.slice(field, (first,), (count,)) for field in anchors))
+        return first + count, *visit(here, first, *state)
+
+    start = ops.zeros((), "int32")
+    return ops.while_loop(lambda first, *_: first < padded, block, (start, *state))[1:]
 
 
-def block_of(anchors: Anchors, first: Any, count: Any) -> Anchors:
-    """The anchors of the rows [first, first + count)."""
-    return Anchors(
-        *(
-            None if field is None else ops.slice(field, (first,), (count,))
-            for field in anchors
-        )
-    )
+def over_ranks(ranks: Any, visit: Callable, state: tuple) -> tuple:
+    """Call `visit(rank, *state)` for the ranks 0 ... `ranks` - 1 of the positives.
+
+    The positive of rank 0 of a row is the first of its class, that of rank 1 the
+    second: all rows of a block are at the same rank at the same time.
+
+    Args:
+        ranks: () int32.
+        visit: gets the rank () int32 and the state; returns the next state.
+        state: a tuple of tensors.
+
+    Returns:
+        The last state.
+    """
+
+    def step(rank: Any, *state: Any) -> Any:
+        return rank + 1, *visit(rank, *state)
+
+    start = ops.zeros((), "int32")
+    return ops.while_loop(lambda rank, *_: rank < ranks, step, (start, *state))[1:]
 
 
-def signed_distances(
-    batch: Batch, columns: Any, anchors: Anchors, first: Any, matrix: bool
-) -> Any:
-    """Distances of a block of rows to all columns; the sign tells the kind.
+def signed_distances(batch: Batch, here: Anchors, first: Any) -> Any:
+    """Squared distances of a block to all rows; the sign tells the kind.
 
     A negative has d >= 0; the row itself and its positives -max(d, TINY) < 0;
     padding -inf. So the negatives farther than a positive p are the entries > |p|,
-    with no mask beside the matrix.
+    with no mask beside the matrix. The rows 0 and 1 of the batch at the head of this
+    module, whose points lie at 0, 1, 3 (a), 2, 5 (b) and 4, 4 on a line:
+
+        row 0    -tiny  -1     -9     4    25    16    16   -inf ...
+        row 1    -1     -tiny  -4     1    16     9     9   -inf ...
 
     Args:
-        batch: all rows; for `matrix` its rows are distances already.
-        columns: those of the batch.
-        anchors: those of the block.
-        first: the block's first row.
-        matrix: take distances (>= 0) from `batch.rows` instead of squared
-            euclidean distances of the rows.
+        batch: all rows.
+        here: the anchors of the block.
+        first: the block's first row, () int32.
 
     Returns:
-        (count, columns) float32.
+        (count, padded) float32.
     """
-    count, width = ops.shape(anchors.own)[0], ops.shape(batch.rows)[1]
-    d = ops.slice(batch.rows, (first, 0), (count, width))
-    if not matrix:
-        d = squared_distances(d, columns)
-    column = ops.arange(ops.shape(columns)[0], dtype="int32")
-    same = (column >= anchors.start[:, None]) & (column < anchors.stop[:, None])
-    real = column < batch.size
-    if batch.others is not None:
-        again = column >= anchors.other_start[:, None]
-        again = again & (column < anchors.other_stop[:, None])
-        padded = ops.shape(batch.rows)[0]
-        real = real | ((column >= padded) & (column < padded + batch.others.size))
-        if batch.others.positives:
-            same = same | again
-        else:
-            real = real & ~again
+    rows = batch.rows
+    count, dim = ops.shape(here.own)[0], ops.shape(rows)[1]
+    d = squared_distances(ops.slice(rows, (first, 0), (count, dim)), rows)
+    column = ops.arange(ops.shape(rows)[0], dtype="int32")
+    same = (column >= here.start[:, None]) & (column < here.stop[:, None])
     d = ops.where(same, -ops.maximum(d, TINY), d)
-    return ops.where(real, d, -INFINITE)
+    return ops.where(column < batch.size, d, -INFINITE)
 
 
-def positive_column(anchors: Anchors, rank: Any, columns: Any) -> Any:
-    """The column of the positive number `rank` of every row, kept below `columns`."""
+def few(positives: Any) -> Any:
+    """The number of positives, 0 where they are more than `FEW`."""
+    return ops.where(positives <= FEW, positives, 0)
+
+
+def positive_column(anchors: Anchors, rank: Any, padded: Any) -> Any:
+    """The column of the positive number `rank` of every row, kept below `padded`."""
     at = anchors.start + rank
-    at = at + ops.cast(at >= anchors.own, "int32")
-    if anchors.other_start is not None:
-        at = ops.where(at < anchors.stop, at, anchors.other_start + (at - anchors.stop))
-    return ops.minimum(at, columns - 1)
+    return ops.minimum(at + ops.cast(at >= anchors.own, "int32"), padded - 1)
+
+
+def positive_entries(d: Any, anchors: Anchors) -> Any:
+    """Which signed distances belong to positives of their row."""
+    column = ops.arange(ops.shape(d)[1], dtype="int32")
+    return (d < 0) & (d > -INFINITE) & (column != anchors.own[:, None])
 
 
 def first_true(mask: Any) -> Any:
@@ -247,42 +261,6 @@ def entry(d: Any, column: Any) -> Any:
     return ops.take_along_axis(d, column[:, None], axis=1)[:, 0]
 
 
-def nearest_beyond(d: Any, bound: Any) -> tuple[Any, Any]:
-    """The least entry > bound of every row and its column; inf and any if none.
-
-    In two stages, since finding the place of a minimum costs three times the minimum:
-    the least of every stretch of columns, then the column in the best stretch.
-    """
-    count, width = ops.shape(d)[0], ops.shape(d)[1]
-    stretch = 32 + 32 * flag(width > 128) + 64 * flag(width > 1024)
-    stretches = ops.reshape(d, (count, width // stretch, stretch))
-    beyond = ops.where(stretches > bound[:, None, None], stretches, INFINITE)
-    least = ops.min(beyond, axis=2)
-    value = ops.min(least, axis=1)
-    best = first_true(least == value[:, None])
-    within = ops.take_along_axis(stretches, best[:, None, None], axis=1)[:, 0]
-    return value, best * stretch + first_true(within == value[:, None])
-
-
-def extremes(d: Any) -> tuple[Any, Any, Any]:
-    """Columns of the farthest positive, the nearest and the farthest negative.
-
-    Args:
-        d: (count, padded) signed distances.
-
-    Returns:
-        Three (count,) int32 columns; any column where there is none.
-    """
-    positive = ops.where(d == -INFINITE, 0.0, d)
-    positive = first_true(positive == ops.min(positive, axis=1, keepdims=True))
-    farthest = first_true(d == ops.max(d, axis=1, keepdims=True))
-    return (
-        positive,
-        nearest_beyond(d, ops.full_like(d[:, 0], -0.75 * TINY))[1],
-        farthest,
-    )
-
-
 def row_sum(x: Any) -> Any:
     """Sum of every row, as a matrix product: a plain float sum is not vectorised."""
     return ops.matmul(x, ops.ones((ops.shape(x)[1], 1), x.dtype))[:, 0]
@@ -291,45 +269,6 @@ def row_sum(x: Any) -> Any:
 def count_true(mask: Any) -> Any:
     """How many entries of every row are True, int32."""
     return ops.sum(ops.cast(mask, "int32"), axis=1)
-
-
-def count_two(d: Any, low: Any, high: Any) -> tuple[Any, Any]:
-    """How many entries of every row are <= low, and how many in (low, high).
-
-    Args:
-        d: (count, width).
-        low: (count,).
-        high: (count,), not below `low`.
-
-    Returns:
-        Two (count,) int32, counted in the two halves of one number where they fit:
-        one pass over the block in place of two.
-    """
-    low, high = low[:, None], high[:, None]
-
-    def packed() -> Any:
-        within = ops.where(d < high, 65536, 0)
-        found = ops.sum(ops.where(d <= low, 1, within), axis=1)
-        return ops.bitwise_and(found, 65535), ops.right_shift(found, 16)
-
-    def apart() -> Any:
-        return count_true(d <= low), count_true((d > low) & (d < high))
-
-    width = ops.shape(d)[1]
-    if isinstance(width, int):
-        return packed() if width < 32768 else apart()
-    return ops.cond(width < 32768, packed, apart)
-
-
-def positive_entries(d: Any, anchors: Anchors) -> Any:
-    """Which signed distances belong to positives of their row."""
-    column = ops.arange(ops.shape(d)[1], dtype="int32")
-    return (d < 0) & (d > -INFINITE) & (column != anchors.own[:, None])
-
-
-def sorted_negatives(d: Any, order: Any) -> Any:
-    """Every row's negatives in rising order, then inf; `order` are their columns."""
-    return ops.take_along_axis(ops.where(d >= 0, d, INFINITE), order, axis=1)
 
 
 def count_below(ascending: Any, bounds: Any, *, inclusive: bool) -> Any:
@@ -359,33 +298,6 @@ def count_below(ascending: Any, bounds: Any, *, inclusive: bool) -> Any:
     low = ops.zeros_like(bounds, dtype="int32")
     span = ops.convert_to_tensor(width, "int32")
     return ops.while_loop(lambda span, *_: span > 0, halve, (span, low, low + width))[1]
-
-
-def counts_by_search(
-    d: Any, ascending: Any, below: Any, anchors: Anchors, margin: Any, rooted: bool
-) -> tuple[Any, Any]:
-    """The census of every row from its sorted negatives, for many positives.
-
-    Args:
-        d: (count, padded) signed distances.
-        ascending: (count, padded) the negatives of every row, sorted.
-        below: (count, padded) int32, how many of them are not farther than each entry.
-        anchors: those of the block.
-        margin: () float32.
-        rooted: whether distances are roots of the entries.
-
-    Returns:
-        Hard triplets, semi-hard triplets and pairs with a semi-hard one, (3, count)
-        int32, and the sum of the distances to the positives, (count,).
-    """
-    p = ops.abs(d)
-    within = count_below(ascending, add_margin(p, margin, rooted), inclusive=False)
-    within = ops.maximum(within - below, 0)
-    positive = positive_entries(d, anchors)
-    counts = ops.stack([below, within, ops.cast(within > 0, "int32")])
-    counts = ops.sum(ops.where(positive, counts, 0), axis=2)
-    p = ops.where(positive, p, 0.0)
-    return counts, row_sum(ops.sqrt(p) if rooted else p)
 
 
 def add_margin(d: Any, margin: Any, rooted: bool) -> Any:

@@ -24,12 +24,6 @@ def _context() -> Any:
     return None if context is None or context.num_replicas_in_sync == 1 else context
 
 
-def replicas() -> int:
-    """How many replicas share the batch, as far as a loss can see."""
-    context = _context()
-    return 1 if context is None else context.num_replicas_in_sync
-
-
 def gathered(labels: Any, rows: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
     """Labels and rows of all replicas, and what takes this replica's part of a result.
 

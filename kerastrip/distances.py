@@ -9,32 +9,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import keras
 from keras import ops
 
 from kerastrip import _checks
 from kerastrip._numerics import plain, safe_sqrt
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine")
-
-
-def checked_distance(
-    distance: Any, name: str = "distance"
-) -> str | Callable[[Any], Any]:
-    """A distance word, or the callable that came, as itself or in a saved config."""
-    if isinstance(distance, dict):
-        distance = keras.saving.deserialize_keras_object(distance)
-    return distance if callable(distance) else _checks.one_of(name, distance, DISTANCES)
-
-
-def serialized_distance(distance: str | Callable[[Any], Any]) -> Any:
-    """What `checked_distance` reads, fit for a config."""
-    if isinstance(distance, str):
-        return distance
-    return keras.saving.serialize_keras_object(distance)
 
 
 def prepare(embeddings: Any, distance: str) -> Any:
@@ -57,25 +39,6 @@ def prepare(embeddings: Any, distance: str) -> Any:
 def is_rooted(distance: str) -> bool:
     """Whether the distance is the root of the squared distance of `prepare`."""
     return distance == "euclidean"
-
-
-def called_distances(distance: Callable[[Any], Any], embeddings: Any) -> Any:
-    """The matrix a callable makes of the embeddings, checked."""
-    result = ops.cast(distance(ops.cast(embeddings, "float32")), "float32")
-    size = embeddings.shape[0]
-    if len(result.shape) != 2 or any(
-        side is not None and size is not None and side != size for side in result.shape
-    ):
-        raise ValueError(
-            _checks.message(
-                "distance",
-                f"a callable that turns embeddings {tuple(embeddings.shape)} into "
-                "a (batch, batch) matrix of distances",
-                _checks.Told(f"a result of shape {tuple(result.shape)}"),
-            )
-        )
-    size = ops.shape(embeddings)[0]
-    return ops.reshape(result, (size, size))
 
 
 def squared_distances(rows: Any, columns: Any) -> Any:

@@ -42,11 +42,11 @@ def distance_matrix(embeddings, word):
     ).reshape(n, n)
 
 
-def census(labels, embeddings, margin=0.2, word="euclidean", matrix=None, **beside):
+def census(labels, embeddings, margin=0.2, word="euclidean"):
     """One dict per anchor with the keys of the package's Census."""
-    d = distance_matrix(embeddings, word) if matrix is None else matrix
+    d = distance_matrix(embeddings, word)
     result = []
-    for a, positives, negatives in _anchors(labels, **beside):
+    for a, positives, negatives in _anchors(labels):
         kinds = {"easy": 0, "semi_hard": 0, "hard": 0}
         pairs = 0
         for p in positives:
@@ -100,10 +100,10 @@ def census_figures(batches, margin=0.2, word="euclidean"):
     }
 
 
-def chosen_triplets(labels, d, margin, mining, **beside):
+def chosen_triplets(labels, d, margin, mining):
     """The triplets (a, p, n) that a mining word takes from a distance matrix."""
     triplets = []
-    for a, positives, negatives in _anchors(labels, **beside):
+    for a, positives, negatives in _anchors(labels):
         if not positives or not negatives:
             continue
         if mining == "all":
@@ -135,20 +135,12 @@ def triplet_loss(
     soft=False,
     average_over="all",
     weights=None,
-    batch=None,
-    positives=True,
 ):
-    """Per-row values, and the gradient of sum(weights * values).
-
-    With `batch`, only so many rows are anchors and get a gradient; of the rows beyond
-    those of the anchor's label serve with `positives`, else they are left out. In a
-    triplet with one of those the anchor alone gets a gradient.
-    """
+    """Per-row values, and the gradient of sum(weights * values)."""
     x = np.asarray(embeddings, np.float64)
     d = distance_matrix(x, word)
     units = []
-    beside = {"batch": batch, "shared": positives}
-    for a, p, n in chosen_triplets(labels, d, margin, mining, **beside):
+    for a, p, n in chosen_triplets(labels, d, margin, mining):
         gap = d[a, p] - d[a, n]
         if soft:
             loss, slope = np.logaddexp(0, gap), 1 / (1 + math.exp(-gap))
@@ -159,10 +151,8 @@ def triplet_loss(
             _, to_a, to_other = distance_and_slopes(x[a], x[other], word)
             gradient[a] = gradient[a] + sign * to_a
             gradient[other] = gradient[other] + sign * to_other
-        if max(p, n) >= len(x[:batch]):
-            gradient = {a: gradient[a]}
         units.append((a, loss, gradient))
-    return _collect(units, x[:batch], average_over, weights)
+    return _collect(units, x, average_over, weights)
 
 
 def contrastive_loss(
@@ -191,14 +181,13 @@ def contrastive_loss(
     return _collect(units, x, average_over, weights)
 
 
-def _anchors(labels, batch=None, shared=True):
+def _anchors(labels):
     """Every anchor with its positives and its negatives."""
     rows = range(len(labels))
-    for a in rows[:batch]:
-        same = [j for j in rows if j != a and labels[j] == labels[a]]
+    for a in rows:
         yield (
             a,
-            [j for j in same if shared or j in rows[:batch]],
+            [j for j in rows if j != a and labels[j] == labels[a]],
             [j for j in rows if labels[j] != labels[a]],
         )
 

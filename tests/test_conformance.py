@@ -171,21 +171,17 @@ CALLBACKS = {
         ("val_auc", "val_eer"),
     ),
 }
-LAYERS = {"EmbeddingMemory": {"size": 24, "warmup": 1, "positives": True}}
 
 TABLES = {
     keras.losses.Loss: LOSSES,
     keras.metrics.Metric: METRICS,
     keras.callbacks.Callback: CALLBACKS,
-    keras.layers.Layer: LAYERS,
 }
 # The arguments that Keras gives to every loss and every metric.
 SHARED = {
     keras.losses.Loss: {"name": "mine", "reduction": "sum", "dtype": "bfloat16"},
     keras.metrics.Metric: {"name": "mine", "dtype": "bfloat16"},
 }
-# Layers of the model that is trained: they have tests of their own.
-OF_A_MODEL = {"memory"}
 SERIALISABLE = [
     pytest.param(kind, name, case, id=name)
     for kind in SHARED
@@ -277,7 +273,7 @@ def test_every_argument_is_exercised(kind, name, case):
     parameters = arguments(getattr(kerastrip, name))
     given = [*case.settings, SHARED[kind]]
     used = {word for settings in given for word in settings}
-    assert used == set(parameters) - OF_A_MODEL
+    assert used == set(parameters)
     for settings in given:
         for word, value in settings.items():
             assert value != parameters[word].default, word
@@ -530,28 +526,6 @@ def test_a_metric_forgets_when_it_is_reset(name):
         metric.update_state(y, rows)
         results.append({key: float(v) for key, v in metric.result().items()})
     assert results[0] == results[2] != results[1]
-
-
-# Layers
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_is_trained_and_saved_with_its_model(name, set_policy, tmp_path):
-    settings = LAYERS[name]
-    set_policy("mixed_bfloat16")
-    layer = make(name, settings)
-    assert set(arguments(type(layer))) == {*settings, "options"}
-    assert settings.items() <= json.loads(json.dumps(layer.get_config())).items()
-    x, y = data(LOSSES["TripletLoss"])
-    model = keras.Sequential([network("embedding"), layer])
-    model.compile("sgd", cheap_loss())
-    model.fit(x, y, verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert loaded.layers[-1].get_config() == layer.get_config()
-    found, expected = (one.predict(x, verbose=0) for one in (loaded, model))
-    assert found.dtype == "float32"
-    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 # Callbacks

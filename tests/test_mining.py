@@ -1,5 +1,4 @@
 import functools
-import itertools
 
 import keras
 import numpy as np
@@ -10,7 +9,8 @@ from hypothesis import strategies as st
 from keras import ops
 
 from kerastrip import _mining_dense, mining
-from kerastrip._mining_blocks import block_rows, compiled, nearest_beyond, padded_size
+from kerastrip._mining_blocks import block_rows, compiled, padded_size
+from kerastrip._mining_pairs import nearest_beyond
 
 TF = keras.backend.backend() == "tensorflow"
 needs_tf = pytest.mark.skipif(not TF, reason="about tf.function")
@@ -109,26 +109,6 @@ def test_census_at_the_same_distance_is_hard():
     assert got["hard"].tolist() == [1, 1, 0]
 
 
-@pytest.mark.backend
-@pytest.mark.parametrize(
-    "word",
-    [
-        "semi_hard",
-        *(pytest.param(w, marks=pytest.mark.slow) for w in mining.MININGS[1:]),
-    ],
-)
-def test_losses_and_census_in_one_pass_are_those_of_two(word, rng):
-    labels, rows = skewed_batch(rng)
-    values, census = mining.triplet_losses_and_census(labels, rows, mining=word)
-    alone = mining.triplet_losses(labels, rows, mining=word)
-    np.testing.assert_allclose(
-        ops.convert_to_numpy(values), ops.convert_to_numpy(alone), rtol=1e-6
-    )
-    for key, expected in census_of(labels, rows).items():
-        got = ops.convert_to_numpy(getattr(census, key))
-        np.testing.assert_allclose(got, expected, rtol=1e-6)
-
-
 @given(
     size=st.sampled_from([32, 192, 1280]),
     seed=st.integers(0, 1000),
@@ -163,57 +143,6 @@ def test_padding_is_little_and_takes_few_values():
     assert tensors == padded[::97]
 
 
-# Rows beside the batch ----------------------------------------------------------------
-
-
-def with_others(rng, size=40, more=60, large=70, dim=3):
-    """A batch, and others of which `more` are there and five are not."""
-    labels = rng.integers(0, 12, size + more)
-    if large:  # more positives than the table of pairs holds
-        labels[size - 4 : size - 4 + large] = 3
-    rows = rng.normal(size=(size + more, dim)).astype(np.float32) / 2
-    void = np.full((5, dim), np.nan, np.float32)
-    others = np.r_[labels[size:], [3] * 5], np.concatenate([rows[size:], void])
-    return labels, rows, (labels[:size], rows[:size]), (*others, more)
-
-
-@pytest.mark.backend
-@pytest.mark.parametrize(("large", "positives"), [(0, False), (62, True)])
-def test_others_in_the_census(positives, large, rng):
-    labels, rows, batch, others = with_others(rng, more=60 + large, large=large)
-    others = mining.Others(*others, positives)
-    got = census_of(*batch, others=others)
-    size = len(batch[0])
-    expected = reference.census(labels, rows, batch=size, shared=positives)
-    for key, values in got.items():
-        np.testing.assert_allclose(
-            values, [row[key] for row in expected], rtol=1e-4, atol=1e-4, err_msg=key
-        )
-
-
-def every_way():
-    """All combinations, most of them for `pytest -m slow`."""
-    quick = {("semi_hard", 62, True), ("hard", 0, False), ("all", 0, True)}
-    for way in itertools.product(mining.MININGS, (0, 62), (True, False)):
-        yield pytest.param(*way, marks=() if way in quick else pytest.mark.slow)
-
-
-@pytest.mark.backend
-@pytest.mark.parametrize(("word", "large", "positives"), list(every_way()))
-def test_others_in_the_losses(word, large, positives, rng):
-    labels, rows, (y, x), others = with_others(rng, more=60 + large, large=large)
-    others = mining.Others(*others, positives)
-    options = {"margin": 0.3, "mining": word, "average_over": "active"}
-    got = reference.value_and_gradient(
-        lambda x: mining.triplet_losses(y, x, others=others, **options), x
-    )
-    expected = reference.triplet_loss(
-        labels, rows, batch=len(x), positives=positives, **options
-    )
-    np.testing.assert_allclose(got[0], expected[0], atol=1e-4)
-    np.testing.assert_allclose(got[1], expected[1], atol=1e-3)
-
-
 # Errors -------------------------------------------------------------------------------
 
 
@@ -232,13 +161,8 @@ def test_bad_input_is_named():
         mining.triplet_census([0, 0, 1, 1], rows, margin=0.0)
     with pytest.raises(ValueError, match=r"Did you mean 'semi_hard'"):
         mining.triplet_losses([0, 0, 1, 1], rows, mining="semihard")
-    with pytest.raises(ValueError, match=r"distance.*a word where rows beside"):
-        mining.triplet_losses(
-            [0, 0, 1, 1],
-            rows,
-            distance=lambda x: x @ x.T,
-            others=mining.Others([0], rows[:1]),
-        )
+    with pytest.raises(ValueError, match=r"distance.*one of 'euclidean'.*function"):
+        mining.triplet_losses([0, 0, 1, 1], rows, distance=lambda x: x @ x.T)
     with pytest.raises(ValueError, match=r"average_over"):
         mining.triplet_losses([0, 0, 1, 1], rows, soft=True, average_over="active")
 
@@ -249,8 +173,8 @@ def test_bad_labels_make_nan_when_traced(rng):
 
     @tf.function(input_signature=[tf.TensorSpec([None]), tf.TensorSpec([None, 2])])
     def float_labels(y, x):
-        values, census = mining.triplet_losses_and_census(y, x)
-        return values, census.pos_dist, census.neg_dist
+        census = mining.triplet_census(y, x)
+        return mining.triplet_losses(y, x), census.pos_dist, census.neg_dist
 
     rows = rng.normal(size=(4, 2))
     for label, is_nan in ((0.5, True), (1.0, False)):
@@ -264,11 +188,9 @@ def test_jax_compiles_nothing_anew_for_a_call_like_the_one_before(rng):
     import jax
 
     labels, rows = np.arange(12) % 4, rng.normal(size=(12, 3)).astype(np.float32)
-    others = mining.Others(labels[:5], rows[:5], 3, True)
     calls = [
         lambda x: mining.contrastive_losses(labels, x),
         lambda x: mining.triplet_census(labels, x).pos_dist,
-        lambda x: mining.triplet_losses(labels, x, others=others),
         *(
             functools.partial(mining.triplet_losses, labels, mining=word)
             for word in mining.MININGS
@@ -304,28 +226,20 @@ def test_lengths_that_differ_at_run_time_fail():
 
 @needs_tf
 @pytest.mark.parametrize(
-    ("word", "beside"),
-    [
-        ("semi_hard", True),
-        *(
-            pytest.param(*way, marks=pytest.mark.slow)
-            for way in (("semi_hard", False), ("all", False), ("all", True))
-        ),
-    ],
+    "word", ["semi_hard", pytest.param("all", marks=pytest.mark.slow)]
 )
 def test_coefficients_made_again_give_the_gradient_of_those_kept(
-    word, beside, rng, monkeypatch
+    word, rng, monkeypatch
 ):
     import tensorflow as tf
 
     labels, rows = skewed_batch(rng)
-    others = mining.Others(labels, rows[::-1].copy()) if beside else None
     upstream = rng.random(len(labels)).astype(np.float32)
 
     def gradient():
         x = tf.Variable(rows)
         with tf.GradientTape() as tape:
-            losses = mining.triplet_losses(labels, x, mining=word, others=others)
+            losses = mining.triplet_losses(labels, x, mining=word)
             total = tf.reduce_sum(losses * upstream)
         return tape.gradient(total, x).numpy()
 
@@ -354,8 +268,9 @@ def check_one_trace(sizes, jit_compile, oracle_up_to=130):
         traces.append(1)
         with tf.GradientTape() as tape:
             tape.watch(x)
-            values, census = mining.triplet_losses_and_census(y, x, margin=0.3)
+            values = mining.triplet_losses(y, x, margin=0.3)
             total = tf.reduce_mean(values)
+        census = mining.triplet_census(y, x, margin=0.3)
         return total, tape.gradient(total, x), census
 
     for size in sizes:

@@ -9,14 +9,13 @@ import pytest
 import reference
 from keras import ops
 
-from kerastrip import _mining_blocks, _mining_dense, _mining_pairs, mining
+from kerastrip import _mining_blocks, mining
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 16 rows; what was compiled for others is left out."""
-    for module in (_mining_blocks, _mining_dense, _mining_pairs):
-        monkeypatch.setattr(module, "block_rows", lambda padded: 16)
+    monkeypatch.setattr(_mining_blocks, "block_rows", lambda padded: 16)
     _mining_blocks.compiled.cache_clear()
     yield
     _mining_blocks.compiled.cache_clear()

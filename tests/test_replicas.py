@@ -35,21 +35,11 @@ LOSSES = {
     "TFA semi-hard": ("TripletSemiHardLoss", {}),
     "TFA hard": ("TripletHardLoss", {}),
     "contrastive": ("ContrastiveLoss", {"average_over": "active"}),
-    "memory": ("TripletLoss", {"average_over": "active", "memory": 48}),
 }
 
 
-def copies(model, weight):
-    """What every device holds of a weight, flat."""
-    if BACKEND == "jax":
-        held = [shard.data for shard in weight.value.addressable_shards]
-    else:
-        held = model.distribute_strategy.experimental_local_results(weight.value)
-    return [np.asarray(copy).ravel().tolist() for copy in held]
-
-
 def trained(name, gather, scope=contextlib.nullcontext, quick=False):
-    """After ten steps with a loss: weights, logs, and the rows remembered by device."""
+    """After ten steps with a loss: weights and logs."""
     rng = np.random.default_rng(0)
     labels = np.arange(96) % 12
     centres = rng.normal(size=(12, 6))
@@ -65,16 +55,12 @@ def trained(name, gather, scope=contextlib.nullcontext, quick=False):
     keras.utils.set_random_seed(0)
     loss, options = LOSSES[name]
     with scope():
-        memory = kerastrip.EmbeddingMemory(options.get("memory", 1), positives=True)
-        if "memory" in options:
-            options = {**options, "memory": memory}
         model = keras.Sequential(
             [
                 keras.Input((6,)),
                 keras.layers.Dense(8, activation="tanh"),
                 keras.layers.Dense(4),
                 keras.layers.UnitNormalization(dtype="float32"),
-                memory,
             ]
         )
         model.compile(
@@ -93,7 +79,7 @@ def trained(name, gather, scope=contextlib.nullcontext, quick=False):
     ).history
     weights = np.concatenate([np.ravel(w) for w in model.trainable_weights])
     logs = {key: values[-1] for key, values in history.items()}
-    return weights.tolist(), logs, [copies(model, w) for w in memory.weights]
+    return weights.tolist(), logs
 
 
 def mirrored(devices):
@@ -122,8 +108,7 @@ def main(devices, quick, *names):
     alone = [trained(name, True, quick=quick) for name in names]
     for name, single in zip(names, alone, strict=True):
         results = [single, trained(name, True, scope, quick)]
-        # Replicas with a memory must gather.
-        if not quick and (BACKEND == "jax" or name != "memory"):
+        if not quick:
             results.append(trained(name, False, scope))
         sys.stdout.write(f"{json.dumps(results)}\n")
 
@@ -152,23 +137,18 @@ def difference(a, b):
 
 
 def assert_same(found, single):
-    """Weights, figures and memory of several devices against those of one."""
-    weights, logs, memory = found
+    """Weights and figures of several devices against those of one."""
+    weights, logs = found
     assert difference(weights, single[0]) < 1e-5
     assert {"loss", *metrics.KEYS} <= set(logs) == set(single[1])
     for key, value in single[1].items():
         assert logs[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
-    for parts, (whole,) in zip(memory, single[2], strict=True):
-        for part in parts:
-            np.testing.assert_allclose(part, whole, atol=1e-5)
 
 
 @on_tensorflow
 def test_two_replicas_that_gather_train_as_one_device():
-    (single, gathered) = run(2, ["memory"], quick=True)["memory"]
+    (single, gathered) = run(2, ["active"], quick=True)["active"]
     assert_same(gathered, single)
-    assert len(gathered[2][0]) == 2
-    assert gathered[1]["from_memory"] > 0.5
 
 
 @on_tensorflow
@@ -178,7 +158,7 @@ def test_every_loss_gathers(devices, record_property):
     for name, (single, gathered, *apart) in run(devices, list(LOSSES)).items():
         record_property(name, difference(gathered[0], single[0]))
         assert_same(gathered, single)
-        for weights, logs, _ in apart:
+        for weights, logs in apart:
             assert difference(weights, single[0]) > 1e-3, name
             # Without gather every replica has whole classes.
             assert logs["anchors_without_positive"] == 0

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
 from kerastrip import _checks
-from kerastrip.distances import checked_distance, serialized_distance
+from kerastrip.distances import DISTANCES
 from kerastrip.losses._label_loss import LabelLoss
 from kerastrip.mining import AVERAGES, contrastive_losses
 
@@ -39,9 +38,7 @@ class ContrastiveLoss(LabelLoss):
             than this cost nothing. Default 0.
         negative_margin: m-, > 0. Pairs of two classes farther than this cost nothing.
             Default 1.
-        distance: `"euclidean"`, `"squared_euclidean"`, `"cosine"` (1 - cos), or a
-            callable from (batch, dim) float32 embeddings to the (batch, batch) matrix
-            (meant for batches up to 4,096).
+        distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"` (1 - cos).
         average_over: `"all"` pairs, or the `"active"` ones, those with a loss > 0.
         gather: under a `tf.distribute` strategy, take the pairs of the batch of all
             replicas, as in `TripletLoss`. Default False.
@@ -76,7 +73,7 @@ class ContrastiveLoss(LabelLoss):
         self,
         positive_margin: float = 0.0,
         negative_margin: float = 1.0,
-        distance: str | Callable[[Any], Any] = "euclidean",
+        distance: str = "euclidean",
         average_over: str = "all",
         gather: bool = False,
         *,
@@ -91,7 +88,7 @@ class ContrastiveLoss(LabelLoss):
         self.negative_margin = _checks.number(
             "negative_margin", negative_margin, above=0
         )
-        self.distance = checked_distance(distance)
+        self.distance = _checks.one_of("distance", distance, DISTANCES)
         self.average_over = _checks.one_of("average_over", average_over, AVERAGES)
         self.gather = _checks.boolean("gather", gather)
 
@@ -121,7 +118,7 @@ class ContrastiveLoss(LabelLoss):
             **super().get_config(),
             "positive_margin": self.positive_margin,
             "negative_margin": self.negative_margin,
-            "distance": serialized_distance(self.distance),
+            "distance": self.distance,
             "average_over": self.average_over,
             "gather": self.gather,
         }

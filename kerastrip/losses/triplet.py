@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras import ops
 
 from kerastrip import _checks
-from kerastrip._numerics import integer_labels, nan_unless
-from kerastrip._replicas import replicas
-from kerastrip.distances import checked_distance, serialized_distance
+from kerastrip.distances import DISTANCES
 from kerastrip.losses._label_loss import LabelLoss
-from kerastrip.memory import EmbeddingMemory
 from kerastrip.mining import check_choice, triplet_losses
 
 _TFA_DISTANCES = {
@@ -57,9 +52,7 @@ class TripletLoss(LabelLoss):
             not use it, except to choose in `"semi_hard_or_hard"`.
         mining: one of the words of the table. Default `"semi_hard"`. May be changed
             as `margin` may.
-        distance: `"euclidean"`, `"squared_euclidean"`, `"cosine"` (1 - cos), or a
-            callable from (batch, dim) float32 embeddings to the (batch, batch) matrix
-            of distances (meant for batches up to 4,096).
+        distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"` (1 - cos).
         soft: take the softplus instead of the hinge. Default False.
         average_over: `"all"` units, or the `"active"` ones, those with a loss > 0.
             The softplus is always > 0, so `soft=True` wants `"all"`.
@@ -67,8 +60,6 @@ class TripletLoss(LabelLoss):
             the update is then that of one device with the whole batch. False mines
             within each replica. Elsewhere (one device, `keras.distribution` on JAX)
             the loss sees the whole batch anyway. Default False.
-        memory: an `EmbeddingMemory` layer of the model, to mine in past batches too.
-            A saved model is then loaded with `compile=False` and compiled anew.
         name: name of the loss.
         reduction: of the (batch,) values, as in `keras.losses.Loss`.
         dtype: as in `keras.losses.Loss`. Distances are float32 in any case.
@@ -89,8 +80,7 @@ class TripletLoss(LabelLoss):
     Raises:
         ValueError: for a margin that is not > 0, unknown words, `soft` with
             `"active"`; when called, for embeddings that are not 2-D, lengths that
-            differ, labels that are seen to be none, or a callable that returns
-            another shape.
+            differ, or labels that are seen to be none.
         TypeError: for a margin that is no number.
 
     Example:
@@ -111,11 +101,10 @@ class TripletLoss(LabelLoss):
         self,
         margin: float = 0.2,
         mining: str = "semi_hard",
-        distance: str | Callable[[Any], Any] = "euclidean",
+        distance: str = "euclidean",
         soft: bool = False,
         average_over: str = "all",
         gather: bool = False,
-        memory: EmbeddingMemory | None = None,
         *,
         name: str = "triplet_loss",
         reduction: str | None = "sum_over_batch_size",
@@ -125,44 +114,14 @@ class TripletLoss(LabelLoss):
         self.margin = _checks.number("margin", margin, above=0)
         check_choice(mining, soft, average_over)
         self.mining = mining
-        self.distance = checked_distance(distance)
+        self.distance = _checks.one_of("distance", distance, DISTANCES)
         self.soft = soft
         self.average_over = average_over
         self.gather = _checks.boolean("gather", gather)
-        self.memory = _checked_memory(memory, self.distance)
-        # MiningStats counts what is mined in a memory.
-        self.listeners: list[Callable[[Any, Any, Any], None]] = []
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """(batch,) values; see the class."""
-        others = known = None
-        if self.memory is not None:
-            if not self.gather and replicas() > 1:
-                raise ValueError(
-                    _checks.message(
-                        "gather",
-                        f"True for a loss with a memory on {replicas()} replicas",
-                        self.gather,
-                        "They remember the same rows, those of all replicas.",
-                    )
-                )
-            if not self.memory.built:
-                raise ValueError(
-                    _checks.message(
-                        "memory",
-                        "a layer of the model",
-                        _checks.Told(f"{self.memory.name!r}, which it does not call"),
-                        "Put it behind the embedding: "
-                        "keras.Model(inputs, memory(embedding)).",
-                    )
-                )
-            y_true, known = integer_labels(y_true)
-            y_true = ops.cast(y_true, "int32")  # as the memory keeps them
-            self.memory.add(y_true, y_pred)
-            others = self.memory.others(ops.shape(y_pred)[0])
-            for listener in self.listeners:
-                listener(y_true, y_pred, others)
-        values = triplet_losses(
+        return triplet_losses(
             y_true,
             y_pred,
             margin=self.margin,
@@ -170,59 +129,40 @@ class TripletLoss(LabelLoss):
             distance=self.distance,
             soft=self.soft,
             average_over=self.average_over,
-            others=others,
         )
-        return nan_unless(known, values)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> TripletLoss:
+        """The loss of a saved configuration, of version 0.1 too."""
+        known = {key: value for key, value in config.items() if key != "memory"}
+        if config.get("memory") is not None:
+            raise ValueError(
+                _checks.message(
+                    "memory",
+                    "None: this version has no embedding memory",
+                    config["memory"],
+                    "Load the model with compile=False and compile it anew.",
+                )
+            )
+        return cls(**known)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments of the constructor; of a memory only the name."""
-        memory = self.memory
+        """The arguments of the constructor."""
         return {
             **super().get_config(),
             "margin": self.margin,
             "mining": self.mining,
-            "distance": serialized_distance(self.distance),
+            "distance": self.distance,
             "soft": self.soft,
             "average_over": self.average_over,
             "gather": self.gather,
-            "memory": memory if memory is None else memory.name,
         }
 
 
-def _checked_memory(memory: Any, distance: Any) -> EmbeddingMemory | None:
-    if isinstance(memory, str):  # out of a saved configuration
-        raise ValueError(
-            _checks.message(
-                "memory",
-                "the layer itself",
-                memory,
-                "A saved loss does not hold its memory. Load the model with "
-                f"compile=False, then compile it with TripletLoss(memory=model."
-                f"get_layer({memory!r})).",
-            )
-        )
-    if memory is None:
-        return None
-    if not isinstance(memory, EmbeddingMemory):
-        raise TypeError(_checks.message("memory", "an EmbeddingMemory or None", memory))
-    if callable(distance):
-        raise ValueError(
-            _checks.message(
-                "distance",
-                "a word in a loss with a memory",
-                distance,
-                "A callable makes the matrix of the batch alone.",
-            )
-        )
-    return memory
-
-
-def _tfa_distance(distance_metric: Any) -> Any:
+def _tfa_distance(distance_metric: Any) -> str:
     """The distance word of a TensorFlow Addons `distance_metric`."""
-    if isinstance(distance_metric, str):
-        _checks.one_of("distance_metric", distance_metric, tuple(_TFA_DISTANCES))
-        return _TFA_DISTANCES[distance_metric]
-    return checked_distance(distance_metric, name="distance_metric")
+    _checks.one_of("distance_metric", distance_metric, tuple(_TFA_DISTANCES))
+    return _TFA_DISTANCES[distance_metric]
 
 
 @keras.saving.register_keras_serializable(package="kerastrip")
@@ -230,7 +170,7 @@ def triplet_semihard_loss(
     y_true: Any,
     y_pred: Any,
     margin: float = 1.0,
-    distance_metric: str | Callable[[Any], Any] = "L2",
+    distance_metric: str = "L2",
 ) -> Any:
     """Triplet loss with semi-hard mining, under its TensorFlow Addons name.
 
@@ -242,8 +182,8 @@ def triplet_semihard_loss(
         y_true: labels, (batch,) or (batch, 1) integers or (batch, classes) one-hot.
         y_pred: (batch, dim) embeddings.
         margin: > 0. Default 1.
-        distance_metric: `"L2"` (euclidean), `"squared-L2"` (that of tf.contrib),
-            `"angular"` (1 - cos), or a callable as in `TripletLoss`.
+        distance_metric: `"L2"` (euclidean), `"squared-L2"` (that of tf.contrib) or
+            `"angular"` (1 - cos).
 
     Returns:
         (batch,) float32 values whose mean is the loss.
@@ -273,7 +213,7 @@ def triplet_hard_loss(
     y_pred: Any,
     margin: float = 1.0,
     soft: bool = False,
-    distance_metric: str | Callable[[Any], Any] = "L2",
+    distance_metric: str = "L2",
 ) -> Any:
     """Batch-hard triplet loss, under its TensorFlow Addons name.
 
@@ -287,8 +227,7 @@ def triplet_hard_loss(
         y_pred: (batch, dim) embeddings.
         margin: > 0. Default 1. Not used with `soft=True`.
         soft: take the softplus instead of the hinge.
-        distance_metric: `"L2"` (euclidean), `"squared-L2"`, `"angular"` (1 - cos), or
-            a callable as in `TripletLoss`.
+        distance_metric: `"L2"` (euclidean), `"squared-L2"` or `"angular"` (1 - cos).
 
     Returns:
         (batch,) float32 values whose mean is the loss.
@@ -325,8 +264,7 @@ class TripletSemiHardLoss(TripletLoss):
 
     Args:
         margin: > 0. Default 1.
-        distance_metric: `"L2"` (euclidean), `"squared-L2"`, `"angular"` (1 - cos), or
-            a callable as in `TripletLoss`.
+        distance_metric: `"L2"` (euclidean), `"squared-L2"` or `"angular"` (1 - cos).
         mining: as in `TripletLoss`, for a loss that a `MiningSchedule` has changed
             and that is loaded again.
         gather: as in `TripletLoss`.
@@ -350,7 +288,7 @@ class TripletSemiHardLoss(TripletLoss):
     def __init__(
         self,
         margin: float = 1.0,
-        distance_metric: str | Callable[[Any], Any] = "L2",
+        distance_metric: str = "L2",
         *,
         mining: str = "semi_hard",
         gather: bool = False,
@@ -383,8 +321,7 @@ class TripletHardLoss(TripletLoss):
     Args:
         margin: > 0. Default 1. Not used with `soft=True`.
         soft: take the softplus instead of the hinge.
-        distance_metric: `"L2"` (euclidean), `"squared-L2"`, `"angular"` (1 - cos), or
-            a callable as in `TripletLoss`.
+        distance_metric: `"L2"` (euclidean), `"squared-L2"` or `"angular"` (1 - cos).
         mining: as in `TripletLoss`, for a loss that a `MiningSchedule` has changed
             and that is loaded again.
         gather: as in `TripletLoss`.
@@ -409,7 +346,7 @@ class TripletHardLoss(TripletLoss):
         self,
         margin: float = 1.0,
         soft: bool = False,
-        distance_metric: str | Callable[[Any], Any] = "L2",
+        distance_metric: str = "L2",
         *,
         mining: str = "hard",
         gather: bool = False,
@@ -445,6 +382,6 @@ for _function, _mining in (
 
 def _tfa_config(loss: Any, config: dict[str, Any]) -> dict[str, Any]:
     """The config of a TripletLoss in the arguments that both names of TFA take."""
-    for foreign in ("distance", "soft", "average_over", "memory"):
+    for foreign in ("distance", "soft", "average_over"):
         del config[foreign]
-    return {**config, "distance_metric": serialized_distance(loss.distance_metric)}
+    return {**config, "distance_metric": loss.distance_metric}
