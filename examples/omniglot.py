@@ -45,9 +45,7 @@ Three minutes on two cores: 900 batches, seeds 0 and 1, judged by views of stren
 | `--gamma 2` (the focal loss; 0 is cross-entropy) | 9.0 / 7.3 | 8.9 / 7.3 |
 | AdamW with a weight decay of 0.05 | 8.8 / 7.4 | |
 | learning rate never under a fifth, weights averaged (`ema_momentum=0.99`) | 8.8 / 7.3 | |
-| `EmbeddingMemory(1920, warmup=300)` on the embedding, for the loss to mine in | 9.1 / 7.6 | |
 | 24 x 2 | 10.9 / 9.0 | |
-| 24 x 2, `EmbeddingMemory(960, warmup=300)` | 11.4 / 9.1 | |
 
 The next ones are without stretching; each but the first two is one change of 48 x 4:
 

@@ -76,7 +76,9 @@ def engine():
 
     return {
         "loss": with_gradient(lambda y, x: (mining.triplet_losses(y, x), ())),
-        "both": with_gradient(mining.triplet_losses_and_census),
+        "both": with_gradient(
+            lambda y, x: (mining.triplet_losses(y, x), mining.triplet_census(y, x))
+        ),
         "census": lambda y, x: tuple(mining.triplet_census(y, x)),
     }
 
