@@ -572,8 +572,7 @@ def _formula(loss: Any) -> dict[str, Any]:
 
 def _settings(gamma: Any, label_smoothing: Any, from_logits: Any) -> tuple:
     """The checked gamma and label smoothing."""
-    if not isinstance(from_logits, bool):
-        raise TypeError(_checks.message("from_logits", "True or False", from_logits))
+    _checks.boolean("from_logits", from_logits)
     return (
         _checks.number("gamma", gamma, minimum=0.0),
         _checks.number("label_smoothing", label_smoothing, minimum=0.0, below=1.0),
