@@ -1,3 +1,5 @@
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from kerastrip import mining
+from kerastrip import losses, mining
 from kerastrip.losses import ContrastiveLoss
 from kerastrip.losses.triplet import (
     TripletHardLoss,
@@ -321,10 +323,21 @@ def test_training_separates_the_classes(rng):
 
 # Attributes that a schedule changes ---------------------------------------------------
 
+SCHEDULED = [
+    kind
+    for kind in map(vars(losses).get, losses.__all__)
+    if isinstance(kind, type)
+    and {"margin", "mining"} & set(inspect.signature(kind).parameters)
+]
+
+
+def test_every_loss_with_a_margin_is_looked_at():
+    assert {TripletLoss, TripletSemiHardLoss, TripletHardLoss} <= set(SCHEDULED)
+
 
 @pytest.mark.backend
 @pytest.mark.parametrize("word", mining.MININGS)
-@pytest.mark.parametrize("kind", [TripletLoss, TripletSemiHardLoss, TripletHardLoss])
+@pytest.mark.parametrize("kind", SCHEDULED)
 def test_what_a_schedule_changes_changes_the_loss_and_is_saved(kind, word, rng):
     labels, rows = np.arange(24) % 4, rng.normal(size=(24, 3)).astype("float32")
     loss = kind(0.7)
