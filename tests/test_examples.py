@@ -1,27 +1,17 @@
 """The examples run, from data to files."""
 
 import csv
-import importlib.util
-import pathlib
 import shutil
 
 import cv2
 import keras
 import numpy as np
 import pytest
+from harness import load_example
 
 import kerastrip
 from kerastrip.callbacks._averages import lags
 from kerastrip.recalibration import compare_modes
-
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-
-
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

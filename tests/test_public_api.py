@@ -9,17 +9,16 @@ import pathlib
 import pkgutil
 import re
 import subprocess
-import sys
 import textwrap
 
 import cv2
 import keras
 import numpy as np
 import pytest
+from harness import ROOT, run_script
 
 import kerastrip
 
-ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "kerastrip"
 
 # Who stands on whom: the modules that each one may import, with all that those may
@@ -431,16 +430,9 @@ sys.exit(f"imported: {{sorted(unwanted)}}" if unwanted else 0)
 """
 
 
-def test_import_is_light_silent_and_offline(tmp_path):
+def test_import_is_light_silent_and_offline():
     script = IMPORT.format(optional=OPTIONAL)
-    done = subprocess.run(
-        [sys.executable, "-W", "always", "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_script(script, env={"PYTHONWARNINGS": "always"})
     for stream in (done.stdout, done.stderr):
         assert re.findall("<kerastrip>(.*)</kerastrip>", stream, re.DOTALL) == [""]
 

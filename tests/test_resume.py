@@ -5,19 +5,17 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
 import sys
 
 import keras
 import numpy as np
 import pytest
+from harness import run_script, tensorflow_only
 
 from kerastrip import PKSampler, SparseCategoricalFocalLoss, TripletLoss
 from kerastrip.callbacks import EpochSync, MiningStats
 
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="one backend will do"
-)
+pytestmark = tensorflow_only  # one backend will do
 EPOCHS, STEPS = 4, 5
 WORKERS = {
     "0": {"workers": 0},
@@ -173,28 +171,21 @@ if __name__ == "__main__":
 # -- the tests --------------------------------------------------------------------
 
 
-def run(*trainings):
+def run(*trainings, exit_code=0):
     """Trainings one after the other in one new process."""
-    root = pathlib.Path(__file__).parents[1]
-    return subprocess.run(
-        [sys.executable, __file__, json.dumps(trainings)],
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    script = pathlib.Path(__file__)
+    return run_script(script, json.dumps(trainings), exit_code=exit_code)
 
 
 def killed(folder, **options):
-    process = run({"folder": str(folder), "out": str(folder / "killed.npz"), **options})
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    training = {"folder": str(folder), "out": str(folder / "killed.npz"), **options}
+    run(training, exit_code=-signal.SIGKILL)
 
 
 def finished(folder, **options):
     """The results of a training that is not killed, or goes on after it was."""
     out = folder / "finished.npz"
     process = run({"folder": str(folder), "out": str(out), **options})
-    assert process.returncode == 0, process.stderr
     return dict(np.load(out)), process.stderr
 
 
@@ -223,7 +214,6 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path):
         {"folder": str(tmp_path), "out": str(outs[0]), "workers": "processes"},
         {"folder": str(tmp_path / "whole"), "out": str(outs[1])},
     )
-    assert process.returncode == 0, process.stderr
     resumed, whole = (dict(np.load(out)) for out in outs)
     assert len(resumed["history loss"]) == EPOCHS - 2
     assert len(whole["history loss"]) == EPOCHS
@@ -254,12 +244,11 @@ def test_a_kill_while_the_backup_is_written(tmp_path, whole, part, double):
     if part == "weights" and double:  # Keras takes the backup before by itself
         assert_same(finished(tmp_path, **options)[0], whole)
         return
-    process = run({"folder": str(tmp_path), "out": str(tmp_path / "out"), **options})
+    training = {"folder": str(tmp_path), "out": str(tmp_path / "out"), **options}
+    process = run(training, exit_code=0 if part == "between" else 1)
     if part == "between":  # nothing that Keras could see
-        assert process.returncode == 0
         assert f"restored weights are {STEPS} steps ahead of epoch 2" in process.stderr
         return
-    assert process.returncode == 1
     error = {"weights": "OSError", "metadata": "JSONDecodeError"}[part]
     assert error in process.stderr
     if double:

@@ -5,6 +5,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from harness import tiny_model
 from keras import ops
 from reference import census_figures, triplet_loss
 
@@ -17,17 +18,8 @@ X = np.random.default_rng(2).normal(size=(24, 5)).astype("float32")
 
 
 def build(loss=None, rate=0.0):
-    keras.utils.set_random_seed(1)
-    model = keras.Sequential(
-        [
-            keras.Input((5,)),
-            keras.layers.Dense(4),
-            keras.layers.UnitNormalization(dtype="float32"),
-        ]
-    )
     loss = loss or TripletLoss(margin=0.2)
-    model.compile(keras.optimizers.SGD(rate), loss=loss)
-    return model, loss
+    return tiny_model(loss=loss, rate=rate), loss
 
 
 def fit(model, *callbacks, epochs=3, **options):

@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from harness import tensorflow_only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -16,9 +17,6 @@ from kerastrip.losses.triplet import (
     triplet_hard_loss,
     triplet_semihard_loss,
 )
-
-TF = keras.backend.backend() == "tensorflow"
-needs_tf = pytest.mark.skipif(not TF, reason="about the TensorFlow backend")
 
 
 @keras.saving.register_keras_serializable(package="kerastrip_tests")
@@ -309,7 +307,7 @@ def test_hard_leaves_anchors_without_a_positive_out(triplet_golden):
     np.testing.assert_allclose(values, expected, atol=1e-5)
 
 
-@needs_tf
+@tensorflow_only
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_margin_and_mining_changed_between_epochs_take_effect(jit_compile, rng):
     labels, rows = np.repeat(np.arange(4), 4), rng.normal(size=(16, 5))

@@ -8,9 +8,7 @@ import os
 import pathlib
 import random
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 import weakref
@@ -19,6 +17,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from harness import run_script
 
 from kerastrip import _look_ahead, _workers
 from kerastrip._look_ahead import InFlight, LookAhead, in_thread
@@ -218,18 +217,9 @@ def test_a_worker_that_takes_for_ever_is_told_of(pool, monkeypatch):
         pool(1, "slow")
 
 
-def run(script, timeout=120, **kwargs):
+def run(script, exit_code=0):
     """Runs a script in a fresh interpreter; it must end by itself."""
-    root = pathlib.Path(__file__).parents[1]
-    path = os.pathsep.join([str(root), str(root / "tests")])
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env={**os.environ, "PYTHONPATH": path, **LIGHT},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        **kwargs,
-    )
+    return run_script(script, exit_code=exit_code, timeout=120, env=LIGHT)
 
 
 def test_a_killed_worker_is_an_error_and_no_hang():
@@ -252,7 +242,6 @@ def test_a_killed_worker_is_an_error_and_no_hang():
         """
     )
     assert done.stdout.count("sampler died (exit code -9)") == 2, done.stderr
-    assert done.returncode == 0
 
 
 def gone(pid, seconds=10):
@@ -279,9 +268,9 @@ def test_workers_leave_with_a_killed_parent():
         pools = [WorkerPool(work, LAYOUT, processes=2) for _ in range(2)]
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-        """
+        """,
+        exit_code=-signal.SIGKILL,
     )
-    assert done.returncode == -signal.SIGKILL
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 4
     assert all(gone(pid) for pid in pids)
@@ -301,7 +290,7 @@ def test_close_ends_the_workers():
 
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), signal.SIGINT)"])
 def test_the_process_ends_beside_a_worker_that_hangs(end):
-    done = run(
+    run(
         f"""
         import os, signal, threading, time
         # A shell may have started the tests with Ctrl-C switched off.
@@ -314,9 +303,9 @@ def test_the_process_ends_beside_a_worker_that_hangs(end):
             threading.Thread(target=pool, args=(1, "hang"), daemon=True).start()
         time.sleep(1)
         {end}
-        """
+        """,
+        exit_code=-signal.SIGINT if end else 0,
     )
-    assert done.returncode == (-signal.SIGINT if end else 0), done.stderr
 
 
 forks = pytest.mark.skipif(_workers._START != "fork", reason="needs fork")
@@ -399,7 +388,7 @@ def test_locks_of_logging_and_of_the_global_generator_are_free_in_workers(tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["product", "lock", "log", "random"])
 def test_a_pool_answers_beside_busy_threads(what):
-    done = run(
+    run(
         f"""
         import os, threading, time
         from test_workers import LAYOUT, work
@@ -419,7 +408,6 @@ def test_a_pool_answers_beside_busy_threads(what):
         os._exit(0)
         """
     )
-    assert done.returncode == 0, done.stderr
 
 
 def test_workers_rest_when_others_start_and_come_back(monkeypatch):
@@ -478,7 +466,6 @@ def test_a_fork_leaves_the_workers_to_its_parent():
         print([pool(number)[1][0] for number in range(6)])
         """
     )
-    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr  # TensorFlow may log what it likes
     assert done.stdout.split("[")[1].count(",") == 5
 
@@ -497,7 +484,8 @@ def test_a_stopped_worker_leaves_with_its_parent():
         os.kill(pid, signal.SIGSTOP)
         print(pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-        """
+        """,
+        exit_code=-signal.SIGKILL,
     )
     assert gone(int(done.stdout))
 

@@ -1,0 +1,94 @@
+"""What many test files need: a fresh process, an example, a tiny model, a mark."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import keras
+import pytest
+
+TESTS = pathlib.Path(__file__).parent
+ROOT = TESTS.parent
+BACKEND = keras.config.backend()
+tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow only")
+
+
+def run_script(script, *arguments, exit_code=0, timeout=240, env=None, **options):
+    """The finished process of a script in a fresh interpreter, which imports the tests.
+
+    Args:
+        script: The path of a file, or a string of code, indented or not.
+        *arguments: What the script finds in `sys.argv[1:]`.
+        exit_code: The test fails with what the script wrote to stderr unless it ends
+            so. A negative one is the signal that killed it, and None allows any.
+        timeout: Seconds after which a script that still runs fails the test.
+        env: Variables to set in its environment; None as a value removes one.
+        **options: Of `subprocess.run`, such as `input`.
+    """
+    is_path = isinstance(script, pathlib.Path)
+    start = [str(script)] if is_path else ["-c", textwrap.dedent(script)]
+    variables = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
+        **(env or {}),
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, *start, *map(str, arguments)],
+            env={key: value for key, value in variables.items() if value is not None},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            **options,
+        )
+    except subprocess.TimeoutExpired as error:
+        written = (error.stderr or b"").decode(errors="replace")
+        pytest.fail(f"the script still runs after {timeout} s:\n{written[-3000:]}")
+    if exit_code is not None and done.returncode != exit_code:
+        pytest.fail(
+            f"the script ended with {done.returncode}, not with {exit_code}:\n"
+            f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+        )
+    return done
+
+
+def load_example(name):
+    """A script of `examples/` as a module, such as "digits" or "benchmarks/gpu"."""
+    path = ROOT / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny_model(
+    shape=(5,), dim=4, *, classes=None, unit_length=True, loss=None, rate=0.0
+):
+    """One dense layer that makes embeddings, the output "emb"; the same at every call.
+
+    Args:
+        shape: Of an input without the batch; what has more axes is made flat.
+        dim: Length of an embedding.
+        classes: How many there are for a softmax head, "probs", the first output
+            then. None is a model without it.
+        unit_length: Whether the embeddings have length 1.
+        loss: The model is compiled with it and SGD, or not at all.
+        rate: Learning rate; with 0 the weights stay as they are.
+    """
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input(shape)
+    rows = keras.layers.Flatten()(inputs) if len(shape) > 1 else inputs
+    emb = keras.layers.Dense(dim, name="dense" if unit_length else "emb")(rows)
+    if unit_length:
+        emb = keras.layers.UnitNormalization(dtype="float32", name="emb")(emb)
+    outputs = emb
+    if classes:
+        head = keras.layers.Dense(classes, activation="softmax", name="probs")
+        outputs = [head(rows), emb]
+    model = keras.Model(inputs, outputs)
+    if loss is not None:
+        model.compile(keras.optimizers.SGD(rate), loss)
+    return model
