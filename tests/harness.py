@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import time
 
 import keras
 import pytest
@@ -53,6 +54,16 @@ def run_script(script, *arguments, exit_code=0, timeout=240, env=None, **options
             f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
         )
     return done
+
+
+def until(reached, seconds=60):
+    """Whether a state is reached in time; asks for it again and again."""
+    end = time.monotonic() + seconds
+    while not reached():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def load_example(name):

@@ -13,7 +13,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from harness import run_script, tensorflow_only
+from harness import run_script, tensorflow_only, until
 
 from kerastrip import _batch, _checks
 from kerastrip.augmentation import Augmentation
@@ -580,13 +580,10 @@ def test_a_stopped_fit_leaves_no_threads(images, labels):
         images, labels, **SHAPE, targets=("one_hot", "label"), batches_per_epoch=20
     )
     watched().fit(train, verbose=0, callbacks=[Stop()])
-    end = time.monotonic() + 30
     before = threading.active_count()
     for _ in range(2):
         watched().fit(train, verbose=0, callbacks=[Stop()])
-    while threading.active_count() > before and time.monotonic() < end:
-        time.sleep(0.05)
-    assert threading.active_count() <= before
+    assert until(lambda: threading.active_count() <= before)
 
 
 @backend
