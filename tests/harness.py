@@ -24,22 +24,15 @@ def run_script(script, *arguments, exit_code=0, timeout=240, env=None, **options
         script: The path of a file, or a string of code, indented or not.
         *arguments: What the script finds in `sys.argv[1:]`.
         exit_code: The test fails with what the script wrote to stderr unless it ends
-            so. A negative one is the signal that killed it, and None allows any.
+            so. A negative one is the signal that killed it.
         timeout: Seconds after which a script that still runs fails the test.
         env: Variables to set in its environment; None as a value removes one.
         **options: Of `subprocess.run`, such as `input`.
     """
-    is_path = isinstance(script, pathlib.Path)
-    start = [str(script)] if is_path else ["-c", textwrap.dedent(script)]
-    variables = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
-        **(env or {}),
-    }
     try:
         done = subprocess.run(
-            [sys.executable, *start, *map(str, arguments)],
-            env={key: value for key, value in variables.items() if value is not None},
+            _command(script, arguments),
+            env=_environment(env),
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -48,12 +41,35 @@ def run_script(script, *arguments, exit_code=0, timeout=240, env=None, **options
     except subprocess.TimeoutExpired as error:
         written = (error.stderr or b"").decode(errors="replace")
         pytest.fail(f"the script still runs after {timeout} s:\n{written[-3000:]}")
-    if exit_code is not None and done.returncode != exit_code:
+    if done.returncode != exit_code:
         pytest.fail(
             f"the script ended with {done.returncode}, not with {exit_code}:\n"
             f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
         )
     return done
+
+
+def start_script(script, *arguments, env=None):
+    """The running process of a script, as `run_script` starts it, to talk with."""
+    return subprocess.Popen(
+        _command(script, arguments),
+        env=_environment(env),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _command(script, arguments):
+    is_path = isinstance(script, pathlib.Path)
+    start = [str(script)] if is_path else ["-c", textwrap.dedent(script)]
+    return [sys.executable, *start, *map(str, arguments)]
+
+
+def _environment(changes):
+    path = f"{ROOT}{os.pathsep}{TESTS}"
+    variables = {**os.environ, "PYTHONPATH": path, **(changes or {})}
+    return {key: value for key, value in variables.items() if value is not None}
 
 
 def until(reached, seconds=60):

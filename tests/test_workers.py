@@ -3,12 +3,14 @@
 import contextlib
 import gc
 import importlib.util
+import json
 import logging
 import os
 import pathlib
 import random
 import signal
 import sys
+import textwrap
 import threading
 import time
 import weakref
@@ -17,7 +19,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from harness import run_script, until
+from harness import start_script, until
 
 from kerastrip import _look_ahead, _workers
 from kerastrip._look_ahead import InFlight, LookAhead, in_thread
@@ -216,13 +218,45 @@ def test_a_worker_that_takes_for_ever_is_told_of(pool, monkeypatch):
         pool(1, "slow")
 
 
-def run(script, exit_code=0):
-    """Runs a script in a fresh interpreter; it must end by itself."""
-    return run_script(script, exit_code=exit_code, timeout=120, env=LIGHT)
+# A fresh interpreter that forks for every script it reads, which saves the imports: a
+# script has the whole process that a fork is, with its own end, within two minutes.
+FORKS = """
+import json, os, signal, sys, tempfile
+import test_workers
+
+while line := sys.stdin.readline():
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(120)
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            exec(json.loads(line), {"__name__": "__main__"})
+            sys.exit()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        texts = [file.seek(0) or file.read() for file in (out, err)]
+    print(json.dumps([code, *texts]), flush=True)
+"""
 
 
-def test_a_killed_worker_is_an_error_and_no_hang():
-    done = run(
+@pytest.fixture(scope="module")
+def run():
+    """A function that runs a script in a new process: what it wrote to both streams."""
+    with start_script(FORKS, env=LIGHT) as server:
+
+        def run(script, exit_code=0):
+            server.stdin.write(json.dumps(textwrap.dedent(script)) + "\n")
+            server.stdin.flush()
+            code, out, err = json.loads(server.stdout.readline())
+            assert code == exit_code, err
+            return out, err
+
+        yield run
+        server.stdin.close()
+
+
+def test_a_killed_worker_is_an_error_and_no_hang(run):
+    out, _ = run(
         """
         import os, signal, threading, time
         import multiprocessing
@@ -240,7 +274,7 @@ def test_a_killed_worker_is_an_error_and_no_hang():
                 print(error)
         """
     )
-    assert done.stdout.count("sampler died (exit code -9)") == 2, done.stderr
+    assert out.count("sampler died (exit code -9)") == 2
 
 
 def gone(pid):
@@ -257,8 +291,8 @@ def all_gone(pids):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
-def test_workers_leave_with_a_killed_parent():
-    done = run(
+def test_workers_leave_with_a_killed_parent(run):
+    out, _ = run(
         """
         import multiprocessing, os, signal
         from test_workers import LAYOUT, work
@@ -270,7 +304,7 @@ def test_workers_leave_with_a_killed_parent():
         """,
         exit_code=-signal.SIGKILL,
     )
-    pids = [int(pid) for pid in done.stdout.split()]
+    pids = [int(pid) for pid in out.split()]
     assert len(pids) == 4
     assert all_gone(pids)
 
@@ -288,7 +322,7 @@ def test_close_ends_the_workers():
 
 
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), signal.SIGINT)"])
-def test_the_process_ends_beside_a_worker_that_hangs(end):
+def test_the_process_ends_beside_a_worker_that_hangs(run, end):
     run(
         f"""
         import os, signal, threading
@@ -387,7 +421,7 @@ def test_locks_of_logging_and_of_the_global_generator_are_free_in_workers(tmp_pa
 @forks
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["product", "lock", "log", "random"])
-def test_a_pool_answers_beside_busy_threads(what):
+def test_a_pool_answers_beside_busy_threads(run, what):
     run(
         f"""
         import os, threading, time
@@ -441,8 +475,8 @@ def test_workers_of_samplers_that_are_never_freed_do_not_pile_up(monkeypatch):
 
 
 @forks
-def test_a_fork_leaves_the_workers_to_its_parent():
-    done = run(
+def test_a_fork_leaves_the_workers_to_its_parent(run):
+    out, err = run(
         """
         import os, sys
         from test_workers import LAYOUT, work
@@ -466,13 +500,13 @@ def test_a_fork_leaves_the_workers_to_its_parent():
         print([pool(number)[1][0] for number in range(6)])
         """
     )
-    assert "Traceback" not in done.stderr  # TensorFlow may log what it likes
-    assert done.stdout.split("[")[1].count(",") == 5
+    assert "Traceback" not in err  # TensorFlow may log what it likes
+    assert out.split("[")[1].count(",") == 5
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs prctl")
-def test_a_stopped_worker_leaves_with_its_parent():
-    done = run(
+def test_a_stopped_worker_leaves_with_its_parent(run):
+    out, _ = run(
         """
         import os, signal
         from test_workers import LAYOUT, work
@@ -487,7 +521,7 @@ def test_a_stopped_worker_leaves_with_its_parent():
         """,
         exit_code=-signal.SIGKILL,
     )
-    assert all_gone([int(done.stdout)])
+    assert all_gone([int(out)])
 
 
 def test_close_frees_those_who_wait(pool):
@@ -592,6 +626,7 @@ def test_threads_are_used_again_and_end_without_work(monkeypatch):
 
 def test_a_thread_keeps_nothing_of_what_it_made(monkeypatch):
     monkeypatch.setattr(_look_ahead, "_IDLE", 30)
+
     class Batch:
         pass
 
