@@ -1,6 +1,8 @@
 """What many test files need: a fresh process, an example, a tiny model, a mark."""
 
+import contextlib
 import importlib.util
+import json
 import os
 import pathlib
 import subprocess
@@ -41,23 +43,65 @@ def run_script(script, *arguments, exit_code=0, timeout=240, env=None, **options
     except subprocess.TimeoutExpired as error:
         written = (error.stderr or b"").decode(errors="replace")
         pytest.fail(f"the script still runs after {timeout} s:\n{written[-3000:]}")
+    return _checked(done, exit_code)
+
+
+# Forks for every script that it reads. A fork is a whole process with its own end.
+FORKS = """
+import json, os, signal, sys, tempfile
+import {modules}
+
+while line := sys.stdin.readline():
+    script, timeout = json.loads(line)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(timeout)
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            exec(script, {{"__name__": "__main__"}})
+            sys.exit()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        texts = [file.seek(0) or file.read() for file in (out, err)]
+    print(json.dumps([code, *texts]), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def forking(modules, env=None):
+    """Gives a `run_script` for code that spares each script the same imports.
+
+    Args:
+        modules: What the one interpreter imports from which all scripts are forked,
+            such as "keras, kerastrip". No thread of these modules goes along.
+        env: As for `run_script`.
+    """
+    server = subprocess.Popen(
+        _command(FORKS.format(modules=modules), ()),
+        env=_environment(env),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(script, *, exit_code=0, timeout=240):
+        server.stdin.write(json.dumps([textwrap.dedent(script), timeout]) + "\n")
+        server.stdin.flush()
+        code, out, err = json.loads(server.stdout.readline())
+        return _checked(subprocess.CompletedProcess(script, code, out, err), exit_code)
+
+    with server:
+        yield run
+        server.stdin.close()
+
+
+def _checked(done, exit_code):
     if done.returncode != exit_code:
         pytest.fail(
             f"the script ended with {done.returncode}, not with {exit_code}:\n"
             f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
         )
     return done
-
-
-def start_script(script, *arguments, env=None):
-    """The running process of a script, as `run_script` starts it, to talk with."""
-    return subprocess.Popen(
-        _command(script, arguments),
-        env=_environment(env),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
 
 
 def _command(script, arguments):

@@ -12,7 +12,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from harness import run_script, tensorflow_only
+from harness import tensorflow_only
 from reference import census_figures
 
 from kerastrip._outputs import embedding_output
@@ -855,9 +855,10 @@ def test_bad_arguments(options, error, says):
 # --- in a process of its own -----------------------------------------------------
 
 
-def run_alone(code):
-    """Run code that may hang or change the process; returns its last line as JSON."""
-    return json.loads(run_script(code).stdout.strip().splitlines()[-1])
+@pytest.fixture
+def run_alone(run_fork):
+    """Runs code that may hang or change the process; returns its last line as JSON."""
+    return lambda code: json.loads(run_fork(code).stdout.strip().splitlines()[-1])
 
 
 @tensorflow_only
@@ -866,7 +867,7 @@ def run_alone(code):
     reason="this Keras shares metric variables between replicas: each step doubles "
     "what was there, for its own metrics too",
 )
-def test_two_replicas():
+def test_two_replicas(run_alone):
     """Under MirroredStrategy the triplets are those within each replica."""
     told = run_alone(
         """
@@ -896,7 +897,8 @@ def test_two_replicas():
 
 
 @pytest.mark.slow
-def test_ctrl_c():
+@tensorflow_only
+def test_ctrl_c(run_alone):
     """A real SIGINT in the middle of fit, then a second fit in the same process."""
     told = run_alone(
         """

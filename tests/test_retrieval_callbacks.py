@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from harness import run_script, tensorflow_only, tiny_model
+from harness import tensorflow_only, tiny_model
 
 from kerastrip import inference
 from kerastrip.callbacks import (
@@ -302,7 +302,7 @@ def test_bad_pairs():
 
 
 @tensorflow_only
-def test_a_mirrored_model_is_embedded_once_per_sample():
+def test_a_mirrored_model_is_embedded_once_per_sample(run_fork):
     code = """
 import keras, numpy as np, tensorflow as tf
 tf.config.set_logical_device_configuration(
@@ -320,7 +320,7 @@ kernel, bias = model.get_weights()
 np.testing.assert_allclose(embed(model, x, batch_size=5), x @ kernel + bias, rtol=1e-4)
 assert callback.results[0]["queries"] == 24
 """
-    run_script(code)
+    run_fork(code)
 
 
 both = pytest.mark.parametrize("kind", [RetrievalEvaluation, VerificationEvaluation])

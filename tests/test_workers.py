@@ -3,14 +3,12 @@
 import contextlib
 import gc
 import importlib.util
-import json
 import logging
 import os
 import pathlib
 import random
 import signal
 import sys
-import textwrap
 import threading
 import time
 import weakref
@@ -19,7 +17,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from harness import start_script, until
+from harness import forking, until
 
 from kerastrip import _look_ahead, _workers
 from kerastrip._look_ahead import InFlight, LookAhead, in_thread
@@ -218,45 +216,14 @@ def test_a_worker_that_takes_for_ever_is_told_of(pool, monkeypatch):
         pool(1, "slow")
 
 
-# A fresh interpreter that forks for every script it reads, which saves the imports: a
-# script has the whole process that a fork is, with its own end, within two minutes.
-FORKS = """
-import json, os, signal, sys, tempfile
-import test_workers
-
-while line := sys.stdin.readline():
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(120)
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            exec(json.loads(line), {"__name__": "__main__"})
-            sys.exit()
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        texts = [file.seek(0) or file.read() for file in (out, err)]
-    print(json.dumps([code, *texts]), flush=True)
-"""
-
-
 @pytest.fixture(scope="module")
 def run():
-    """A function that runs a script in a new process: what it wrote to both streams."""
-    with start_script(FORKS, env=LIGHT) as server:
-
-        def run(script, exit_code=0):
-            server.stdin.write(json.dumps(textwrap.dedent(script)) + "\n")
-            server.stdin.flush()
-            code, out, err = json.loads(server.stdout.readline())
-            assert code == exit_code, err
-            return out, err
-
+    with forking("test_workers", env=LIGHT) as run:
         yield run
-        server.stdin.close()
 
 
 def test_a_killed_worker_is_an_error_and_no_hang(run):
-    out, _ = run(
+    done = run(
         """
         import os, signal, threading, time
         import multiprocessing
@@ -274,7 +241,7 @@ def test_a_killed_worker_is_an_error_and_no_hang(run):
                 print(error)
         """
     )
-    assert out.count("sampler died (exit code -9)") == 2
+    assert done.stdout.count("sampler died (exit code -9)") == 2
 
 
 def gone(pid):
@@ -292,7 +259,7 @@ def all_gone(pids):
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
 def test_workers_leave_with_a_killed_parent(run):
-    out, _ = run(
+    done = run(
         """
         import multiprocessing, os, signal
         from test_workers import LAYOUT, work
@@ -304,7 +271,7 @@ def test_workers_leave_with_a_killed_parent(run):
         """,
         exit_code=-signal.SIGKILL,
     )
-    pids = [int(pid) for pid in out.split()]
+    pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 4
     assert all_gone(pids)
 
@@ -476,7 +443,7 @@ def test_workers_of_samplers_that_are_never_freed_do_not_pile_up(monkeypatch):
 
 @forks
 def test_a_fork_leaves_the_workers_to_its_parent(run):
-    out, err = run(
+    done = run(
         """
         import os, sys
         from test_workers import LAYOUT, work
@@ -500,13 +467,13 @@ def test_a_fork_leaves_the_workers_to_its_parent(run):
         print([pool(number)[1][0] for number in range(6)])
         """
     )
-    assert "Traceback" not in err  # TensorFlow may log what it likes
-    assert out.split("[")[1].count(",") == 5
+    assert "Traceback" not in done.stderr  # TensorFlow may log what it likes
+    assert done.stdout.split("[")[1].count(",") == 5
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs prctl")
 def test_a_stopped_worker_leaves_with_its_parent(run):
-    out, _ = run(
+    done = run(
         """
         import os, signal
         from test_workers import LAYOUT, work
@@ -521,7 +488,7 @@ def test_a_stopped_worker_leaves_with_its_parent(run):
         """,
         exit_code=-signal.SIGKILL,
     )
-    assert all_gone([int(out)])
+    assert all_gone([int(done.stdout)])
 
 
 def test_close_frees_those_who_wait(pool):
