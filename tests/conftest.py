@@ -16,6 +16,7 @@ if os.environ.get("KERAS_BACKEND") == "jax":
 
 import numpy as np
 import pytest
+from harness import forking
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -35,3 +36,10 @@ def triplet_golden():
 def focal_golden():
     with np.load(GOLDEN / "focal_golden.npz") as archive:
         return dict(archive)
+
+
+@pytest.fixture(scope="session")
+def run_fork():
+    """A `run_script` for code that trains with TensorFlow, which is imported already."""
+    with forking("keras, tensorflow, kerastrip") as run:
+        yield run

@@ -1,6 +1,6 @@
 """Slow, obvious oracles: plain loops in float64, written from the definitions.
 
-Nothing here is shared with the package. A loss is a list of units (loss value,
+Nothing here comes from the package. A loss is a list of units (loss value,
 gradient), so that the same loops give value, per-row value and gradient.
 """
 

@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import os
 import pickle
-import subprocess
 import sys
 import threading
 import warnings
@@ -13,6 +11,7 @@ import albumentations as A
 import keras
 import numpy as np
 import pytest
+from harness import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -286,18 +285,8 @@ def test_processes_and_no_network(tmp_path, aug, views):
     """Fork, also under a held lock, and spawn; no name is looked up on the way."""
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
-    root = os.path.dirname(os.path.dirname(augmentation.__file__))
-    env = {**os.environ, "PYTHONPATH": root}
-    env.pop("NO_ALBUMENTATIONS_UPDATE", None)
-    result = subprocess.run(
-        [sys.executable, str(script)],
-        input=aug.to_json(),
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr
+    env = {"NO_ALBUMENTATIONS_UPDATE": None}
+    result = run_script(script, input=aug.to_json(), env=env)
     assert result.stdout.split() == [views.tobytes().hex()] * 3
 
 

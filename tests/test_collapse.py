@@ -9,6 +9,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
+from harness import tiny_model
 from sklearn.datasets import load_digits
 
 from kerastrip.callbacks.collapse import CollapseGuard
@@ -40,8 +41,8 @@ NONE = {**IDLE, "easy": 0.0}
 
 def told(epochs, guard=None, loss=None, dim=8, rate=0.01):
     """The alarms over the logs of some epochs, without training anything."""
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(dim)])
-    model.compile(keras.optimizers.SGD(rate), loss=loss or TripletLoss(margin=0.2))
+    loss = loss or TripletLoss(margin=0.2)
+    model = tiny_model((3,), dim, unit_length=False, loss=loss, rate=rate)
     guard = guard or CollapseGuard()
     guard.set_model(model)
     model.stop_training = False
@@ -150,8 +151,8 @@ def test_prefix():
 
 
 def test_without_mining_stats_it_says_so_once():
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy())
+    loss = keras.losses.SparseCategoricalCrossentropy()
+    model = tiny_model((3,), 2, unit_length=False, loss=loss)
     x, y = np.ones((8, 3), "float32"), np.arange(8) % 2
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -203,8 +204,7 @@ def test_weights_that_are_nan_keep_their_learning_rate():
 
 
 def test_a_warning_shows_no_line_of_the_package():
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    model.compile("sgd", TripletLoss())
+    model = tiny_model((3,), 2, loss=TripletLoss())
     x, y = np.full((8, 3), np.nan, "float32"), np.arange(8) % 2
     with pytest.warns(UserWarning, match="NaN") as caught:
         model.fit(x, y, verbose=0, callbacks=[CollapseGuard(), MiningStats()])

@@ -58,7 +58,7 @@ def test_replicas_are_checked_when_training_begins():
         sync = EpochSync(sampler())
         sync.set_model(types.SimpleNamespace(distribute_strategy=strategy))
         if replicas != 3:
-            sync.on_train_begin()
+            sync.on_train_begin()  # raises nothing
         else:
             with pytest.raises(ValueError, match=r"3 replicas.*received 4.*=3"):
                 sync.on_train_begin()

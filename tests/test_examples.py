@@ -1,27 +1,17 @@
 """The examples run, from data to files."""
 
 import csv
-import importlib.util
-import pathlib
 import shutil
 
 import cv2
 import keras
 import numpy as np
 import pytest
+from harness import load_example
 
 import kerastrip
 from kerastrip.callbacks._averages import lags
 from kerastrip.recalibration import compare_modes
-
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-
-
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +45,7 @@ def test_digits_logs_the_mining(digits):
             ]
             np.testing.assert_allclose(sum(fractions), 1, atol=1e-5)
     assert float(epochs[1]["hard"]) < float(epochs[0]["hard"])
-    assert 0 <= float(epochs[1]["val_recall@1"]) <= 1
+    assert float(epochs[1]["val_recall@1"]) > 0.5  # by chance it is below 0.2
 
 
 def test_digits_can_be_used_from_disk(digits):
@@ -116,7 +106,7 @@ def test_image_folder_learns_from_any_folder_of_class_folders(tmp_path, capsys):
     assert augmentation(np.zeros((16, 16, 1), "uint8"), 0).shape == (16, 16, 1)
 
 
-def test_image_folder_takes_four_classes(tmp_path):
+def test_image_folder_runs_on_four_classes_and_not_on_three(tmp_path):
     for row in range(16):
         folder = tmp_path / "photos" / f"{row % 4}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +115,9 @@ def test_image_folder_takes_four_classes(tmp_path):
     options = ["--out", str(tmp_path), "--size", "16", "--epochs", "1"]
     example = load_example("image_folder")
     figures = example.main([str(tmp_path / "photos"), *options])
-    assert 0 <= figures["trained"]["map@r"] <= 1
+    assert {"untrained", "trained"} < set(figures)
+    model = keras.models.load_model(tmp_path / "model.keras")
+    assert model.output_shape[0] == (None, 2)  # the other two are held out
     shutil.rmtree(folder)
     with pytest.raises(SystemExit, match=r"photos has 3 classes.*at least four"):
         example.main([str(tmp_path / "photos"), *options])
@@ -164,7 +156,7 @@ def test_scale_sees_what_is_shared():
     assert load_example("benchmarks/scale").shared(hosts) == 1
 
 
-def test_gpu_can_measure_the_processor(capsys, monkeypatch):
+def test_gpu_runs_on_the_processor(capsys, monkeypatch):
     example = load_example("benchmarks/gpu")
     monkeypatch.setattr(example, "accelerator", lambda: None)
     example.main([])

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from harness import tensorflow_only
 from keras import ops
 
 from kerastrip.losses import (
@@ -20,9 +21,6 @@ from kerastrip.losses import (
 
 GAMMAS = (0.0, 0.5, 2.0, 5.0)
 backend = pytest.mark.backend
-on_tensorflow = pytest.mark.skipif(
-    keras.config.backend() != "tensorflow", reason="about tf.function"
-)
 
 
 def as_numpy(x):
@@ -30,24 +28,7 @@ def as_numpy(x):
 
 
 def gradient(function, x):
-    """Gradient of `sum(function(x))` at the array x, on the backend that runs."""
-    if keras.config.backend() == "jax":
-        import jax
-
-        return np.asarray(jax.grad(lambda x: ops.sum(function(x)))(x))
-    if keras.config.backend() == "torch":
-        import torch
-
-        leaf = torch.tensor(x, requires_grad=True)
-        ops.sum(function(leaf)).backward()
-        return leaf.grad.numpy()
-    import tensorflow as tf
-
-    leaf = tf.convert_to_tensor(x)
-    with tf.GradientTape() as tape:
-        tape.watch(leaf)
-        total = ops.sum(function(leaf))
-    return tape.gradient(total, leaf).numpy()
+    return reference.value_and_gradient(function, x)[1]
 
 
 def binary_oracle(y, x, gamma, alpha):
@@ -621,7 +602,7 @@ def test_reduction_and_sample_weight_are_keras(rng, reduction):
 # TensorFlow graphs
 
 
-@on_tensorflow
+@tensorflow_only
 def test_xla_with_unknown_batch(rng):
     import tensorflow as tf
 
@@ -649,7 +630,7 @@ def test_xla_with_unknown_batch(rng):
                 np.testing.assert_allclose(ours, eager, rtol=1e-5, atol=1e-6)
 
 
-@on_tensorflow
+@tensorflow_only
 @pytest.mark.parametrize(
     ("label_shape", "shape", "words"),
     [

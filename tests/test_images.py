@@ -738,7 +738,6 @@ def test_a_spawned_process_reads_the_same(folder):
 
 
 def test_the_cache_file_is_read_instead(folder):
-    pytest.importorskip("kerastrip.sources.cache")
     path = folder.parent / "cache"
     source = ImageFolder(folder, size=8)
     cached = ImageFolder(folder, size=8, cache=path)

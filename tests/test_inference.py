@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from harness import tiny_model
 
 from kerastrip import inference
 from kerastrip.augmentation import Augmentation
@@ -111,18 +112,14 @@ def test_nearest_orders_ties_by_column(rng, k, levels):
     np.testing.assert_array_equal(nearest(block, k), expected)
 
 
-def linear_model(dim=4):
-    return keras.Sequential([keras.Input((dim,)), keras.layers.Dense(3)])
+def linear_model():
+    return tiny_model((4,), 3, unit_length=False)
 
 
 def two_headed(compiled=True):
-    x = keras.Input((4,))
-    emb = keras.layers.Dense(3, name="emb")(x)
-    probs = keras.layers.Dense(7, activation="softmax", name="probs")(x)
-    model = keras.Model(x, [probs, emb])
-    if compiled:
-        model.compile("sgd", ["categorical_crossentropy", TripletLoss()])
-    return model, keras.Model(x, emb)
+    losses = ["categorical_crossentropy", TripletLoss()] if compiled else None
+    model = tiny_model((4,), 3, classes=7, unit_length=False, loss=losses)
+    return model, keras.Model(model.input, model.outputs[1])
 
 
 class Batches(keras.utils.PyDataset):

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from harness import tiny_model
 from keras import ops
 from reference import census_figures
 
@@ -284,10 +285,7 @@ def test_a_point_has_no_spread_and_no_dimension(point):
 
 
 def two_outputs(metric):
-    inputs = keras.Input((6,))
-    probs = keras.layers.Dense(4, activation="softmax", name="probs")(inputs)
-    emb = keras.layers.UnitNormalization(name="emb")(keras.layers.Dense(3)(inputs))
-    model = keras.Model(inputs, [probs, emb])
+    model = tiny_model((6,), 3, classes=4)
     model.compile(
         "sgd",
         loss=["sparse_categorical_crossentropy", None],

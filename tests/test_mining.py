@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from harness import tensorflow_only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -11,9 +12,6 @@ from keras import ops
 from kerastrip import _mining_dense, mining
 from kerastrip._mining_blocks import block_rows, compiled, padded_size
 from kerastrip._mining_pairs import nearest_beyond
-
-TF = keras.backend.backend() == "tensorflow"
-needs_tf = pytest.mark.skipif(not TF, reason="about tf.function")
 
 
 def census_of(labels, embeddings, **options):
@@ -167,7 +165,7 @@ def test_bad_input_is_named():
         mining.triplet_losses([0, 0, 1, 1], rows, soft=True, average_over="active")
 
 
-@needs_tf
+@tensorflow_only
 def test_bad_labels_make_nan_when_traced(rng):
     import tensorflow as tf
 
@@ -210,7 +208,7 @@ def test_jax_compiles_nothing_anew_for_a_call_like_the_one_before(rng):
     assert sum(compiled) > 0
 
 
-@needs_tf
+@tensorflow_only
 def test_lengths_that_differ_at_run_time_fail():
     import tensorflow as tf
 
@@ -224,7 +222,7 @@ def test_lengths_that_differ_at_run_time_fail():
         graph(tf.zeros(3, tf.int32), tf.zeros((4, 2)))
 
 
-@needs_tf
+@tensorflow_only
 @pytest.mark.parametrize(
     "word", ["semi_hard", pytest.param("all", marks=pytest.mark.slow)]
 )
@@ -291,13 +289,13 @@ def check_one_trace(sizes, jit_compile, oracle_up_to=130):
     assert len(traces) == 1
 
 
-@needs_tf
+@tensorflow_only
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_one_trace_serves_several_sizes(jit_compile):
     check_one_trace((0, 3, 33), jit_compile)
 
 
-@needs_tf
+@tensorflow_only
 @pytest.mark.slow
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_one_trace_serves_a_dozen_sizes(jit_compile):

@@ -4,19 +4,15 @@ import copy
 import csv
 import inspect
 import json
-import os
-import pathlib
 import pickle
 import re
-import subprocess
-import sys
-import textwrap
 import threading
 import warnings
 
 import keras
 import numpy as np
 import pytest
+from harness import tensorflow_only
 from reference import census_figures
 
 from kerastrip._outputs import embedding_output
@@ -25,11 +21,6 @@ from kerastrip.callbacks.mining_stats import MiningStats
 from kerastrip.callbacks.schedules import MarginSchedule, MiningSchedule
 from kerastrip.losses import TripletLoss
 from kerastrip.metrics import KEYS, TripletCensus
-
-ROOT = pathlib.Path(__file__).parent.parent
-tensorflow_only = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="a TensorFlow feature"
-)
 
 ROWS, CLASSES = 48, 6
 Y = np.arange(ROWS, dtype="int32") % CLASSES
@@ -864,19 +855,10 @@ def test_bad_arguments(options, error, says):
 # --- in a process of its own -----------------------------------------------------
 
 
-def run_alone(code, timeout=180, **env):
-    """Run code that may hang or change the process; returns its last line as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+@pytest.fixture
+def run_alone(run_fork):
+    """Runs code that may hang or change the process; returns its last line as JSON."""
+    return lambda code: json.loads(run_fork(code).stdout.strip().splitlines()[-1])
 
 
 @tensorflow_only
@@ -885,11 +867,11 @@ def run_alone(code, timeout=180, **env):
     reason="this Keras shares metric variables between replicas: each step doubles "
     "what was there, for its own metrics too",
 )
-def test_two_replicas():
+def test_two_replicas(run_alone):
     """Under MirroredStrategy the triplets are those within each replica."""
     told = run_alone(
         """
-        import json, sys
+        import json
         import numpy as np
         import tensorflow as tf
         tf.config.set_logical_device_configuration(
@@ -897,7 +879,6 @@ def test_two_replicas():
             [tf.config.LogicalDeviceConfiguration()] * 2,
         )
         strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-        sys.path.insert(0, "tests")
         import test_mining_stats as t
         with strategy.scope():
             model, targets = t.build()  # integer labels
@@ -916,14 +897,14 @@ def test_two_replicas():
 
 
 @pytest.mark.slow
-def test_ctrl_c():
+@tensorflow_only
+def test_ctrl_c(run_alone):
     """A real SIGINT in the middle of fit, then a second fit in the same process."""
     told = run_alone(
         """
-        import gc, json, os, signal, sys
+        import gc, json, os, signal
         # A shell may have started the tests with Ctrl-C switched off.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.path.insert(0, "tests")
         import keras
         import test_mining_stats as t
         class Interrupt(keras.callbacks.Callback):

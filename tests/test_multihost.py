@@ -1,37 +1,16 @@
 """Several JAX processes train as one: examples/multihost.py."""
 
-import importlib.util
-import os
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "multihost.py"
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("multihost", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from harness import ROOT, load_example, run_script
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_train_as_one(processes):
     pytest.importorskip("jax")
-    run = subprocess.run(
-        [sys.executable, EXAMPLE, "--processes", str(processes), "--epochs", "2"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=540,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    example = ROOT / "examples" / "multihost.py"
+    run = run_script(example, "--processes", processes, "--epochs", 2, timeout=540)
     made = f"{48 // processes} of the 48 rows"
     assert run.stdout.count(made) == processes
     for name in ("dense/kernel", "history: semi_hard", "kerastrip.embed"):
@@ -39,7 +18,7 @@ def test_processes_train_as_one(processes):
 
 
 def test_a_difference_is_seen(capsys):
-    compare = load().compare
+    compare = load_example("multihost").compare
     alone = {"kernel": np.ones((2, 2)), "loss": np.zeros(3)}
     assert compare(alone, [alone, alone])
     for wrong in (1.1, np.nan):
@@ -54,7 +33,7 @@ def test_a_process_that_fails_ends_the_run(monkeypatch, tmp_path):
         "import sys, time\n"
         "time.sleep(100) if sys.argv[sys.argv.index('--host') + 1] == '0' else sys.exit(3)"
     )
-    example = load()
+    example = load_example("multihost")
     monkeypatch.setattr(example, "__file__", str(script))
     with pytest.raises(SystemExit, match=r"exit codes \[None, 3\]"):
         example.start(2, epochs=1, timeout=60)

@@ -3,8 +3,6 @@
 import contextlib
 import hashlib
 import http.server
-import importlib.util
-import pathlib
 import re
 import threading
 import zipfile
@@ -13,20 +11,17 @@ import cv2
 import keras
 import numpy as np
 import pytest
+from harness import load_example
 
 import kerastrip
 
-PATH = pathlib.Path(__file__).parent.parent / "examples" / "omniglot.py"
 SETS = {"small1": {"Latin": 3, "Greek": 2}, "small2": {"Latin": 3, "Runes": 21}}
 DRAWERS = 4
 
 
 @pytest.fixture
 def omniglot():
-    spec = importlib.util.spec_from_file_location("omniglot", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("omniglot")
 
 
 def drawing(seed):

@@ -8,6 +8,7 @@ import cv2
 import keras
 import numpy as np
 import pytest
+from harness import tensorflow_only, tiny_model
 
 from kerastrip.callbacks import EmbeddingProjector, MiningStats, projector
 from kerastrip.inference import embed
@@ -16,10 +17,7 @@ from kerastrip.sampler import PKSampler
 
 @pytest.fixture(scope="module")
 def model():
-    keras.utils.set_random_seed(0)
-    return keras.Sequential(
-        [keras.Input((6, 4)), keras.layers.Flatten(), keras.layers.Dense(3)]
-    )
+    return tiny_model((6, 4), 3, unit_length=False)
 
 
 @pytest.fixture
@@ -171,9 +169,7 @@ def test_bad_arguments(data, tmp_path):
             EmbeddingProjector(tmp_path, **arguments)
 
 
-@pytest.mark.skipif(
-    keras.config.backend() != "tensorflow", reason="writes by TensorFlow's summaries"
-)
+@tensorflow_only  # its summaries write
 def test_mining_stats_reach_tensorboard(tmp_path, monkeypatch):
     import tensorflow as tf
     import tensorflow.summary as summary

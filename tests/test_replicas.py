@@ -6,20 +6,17 @@ are made once per process, and a collective that fails leaves nothing to go on w
 
 import contextlib
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import keras
 import numpy as np
 import pytest
+from harness import BACKEND, run_script, tensorflow_only
 
 import kerastrip
 from kerastrip import metrics
 
-BACKEND = keras.backend.backend()
-on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")
 
 STEPS, CLASSES, EACH = 10, 8, 2
@@ -114,19 +111,9 @@ def main(devices, quick, *names):
 
 
 def run(devices, names, quick=False, timeout=1500):
-    root = pathlib.Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, __file__, str(devices), str(quick), *names],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(root),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        },
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    script, arguments = pathlib.Path(__file__), (devices, quick, *names)
+    done = run_script(script, *arguments, env={"XLA_FLAGS": flags}, timeout=timeout)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "["]
     return dict(zip(names, lines, strict=True))
 
@@ -145,13 +132,13 @@ def assert_same(found, single):
         assert logs[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
-@on_tensorflow
+@tensorflow_only
 def test_two_replicas_that_gather_train_as_one_device():
     (single, gathered) = run(2, ["active"], quick=True)["active"]
     assert_same(gathered, single)
 
 
-@on_tensorflow
+@tensorflow_only
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
 def test_every_loss_gathers(devices, record_property):

@@ -16,6 +16,7 @@ import cv2
 import keras
 import numpy as np
 import pytest
+from harness import tiny_model
 
 from kerastrip.callbacks import CollapseGuard, TrainingReport, _report_parts
 from kerastrip.callbacks._images import thumbnails_of
@@ -43,12 +44,8 @@ LOSSES = [{"loss": one["loss"]} for one in LOGS]  # no charts of the mining
 
 @pytest.fixture(scope="module")
 def model():
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential(
-        [keras.Input((5, 7)), keras.layers.Flatten(), keras.layers.Dense(3)]
-    )
-    model.compile("sgd", TripletLoss(margin=0.25, distance="cosine"))
-    return model
+    loss = TripletLoss(margin=0.25, distance="cosine")
+    return tiny_model((5, 7), 3, unit_length=False, loss=loss)
 
 
 @pytest.fixture
@@ -354,9 +351,7 @@ def test_an_interrupted_training_leaves_the_last_page_whole(
 
 def test_a_diverged_model_is_told(data, tmp_path):
     path = tmp_path / "report.html"
-    model = keras.Sequential(
-        [keras.Input((5, 7)), keras.layers.Flatten(), keras.layers.Dense(3)]
-    )
+    model = tiny_model((5, 7), 3, unit_length=False)
     report = TrainingReport(path, *data)
     run(report, model, LOSSES[:1], end=False)
     model.set_weights([np.full_like(w, np.nan) for w in model.get_weights()])

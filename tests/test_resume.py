@@ -2,22 +2,18 @@
 
 import json
 import os
-import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
+from harness import tensorflow_only
 
 from kerastrip import PKSampler, SparseCategoricalFocalLoss, TripletLoss
 from kerastrip.callbacks import EpochSync, MiningStats
 
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="one backend will do"
-)
+pytestmark = tensorflow_only  # one backend will do
 EPOCHS, STEPS = 4, 5
 WORKERS = {
     "0": {"workers": 0},
@@ -165,36 +161,33 @@ def train(folder, out, workers="0", at=None, part=None, **options):
     sampler.close()
 
 
-if __name__ == "__main__":
-    for each in json.loads(sys.argv[1]):
-        train(**each)
-
-
 # -- the tests --------------------------------------------------------------------
 
 
-def run(*trainings):
-    """Trainings one after the other in one new process."""
-    root = pathlib.Path(__file__).parents[1]
-    return subprocess.run(
-        [sys.executable, __file__, json.dumps(trainings)],
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+@pytest.fixture(scope="module")
+def run(run_fork):
+    """A function: trainings one after the other in one new process."""
+
+    def run(*trainings, exit_code=0):
+        script = f"""
+import json, test_resume
+for each in json.loads({json.dumps(trainings)!r}):
+    test_resume.train(**each)
+"""
+        return run_fork(script, exit_code=exit_code)
+
+    return run
 
 
-def killed(folder, **options):
-    process = run({"folder": str(folder), "out": str(folder / "killed.npz"), **options})
-    assert process.returncode == -signal.SIGKILL, process.stderr
+def killed(run, folder, **options):
+    training = {"folder": str(folder), "out": str(folder / "killed.npz"), **options}
+    run(training, exit_code=-signal.SIGKILL)
 
 
-def finished(folder, **options):
+def finished(run, folder, **options):
     """The results of a training that is not killed, or goes on after it was."""
     out = folder / "finished.npz"
     process = run({"folder": str(folder), "out": str(out), **options})
-    assert process.returncode == 0, process.stderr
     return dict(np.load(out)), process.stderr
 
 
@@ -209,21 +202,20 @@ def assert_same(results, whole):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(run, tmp_path_factory):
     """What a training that nobody killed ends with."""
-    results, _ = finished(tmp_path_factory.mktemp("whole"))
+    results, _ = finished(run, tmp_path_factory.mktemp("whole"))
     assert len(results["history loss"]) == EPOCHS
     return results
 
 
-def test_a_killed_training_ends_with_the_same_weights(tmp_path):
-    killed(tmp_path, workers="processes", at=(2, 3))
+def test_a_killed_training_ends_with_the_same_weights(run, tmp_path):
+    killed(run, tmp_path, workers="processes", at=(2, 3))
     outs = tmp_path / "resumed.npz", tmp_path / "whole.npz"
     process = run(
         {"folder": str(tmp_path), "out": str(outs[0]), "workers": "processes"},
         {"folder": str(tmp_path / "whole"), "out": str(outs[1])},
     )
-    assert process.returncode == 0, process.stderr
     resumed, whole = (dict(np.load(out)) for out in outs)
     assert len(resumed["history loss"]) == EPOCHS - 2
     assert len(whole["history loss"]) == EPOCHS
@@ -233,12 +225,12 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(10))
-def test_ten_kills_at_random_steps(tmp_path, whole, number):
+def test_ten_kills_at_random_steps(run, tmp_path, whole, number):
     rng = np.random.default_rng(number)
     at = int(rng.integers(EPOCHS)), int(rng.integers(STEPS))
     workers = list(WORKERS)[number % len(WORKERS)]
-    killed(tmp_path, workers=workers, at=at)
-    results, _ = finished(tmp_path, workers=workers)
+    killed(run, tmp_path, workers=workers, at=at)
+    results, _ = finished(run, tmp_path, workers=workers)
     assert len(results["history loss"]) == EPOCHS - at[0]
     assert_same(results, whole)
 
@@ -246,33 +238,32 @@ def test_ten_kills_at_random_steps(tmp_path, whole, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("part", ["weights", "between", "metadata"])
-def test_a_kill_while_the_backup_is_written(tmp_path, whole, part, double):
+def test_a_kill_while_the_backup_is_written(run, tmp_path, whole, part, double):
     options = {"double_checkpoint": double}
-    killed(tmp_path, part=part, **options)
+    killed(run, tmp_path, part=part, **options)
     backup = tmp_path / "backup"
     assert len(list(backup.iterdir())) == (4 if double else 2)
     if part == "weights" and double:  # Keras takes the backup before by itself
-        assert_same(finished(tmp_path, **options)[0], whole)
+        assert_same(finished(run, tmp_path, **options)[0], whole)
         return
-    process = run({"folder": str(tmp_path), "out": str(tmp_path / "out"), **options})
+    training = {"folder": str(tmp_path), "out": str(tmp_path / "out"), **options}
+    process = run(training, exit_code=0 if part == "between" else 1)
     if part == "between":  # nothing that Keras could see
-        assert process.returncode == 0
         assert f"restored weights are {STEPS} steps ahead of epoch 2" in process.stderr
         return
-    assert process.returncode == 1
     error = {"weights": "OSError", "metadata": "JSONDecodeError"}[part]
     assert error in process.stderr
     if double:
         for file in backup.glob("*.bkp"):
             file.rename(file.with_suffix(""))
-        assert_same(finished(tmp_path, **options)[0], whole)
+        assert_same(finished(run, tmp_path, **options)[0], whole)
 
 
 @pytest.mark.slow
-def test_a_kill_when_the_training_is_over(tmp_path, whole):
+def test_a_kill_when_the_training_is_over(run, tmp_path, whole):
     kept = {"delete_checkpoint": False}
-    killed(tmp_path, at="the end", **kept)
-    results, _ = finished(tmp_path, **kept)
+    killed(run, tmp_path, at="the end", **kept)
+    results, _ = finished(run, tmp_path, **kept)
     # No epoch is left: there is no history, and no random number was drawn.
     kinds = "history", "seed_generator_state"
     assert_same(
@@ -282,6 +273,6 @@ def test_a_kill_when_the_training_is_over(tmp_path, whole):
         )
     )
 
-    killed(tmp_path, part="deletion")  # of the backup that was there
+    killed(run, tmp_path, part="deletion")  # of the backup that was there
     process = run({"folder": str(tmp_path), "out": str(tmp_path / "out.npz")})
     assert f"weights are {EPOCHS * STEPS} steps ahead of epoch 0" in process.stderr

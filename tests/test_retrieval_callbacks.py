@@ -4,14 +4,13 @@ import copy
 import csv
 import functools
 import pickle
-import subprocess
-import sys
 import warnings
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from harness import tensorflow_only, tiny_model
 
 from kerastrip import inference
 from kerastrip.callbacks import (
@@ -37,10 +36,8 @@ def data(rng):
 
 def small_model(rate=0.1):
     """Of a loss that takes little time to trace; it learns to tell the labels apart."""
-    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(rate), loss)
-    return model
+    return tiny_model(unit_length=False, loss=loss, rate=rate)
 
 
 class Recorder(keras.callbacks.Callback):
@@ -148,16 +145,8 @@ class TwoTargets(keras.utils.PyDataset):
 
 
 def two_headed():
-    x = keras.Input((5,))
-    model = keras.Model(
-        x,
-        [
-            keras.layers.Dense(4, activation="softmax", name="probs")(x),
-            keras.layers.Dense(3, name="emb")(x),
-        ],
-    )
-    model.compile("sgd", ["categorical_crossentropy", TripletLoss()])
-    return model
+    losses = ["categorical_crossentropy", TripletLoss()]
+    return tiny_model(classes=4, unit_length=False, loss=losses, rate=0.01)
 
 
 def test_a_dataset_gives_the_labels_of_the_embedding_output(data):
@@ -312,9 +301,8 @@ def test_bad_pairs():
         RetrievalEvaluation(TwoTargets(x, np.array(y)), y)
 
 
-def test_a_mirrored_model_is_embedded_once_per_sample():
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("tf.distribute")
+@tensorflow_only
+def test_a_mirrored_model_is_embedded_once_per_sample(run_fork):
     code = """
 import keras, numpy as np, tensorflow as tf
 tf.config.set_logical_device_configuration(
@@ -332,10 +320,7 @@ kernel, bias = model.get_weights()
 np.testing.assert_allclose(embed(model, x, batch_size=5), x @ kernel + bias, rtol=1e-4)
 assert callback.results[0]["queries"] == 24
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_fork(code)
 
 
 both = pytest.mark.parametrize("kind", [RetrievalEvaluation, VerificationEvaluation])

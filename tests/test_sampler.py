@@ -3,13 +3,9 @@
 import copy
 import gc
 import itertools
-import os
-import pathlib
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -17,6 +13,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from harness import run_script, tensorflow_only, until
 
 from kerastrip import _batch, _checks
 from kerastrip.augmentation import Augmentation
@@ -33,9 +30,6 @@ MODES = [
     {"workers": 2, "use_multiprocessing": True},
 ]
 backend = pytest.mark.backend
-on_tensorflow = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="TensorFlow's way of calling"
-)
 
 
 @pytest.fixture
@@ -586,13 +580,10 @@ def test_a_stopped_fit_leaves_no_threads(images, labels):
         images, labels, **SHAPE, targets=("one_hot", "label"), batches_per_epoch=20
     )
     watched().fit(train, verbose=0, callbacks=[Stop()])
-    end = time.monotonic() + 30
     before = threading.active_count()
     for _ in range(2):
         watched().fit(train, verbose=0, callbacks=[Stop()])
-    while threading.active_count() > before and time.monotonic() < end:
-        time.sleep(0.05)
-    assert threading.active_count() <= before
+    assert until(lambda: threading.active_count() <= before)
 
 
 @backend
@@ -656,7 +647,7 @@ def test_shuffle_permutes_steps_and_not_their_content(images, labels):
     assert sorted(seen) == sorted(due)
 
 
-@on_tensorflow
+@tensorflow_only
 def test_a_shuffled_shard_stops_fit(images, labels):
     train = PKSampler(
         images,
@@ -672,7 +663,7 @@ def test_a_shuffled_shard_stops_fit(images, labels):
         watched().fit(train, verbose=0)
 
 
-@on_tensorflow
+@tensorflow_only
 def test_sys_exit_surfaces(images, labels):
     def leave(image, rng):
         if leave.now:
@@ -744,22 +735,9 @@ except KeyboardInterrupt:
 """
 
 
-def live(script, seconds=240):
-    """Runs a script that trains; it must end by itself."""
-    root = str(pathlib.Path(__file__).parents[1])
-    return subprocess.run(
-        [sys.executable, "-c", LIFE + script],
-        env={**os.environ, "PYTHONPATH": root},
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-    )
-
-
-@on_tensorflow
+@tensorflow_only
 def test_a_killed_worker_ends_fit_and_ctrl_c_the_process():
-    done = live(
-        """
+    script = """
 fatal = 7
 try:
     fit(workers=2, use_multiprocessing=True)
@@ -767,27 +745,25 @@ except Exception as error:
     print("A worker process of the sampler died (exit code -9)" in str(error), flush=True)
 fatal = -1
 """
-        + INTERRUPT.format(mode={"workers": 1})
-    )
+    script = LIFE + script + INTERRUPT.format(mode={"workers": 1})
+    done = run_script(script, exit_code=-signal.SIGINT)
     assert done.stdout.split() == ["True", "interrupted"], done.stderr
-    assert done.returncode == -signal.SIGINT, done.stderr
 
 
 @pytest.mark.slow
-@on_tensorflow
+@tensorflow_only
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_ctrl_c_ends_the_process_every_time(mode):
     for _ in range(8):
-        done = live(INTERRUPT.format(mode=mode))
+        script = LIFE + INTERRUPT.format(mode=mode)
+        done = run_script(script, exit_code=-signal.SIGINT)
         assert done.stdout.split() == ["interrupted"], done.stderr
-        assert done.returncode == -signal.SIGINT, done.stderr
 
 
 @pytest.mark.slow
-@on_tensorflow
+@tensorflow_only
 def test_replicas_of_a_mirrored_strategy_get_whole_classes():
-    done = live(
-        """
+    script = """
 import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(
@@ -822,7 +798,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    )
+    done = run_script(LIFE + script)
     seen = [
         [int(code) for code in line[line.index("[") + 1 : -1].split()]
         for line in done.stdout.splitlines()
@@ -911,7 +887,7 @@ def test_as_dataset_of_a_fixed_sampler_repeats(images, labels):
             equal(batch, sampler.batch(step, 0))
 
 
-@on_tensorflow
+@tensorflow_only
 @pytest.mark.parametrize("options", [{}, {"steps_per_epoch": True}], ids=str)
 @pytest.mark.parametrize("synced", [True, False])
 def test_fit_takes_the_dataset(images, labels, options, synced):

@@ -1,11 +1,9 @@
 """Memory and threads after 3,000 and after 10,000 batches."""
 
 import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
+from harness import run_script
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,15 +43,7 @@ for epoch in range(10):
 
 @pytest.mark.parametrize("mode", ["threads", "processes"])
 def test_ten_thousand_batches_do_not_grow_memory(mode):
-    root = str(pathlib.Path(__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", SOAK, mode],
-        env={**os.environ, "PYTHONPATH": root},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_script(SOAK, mode, timeout=1200)
     early, late = (
         [float(word) for word in line.split()] for line in done.stdout.splitlines()
     )

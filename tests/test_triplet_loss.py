@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from harness import tensorflow_only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -17,9 +18,6 @@ from kerastrip.losses.triplet import (
     triplet_hard_loss,
     triplet_semihard_loss,
 )
-
-TF = keras.backend.backend() == "tensorflow"
-needs_tf = pytest.mark.skipif(not TF, reason="about the TensorFlow backend")
 
 
 def weighted(labels, rows, weights, **options):
@@ -289,7 +287,7 @@ def test_hard_leaves_anchors_without_a_positive_out(triplet_golden):
     np.testing.assert_allclose(values, expected, atol=1e-5)
 
 
-@needs_tf
+@tensorflow_only
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_margin_and_mining_changed_between_epochs_take_effect(jit_compile, rng):
     labels, rows = np.repeat(np.arange(4), 4), rng.normal(size=(16, 5))

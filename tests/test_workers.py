@@ -8,9 +8,7 @@ import os
 import pathlib
 import random
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 import weakref
@@ -19,6 +17,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from harness import forking, until
 
 from kerastrip import _look_ahead, _workers
 from kerastrip._look_ahead import InFlight, LookAhead, in_thread
@@ -73,7 +72,7 @@ def work(number, what="", out=None):
     if what == "log":
         LOG.info("batch")
     if what == "pid":
-        number = os.getpid() % 251
+        number = os.getpid()
     if what == "raise":
         raise ValueError(f"no batch for {number}")
     if what == "missing":
@@ -84,7 +83,7 @@ def work(number, what="", out=None):
         sys.exit(3)
     if what in ("slow", "hang"):
         time.sleep({"slow": 0.2, "hang": 1000}[what])
-    made = [np.full((3, 4), number, "float32"), np.arange(5, dtype="uint8") + number]
+    made = [np.full((3, 4), number, "float32"), (np.arange(5) + number).astype("uint8")]
     for array, target in zip(made, out or made, strict=True):
         target[...] = array
     return made
@@ -140,8 +139,7 @@ def test_what_was_begun_and_given_up_makes_room(pool):
     for number, arrays in enumerate(kept):
         np.testing.assert_array_equal(arrays[1], work(number)[1])
     del kept, arrays
-    time.sleep(0.2)
-    assert [worker.load()[:2] for worker in pool._idlest()] == [(0, 0)] * 2
+    assert until(lambda: [w.load()[:2] for w in pool._idlest()] == [(0, 0)] * 2)
 
 
 def test_many_threads_begin_and_call(pool):
@@ -178,7 +176,7 @@ def test_an_error_that_unpickles_in_the_worker_only_is_told(pool):
 
 
 def test_the_work_is_done_elsewhere(pool):
-    assert pool(0, "pid")[0][0, 0] != os.getpid() % 251
+    assert pool(0, "pid")[0][0, 0] != os.getpid()
 
 
 def test_spawned_workers_give_the_same(monkeypatch):
@@ -218,21 +216,13 @@ def test_a_worker_that_takes_for_ever_is_told_of(pool, monkeypatch):
         pool(1, "slow")
 
 
-def run(script, timeout=120, **kwargs):
-    """Runs a script in a fresh interpreter; it must end by itself."""
-    root = pathlib.Path(__file__).parents[1]
-    path = os.pathsep.join([str(root), str(root / "tests")])
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env={**os.environ, "PYTHONPATH": path, **LIGHT},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        **kwargs,
-    )
+@pytest.fixture(scope="module")
+def run():
+    with forking("test_workers", env=LIGHT) as run:
+        yield run
 
 
-def test_a_killed_worker_is_an_error_and_no_hang():
+def test_a_killed_worker_is_an_error_and_no_hang(run):
     done = run(
         """
         import os, signal, threading, time
@@ -251,25 +241,24 @@ def test_a_killed_worker_is_an_error_and_no_hang():
                 print(error)
         """
     )
-    assert done.stdout.count("sampler died (exit code -9)") == 2, done.stderr
-    assert done.returncode == 0
+    assert done.stdout.count("sampler died (exit code -9)") == 2
 
 
-def gone(pid, seconds=10):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()
-        except FileNotFoundError:
-            return True
-        if state[0] == "Z":
-            return True
-        time.sleep(0.05)
-    return False
+def gone(pid):
+    """Whether a process has ended, though nobody may have asked how."""
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()
+    except FileNotFoundError:
+        return True
+    return state[0] == "Z"
+
+
+def all_gone(pids):
+    return until(lambda: all(gone(pid) for pid in pids))
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
-def test_workers_leave_with_a_killed_parent():
+def test_workers_leave_with_a_killed_parent(run):
     done = run(
         """
         import multiprocessing, os, signal
@@ -279,12 +268,12 @@ def test_workers_leave_with_a_killed_parent():
         pools = [WorkerPool(work, LAYOUT, processes=2) for _ in range(2)]
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-        """
+        """,
+        exit_code=-signal.SIGKILL,
     )
-    assert done.returncode == -signal.SIGKILL
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 4
-    assert all(gone(pid) for pid in pids)
+    assert all_gone(pids)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
@@ -292,31 +281,32 @@ def test_close_ends_the_workers():
     pool = WorkerPool(work, LAYOUT, processes=2)
     pids = [worker.process.pid for worker in pool._workers]
     assert len(pids) == 2
-    assert not gone(pids[0], 0.1)
+    assert not gone(pids[0])
     pool.close()
-    assert all(gone(pid) for pid in pids)
+    assert all_gone(pids)
     with pytest.raises(RuntimeError):
         pool(1)
 
 
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), signal.SIGINT)"])
-def test_the_process_ends_beside_a_worker_that_hangs(end):
-    done = run(
+def test_the_process_ends_beside_a_worker_that_hangs(run, end):
+    run(
         f"""
-        import os, signal, threading, time
+        import os, signal, threading
         # A shell may have started the tests with Ctrl-C switched off.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        from harness import until
         from test_workers import LAYOUT, work
         from kerastrip._workers import WorkerPool
 
         pool = WorkerPool(work, LAYOUT, processes=1)
         for _ in range(2):
             threading.Thread(target=pool, args=(1, "hang"), daemon=True).start()
-        time.sleep(1)
+        assert until(lambda: pool._workers[0].load()[0] == 2)
         {end}
-        """
+        """,
+        exit_code=-signal.SIGINT if end else 0,
     )
-    assert done.returncode == (-signal.SIGINT if end else 0), done.stderr
 
 
 forks = pytest.mark.skipif(_workers._START != "fork", reason="needs fork")
@@ -398,8 +388,8 @@ def test_locks_of_logging_and_of_the_global_generator_are_free_in_workers(tmp_pa
 @forks
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["product", "lock", "log", "random"])
-def test_a_pool_answers_beside_busy_threads(what):
-    done = run(
+def test_a_pool_answers_beside_busy_threads(run, what):
+    run(
         f"""
         import os, threading, time
         from test_workers import LAYOUT, work
@@ -419,7 +409,6 @@ def test_a_pool_answers_beside_busy_threads(what):
         os._exit(0)
         """
     )
-    assert done.returncode == 0, done.stderr
 
 
 def test_workers_rest_when_others_start_and_come_back(monkeypatch):
@@ -453,7 +442,7 @@ def test_workers_of_samplers_that_are_never_freed_do_not_pile_up(monkeypatch):
 
 
 @forks
-def test_a_fork_leaves_the_workers_to_its_parent():
+def test_a_fork_leaves_the_workers_to_its_parent(run):
     done = run(
         """
         import os, sys
@@ -478,13 +467,12 @@ def test_a_fork_leaves_the_workers_to_its_parent():
         print([pool(number)[1][0] for number in range(6)])
         """
     )
-    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr  # TensorFlow may log what it likes
     assert done.stdout.split("[")[1].count(",") == 5
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs prctl")
-def test_a_stopped_worker_leaves_with_its_parent():
+def test_a_stopped_worker_leaves_with_its_parent(run):
     done = run(
         """
         import os, signal
@@ -497,15 +485,16 @@ def test_a_stopped_worker_leaves_with_its_parent():
         os.kill(pid, signal.SIGSTOP)
         print(pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-        """
+        """,
+        exit_code=-signal.SIGKILL,
     )
-    assert gone(int(done.stdout))
+    assert all_gone([int(done.stdout)])
 
 
 def test_close_frees_those_who_wait(pool):
     with ThreadPoolExecutor(3) as threads:
         calls = [threads.submit(pool, 1, "hang") for _ in range(3)]
-        time.sleep(0.3)
+        assert until(lambda: sum(w.load()[0] for w in pool._workers) == 3)
         pool.close()
         for call in calls:
             with pytest.raises(RuntimeError, match="closed"):
@@ -599,22 +588,19 @@ def test_threads_are_used_again_and_end_without_work(monkeypatch):
         seen |= {each.result(60) for each in both}
         time.sleep(0.001)
     assert len(seen) < 10
-    end = time.monotonic() + 60
-    while threading.active_count() > before and time.monotonic() < end:
-        time.sleep(0.05)
-    assert threading.active_count() <= before
+    assert until(lambda: threading.active_count() <= before)
 
 
-def test_a_thread_keeps_nothing_of_what_it_made():
+def test_a_thread_keeps_nothing_of_what_it_made(monkeypatch):
+    monkeypatch.setattr(_look_ahead, "_IDLE", 30)
+
     class Batch:
         pass
 
     batch = in_thread(Batch).result(60)
-    gone = weakref.ref(batch)
-    time.sleep(0.05)
+    kept = weakref.ref(batch)
     del batch
-    gc.collect()
-    assert gone() is None
+    assert until(lambda: gc.collect() >= 0 and kept() is None, seconds=10)
 
 
 def test_in_flight_waits_for_calls_and_refuses_new_ones():
