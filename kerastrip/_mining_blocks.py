@@ -4,11 +4,15 @@ The mining engine works on the batch in the order of its labels. Every class is 
 one stretch of rows, so that two numbers tell the positives of a row, and the padding at
 the end makes all blocks of rows equal. A batch of seven rows in three classes:
 
-    row       0   1   2   3   4   5   6   7 ...
-    label     a   a   a   b   b   c   c   (padding)
-    start     0   0   0   3   3   5   5          row 1: its class is [0, 3), so its
-    stop      3   3   3   5   5   7   7          positives are the rows 0 and 2,
-    positives 2   2   2   1   1   1   1   0      and all rows but [0, 3) its negatives
+    row       0   1   2   3   4   5   6   7   8   9
+    label     a   a   a   b   b   c   c   (padding: a class of its own)
+    start     0   0   0   3   3   5   5   7   7   7      row 1: its class is [0, 3), so
+    stop      3   3   3   5   5   7   7   10  10  10     its positives are the rows 0, 2
+    positives 2   2   2   1   1   1   1   0   0   0      and the rows 3 to 6 its
+    negatives 4   4   4   5   5   5   5   0   0   0      negatives
+
+The *rank* of a positive is its place among the other rows of the class: for row 0 the
+ranks 0 and 1 are the rows 1 and 2, for row 1 the rows 0 and 2, for row 2 the rows 0 and 1.
 
 The batch size may be unknown when a function is traced: sizes are Python integers or
 scalar tensors. Below, `padded` is the number of rows with the padding, `count` that of
@@ -18,7 +22,6 @@ one block.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,8 +32,10 @@ from kerastrip.distances import is_rooted, squared_distances
 
 INFINITE = float("inf")
 TINY = 2e-38  # the least distance of a positive: above every denormal number
-# Up to so many positives of a row are taken one by one; a row with more is sorted.
-FEW = 64
+NOT_NEGATIVE = -0.75 * TINY  # between what is no negative and the negatives
+# The positives of a row are taken rank by rank up to so many, which is the height of the
+# table of chosen negatives; a row with more positives is sorted.
+MOST_RANKS = 64
 
 
 class Rule(NamedTuple):
@@ -50,6 +55,11 @@ class Rule(NamedTuple):
     def by_pairs(self) -> bool:
         """Whether every pair has one negative."""
         return self.mining in ("semi_hard", "semi_hard_or_hard")
+
+    @property
+    def by_anchors(self) -> bool:
+        """Whether every anchor has one positive and one negative."""
+        return self.mining == "hard"
 
 
 class Batch(NamedTuple):
@@ -89,7 +99,11 @@ def flag(condition: Any) -> Any:
 
 
 def padded_size(size: Any) -> Any:
-    """`size` rounded up to one of few sizes: few sizes, few compilations."""
+    """`size` rounded up to one of few sizes: few sizes, few compilations.
+
+    An empty batch gets one unit. The unit is 32 up to 128 rows, 64 up to 1,024, 128 up to
+    4,096, 512 up to 16,384, then 2,048.
+    """
     unit = (
         32
         + 32 * flag(size > 128)
@@ -145,7 +159,9 @@ def find_anchors(batch: Batch) -> Anchors:
     """Where the class of every row lies, by one pass over the ordered labels."""
     padded = ops.shape(batch.labels)[0]
     own = ops.arange(padded, dtype="int32")
-    # A class begins where the label changes; padding is a class of its own.
+    # A class begins where the label changes; padding is a class of its own. For the seven
+    # rows above:  begins  0 0 0 1 0 1 0 1 0 0     code  0 0 0 1 1 2 2 3 3 3
+    #              members by code  3 2 2 3        stop by code  3 5 7 10
     differs = batch.labels[1:] != batch.labels[:-1]
     begins = ops.concatenate([own[:1] > 0, differs | (own[1:] == batch.size)])
     code = ops.cumsum(ops.cast(begins, "int32"))
@@ -156,6 +172,11 @@ def find_anchors(batch: Batch) -> Anchors:
     return Anchors(
         own, stop - members, stop, real * (members - 1), real * (batch.size - members)
     )
+
+
+def ranks(positives: Any) -> Any:
+    """How many ranks to go through: the positives, or 0 if they are too many."""
+    return ops.where(positives <= MOST_RANKS, positives, 0)
 
 
 def over_blocks(batch: Batch, visit: Callable, state: tuple) -> tuple:
@@ -182,14 +203,14 @@ def over_blocks(batch: Batch, visit: Callable, state: tuple) -> tuple:
     return ops.while_loop(lambda first, *_: first < padded, block, (start, *state))[1:]
 
 
-def over_ranks(ranks: Any, visit: Callable, state: tuple) -> tuple:
-    """Call `visit(rank, *state)` for the ranks 0 ... `ranks` - 1 of the positives.
+def over_ranks(count: Any, visit: Callable, state: tuple) -> tuple:
+    """Call `visit(rank, *state)` for the ranks 0 ... `count` - 1 of the positives.
 
-    The positive of rank 0 of a row is the first of its class, that of rank 1 the
-    second: all rows of a block are at the same rank at the same time.
+    All rows are at the same rank at the same time, see `positive_column`; those with
+    fewer positives than `count` have to be left out by `visit`.
 
     Args:
-        ranks: () int32.
+        count: () int32.
         visit: gets the rank () int32 and the state; returns the next state.
         state: a tuple of tensors.
 
@@ -201,7 +222,24 @@ def over_ranks(ranks: Any, visit: Callable, state: tuple) -> tuple:
         return rank + 1, *visit(rank, *state)
 
     start = ops.zeros((), "int32")
-    return ops.while_loop(lambda rank, *_: rank < ranks, step, (start, *state))[1:]
+    return ops.while_loop(lambda rank, *_: rank < count, step, (start, *state))[1:]
+
+
+def positive_column(anchors: Anchors, rank: Any, padded: Any) -> Any:
+    """The column of every row's positive of that rank, kept below `padded`."""
+    at = anchors.start + rank
+    # The row itself is no positive: behind it all columns move by one.
+    return ops.minimum(at + ops.cast(at >= anchors.own, "int32"), padded - 1)
+
+
+def rank_seen_from(anchors: Anchors, positive: Any) -> Any:
+    """The rank that every row has among the positives of its positive.
+
+    The inverse of `positive_column`. Of the rows 0, 1, 2 of a class, row 2 has for row 0
+    the rank 1: rank 0 is row 1, and row 0 itself has none.
+    """
+    place = anchors.own - anchors.start
+    return place - ops.cast(anchors.own > positive, "int32")
 
 
 def signed_distances(batch: Batch, here: Anchors, first: Any) -> Any:
@@ -209,7 +247,8 @@ def signed_distances(batch: Batch, here: Anchors, first: Any) -> Any:
 
     A negative has d >= 0; the row itself and its positives -max(d, TINY) < 0;
     padding -inf. So the negatives farther than a positive p are the entries > |p|,
-    with no mask beside the matrix. The rows 0 and 1 of the batch at the head of this
+    with no mask beside the matrix. (The rows of the padding see the real rows as
+    negatives: only `here.negatives` tells that they have none.) The rows 0 and 1 of the batch at the head of this
     module, whose points lie at 0, 1, 3 (a), 2, 5 (b) and 4, 4 on a line:
 
         row 0    -tiny  -1     -9     4    25    16    16   -inf ...
@@ -230,17 +269,6 @@ def signed_distances(batch: Batch, here: Anchors, first: Any) -> Any:
     same = (column >= here.start[:, None]) & (column < here.stop[:, None])
     d = ops.where(same, -ops.maximum(d, TINY), d)
     return ops.where(column < batch.size, d, -INFINITE)
-
-
-def few(positives: Any) -> Any:
-    """The number of positives, 0 where they are more than `FEW`."""
-    return ops.where(positives <= FEW, positives, 0)
-
-
-def positive_column(anchors: Anchors, rank: Any, padded: Any) -> Any:
-    """The column of the positive number `rank` of every row, kept below `padded`."""
-    at = anchors.start + rank
-    return ops.minimum(at + ops.cast(at >= anchors.own, "int32"), padded - 1)
 
 
 def positive_entries(d: Any, anchors: Anchors) -> Any:
@@ -313,42 +341,8 @@ def loss_and_slope(gap: Any, margin: Any, soft: bool) -> tuple[Any, Any]:
     return loss, ops.cast(loss > 0, "float32")
 
 
-def with_gradient(rows: Any, values: Any, needed: Any, gradient: Callable) -> Any:
-    """`values`, with a gradient of one's own with respect to `rows`.
-
-    Args:
-        rows: what the gradient is for.
-        values: (batch,).
-        needed: a structure of all tensors that `gradient` works with.
-        gradient: from `needed` and weights (batch,) to the gradient of
-            sum(weights * values) for `rows`.
-    """
-    # JAX differentiates a compiled function only where a gradient of one's own, within
-    # it, gets tensors as arguments. The other backends take them from the closure.
-    leaves = keras.tree.flatten((values, needed))
-    on_jax = keras.backend.backend() == "jax"
-    passed = [on_jax and ops.is_tensor(leaf) for leaf in leaves]
-
-    @ops.custom_gradient
-    def attach(rows: Any, *tensors: Any) -> Any:
-        given = iter(tensors)
-        refilled = [
-            next(given) if is_passed else leaf
-            for leaf, is_passed in zip(leaves, passed, strict=True)
-        ]
-        result, state = keras.tree.pack_sequence_as((values, needed), refilled)
-
-        def grad(*args: Any, upstream: Any = None) -> Any:
-            slope = gradient(state, args[0] if upstream is None else upstream)
-            return (slope, *(None for _ in tensors)) if tensors else slope
-
-        return result, grad
-
-    return attach(rows, *itertools.compress(leaves, passed))
-
-
 @functools.cache
-def compiled(function: Callable, **static: Any) -> Callable:
+def compiled_on_tensorflow(function: Callable, **static: Any) -> Callable:
     """`function` with the keyword arguments bound; on TensorFlow compiled by XLA.
 
     Under XLA one pass over a block is one loop over memory. Op by op every

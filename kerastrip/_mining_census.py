@@ -1,7 +1,7 @@
 """Counting the easy, semi-hard and hard triplets of every row.
 
 Rows with few positives are counted by one pass over the block of distances for each
-rank of the positives. A row with more than `FEW` (64) of them is sorted, and binary search
+rank of the positives. A row with more than `MOST_RANKS` of them is sorted, and binary search
 counts for all of its positives together.
 """
 
@@ -25,7 +25,8 @@ def count_two(d: Any, low: Any, high: Any) -> tuple[Any, Any]:
 
     Returns:
         Two (count,) int32, counted in the two halves of one number where they fit:
-        one pass over the block in place of two.
+        one pass over the block in place of two. (A width of 32,768 and more could reach
+        the bit of the sign.)
     """
     low, high = low[:, None], high[:, None]
 
@@ -41,28 +42,6 @@ def count_two(d: Any, low: Any, high: Any) -> tuple[Any, Any]:
     if isinstance(width, int):
         return packed() if width < 32768 else apart()
     return ops.cond(width < 32768, packed, apart)
-
-
-def _count_by_rank(d: Any, here: Anchors, margin: Any, rooted: bool) -> tuple[Any, Any]:
-    """Counts (3, count) and sums (count,) as `count_by_search`; of many positives, 0."""
-    count, width = ops.shape(d)[0], ops.shape(d)[1]
-    positives = blocks.few(here.positives)
-
-    def add(rank: Any, counts: Any, sums: Any) -> tuple:
-        valid = rank < positives
-        p = ops.abs(blocks.entry(d, blocks.positive_column(here, rank, width)))
-        below, within = count_two(d, p, blocks.add_margin(p, margin, rooted))
-        # What is not a negative of the row is < 0, so it counts as below.
-        below = below - (width - here.negatives)
-        more = ops.stack([below, within, ops.cast(within > 0, "int32")])
-        p = ops.where(valid, p, 0.0)
-        return (
-            counts + ops.where(valid, more, 0),
-            sums + (ops.sqrt(p) if rooted else p),
-        )
-
-    start = ops.zeros((3, count), "int32"), ops.zeros((count,), "float32")
-    return blocks.over_ranks(ops.max(positives), add, start)
 
 
 def _count_by_search(
@@ -93,6 +72,28 @@ def _count_by_search(
     return counts, blocks.row_sum(ops.sqrt(p) if rooted else p)
 
 
+def _count_by_rank(d: Any, here: Anchors, margin: Any, rooted: bool) -> tuple[Any, Any]:
+    """What `_count_by_search` returns, 0 for rows with many positives."""
+    count, width = ops.shape(d)[0], ops.shape(d)[1]
+    positives = blocks.ranks(here.positives)
+
+    def add(rank: Any, counts: Any, sums: Any) -> tuple:
+        valid = rank < positives
+        p = ops.abs(blocks.entry(d, blocks.positive_column(here, rank, width)))
+        below, within = count_two(d, p, blocks.add_margin(p, margin, rooted))
+        # What is not a negative of the row is < 0, so it counts as below.
+        below = below - (width - here.negatives)
+        more = ops.stack([below, within, ops.cast(within > 0, "int32")])
+        p = ops.where(valid, p, 0.0)
+        return (
+            counts + ops.where(valid, more, 0),
+            sums + (ops.sqrt(p) if rooted else p),
+        )
+
+    start = ops.zeros((3, count), "int32"), ops.zeros((count,), "float32")
+    return blocks.over_ranks(ops.max(positives), add, start)
+
+
 def count(batch: Batch, margin: Any, *, rooted: bool) -> tuple[Any, Any]:
     """The census of all rows.
 
@@ -111,7 +112,7 @@ def count(batch: Batch, margin: Any, *, rooted: bool) -> tuple[Any, Any]:
     def visit(here: Anchors, first: Any, counts: Any, sums: Any) -> tuple:
         d = blocks.signed_distances(batch, here, first)  # (count, padded)
         kinds, distance = _count_by_rank(d, here, margin, rooted)
-        many = here.positives > blocks.FEW
+        many = here.positives > blocks.MOST_RANKS
         sorted_kinds, sorted_distance = ops.cond(
             ops.any(many),
             lambda: _count_by_search(d, here, margin, rooted),

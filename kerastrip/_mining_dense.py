@@ -33,61 +33,75 @@ class Block(NamedTuple):
     coefficients: Any  # (count, padded) float32
 
 
-def _whole(function: Callable, rule: Rule) -> Callable:
-    """`function` for a rule, compiled as a whole unless its rows are sorted.
+# Where XLA compiles. It sorts three to five times slower on a CPU than TensorFlow does, so
+# by pairs the sort stays outside, between functions that are compiled by themselves:
+#
+#     all, contrastive    XLA[ loop over blocks[ distances -> block ] ]
+#     pairs               loop over blocks[ XLA[distances] -> sort -> XLA[block] ]
+#
+# (In a step that the user compiles with `jit_compile=True` all is inside.)
 
-    XLA sorts three to five times slower on a CPU than TensorFlow does: then the sort
-    stays outside, between functions that `_piece` has compiled.
-    """
+
+def _compile_outer(function: Callable, rule: Rule) -> Callable:
+    """`function`, which goes over blocks, for a rule."""
     if rule.by_pairs:
         return functools.partial(function, rule=rule)
-    return blocks.compiled(function, rule=rule)
+    return blocks.compiled_on_tensorflow(function, rule=rule)
 
 
-def _piece(function: Callable, rule: Rule) -> Callable:
-    """`function` for a rule, compiled where what calls it is not."""
+def _compile_inner(function: Callable, rule: Rule) -> Callable:
+    """`function`, which is called for one block, for a rule."""
     if rule.by_pairs:
-        return blocks.compiled(function, rule=rule)
+        return blocks.compiled_on_tensorflow(function, rule=rule)
     return functools.partial(function, rule=rule)
 
 
 # The units of one block ---------------------------------------------------------------
 
 
-def _by_pairs(d: Any, order: Any, here: Anchors, margin: Any, rule: Rule) -> Block:
+def _by_pairs(
+    d: Any, by_distance: Any, here: Anchors, margin: Any, rule: Rule
+) -> Block:
     """One negative for every positive of the rows with many, found in the sorted row.
+
+    A row with the signed distances -4 -9 (positives), 6, 2, 16 (negatives) is sorted to
+    2, 6, 16. Below the positive 4 lies one negative, so place 1 is the nearest beyond it.
 
     Args:
         d: (count, padded) signed distances.
-        order: (count, padded) int32 columns, the negatives first, in rising order.
-        here, margin, rule: as everywhere.
+        by_distance: (count, padded) int32 columns, the negatives first, the nearest
+            before all; None for the other functions here.
+        here, margin, rule: the anchors of the block, () float32, what to take.
     """
     count, width = ops.shape(d)
     p = ops.abs(d)
     ascending = ops.where(d >= 0, d, blocks.INFINITE)
-    ascending = ops.take_along_axis(ascending, order, axis=1)
-    at = blocks.count_below(ascending, p, inclusive=True)  # place of the negative
+    ascending = ops.take_along_axis(ascending, by_distance, axis=1)
+    chosen = blocks.count_below(ascending, p, inclusive=True)  # places, (count, padded)
     if rule.mining == "semi_hard":
-        at = ops.minimum(at, ops.maximum(here.negatives - 1, 0)[:, None])
+        chosen = ops.minimum(chosen, ops.maximum(here.negatives - 1, 0)[:, None])
     else:
-        beyond = ops.take_along_axis(ascending, ops.minimum(at, width - 1), axis=1)
-        at = ops.where(beyond < blocks.add_margin(p, margin, rule.rooted), at, 0)
-    n = ops.take_along_axis(ascending, at, axis=1)
+        beyond = ops.take_along_axis(ascending, ops.minimum(chosen, width - 1), axis=1)
+        within = beyond < blocks.add_margin(p, margin, rule.rooted)
+        chosen = ops.where(within, chosen, 0)
+    n = ops.take_along_axis(ascending, chosen, axis=1)
     gap = ops.sqrt(p) - ops.sqrt(n) if rule.rooted else p - n
     loss, slope = blocks.loss_and_slope(gap, margin, rule.soft)
-    many = (here.positives > blocks.FEW) & (here.negatives > 0)
+    many = (here.positives > blocks.MOST_RANKS) & (here.negatives > 0)
     wanted = blocks.positive_entries(d, here) & many[:, None]
     loss, slope = ops.where(wanted, loss, 0.0), ops.where(wanted, slope, 0.0)
     # Several pairs of a row may have the same negative: their slopes add up.
     row = ops.arange(count, dtype="int32")[:, None] * width
-    place = ops.reshape(row + ops.take_along_axis(order, at, axis=1), (-1,))
+    place = ops.reshape(row + ops.take_along_axis(by_distance, chosen, axis=1), (-1,))
     slopes = ops.reshape(slope, (-1,))
     pushed = ops.segment_sum(slopes, place, num_segments=count * width)
     coefficients = slope - ops.reshape(pushed, (count, width))
     return Block(blocks.row_sum(loss), blocks.count_true(loss > 0), coefficients)
 
 
-def _by_triplets(d: Any, here: Anchors, margin: Any, rule: Rule) -> Block:
+def _by_triplets(
+    d: Any, by_distance: None, here: Anchors, margin: Any, rule: Rule
+) -> Block:
     """Every triplet, one pass per positive rank."""
     column = ops.arange(ops.shape(d)[1], dtype="int32")
     negative = ~(d < 0)  # NaN too: it has to show in the loss
@@ -118,7 +132,9 @@ def _by_triplets(d: Any, here: Anchors, margin: Any, rule: Rule) -> Block:
     return Block(blocks.row_sum(losses), active, coefficients)
 
 
-def _by_contrast(d: Any, here: Anchors, margin: Any, rule: Rule) -> Block:
+def _by_contrast(
+    d: Any, by_distance: None, here: Anchors, margin: Any, rule: Rule
+) -> Block:
     """Every pair: half the squared excess over one margin or lack of the other."""
     real = d != -blocks.INFINITE
     size = ops.where(real, ops.abs(d), 0.0)
@@ -134,14 +150,19 @@ def _by_contrast(d: Any, here: Anchors, margin: Any, rule: Rule) -> Block:
     return Block(losses, blocks.count_true(slope != 0), slope)
 
 
-def _block(d: Any, order: Any, here: Anchors, margin: Any, *, rule: Rule) -> Block:
+_BY_WORD = {
+    "semi_hard": _by_pairs,
+    "semi_hard_or_hard": _by_pairs,
+    "all": _by_triplets,
+    "contrastive": _by_contrast,
+}
+
+
+def _block(
+    d: Any, by_distance: Any, here: Anchors, margin: Any, *, rule: Rule
+) -> Block:
     """What is found for a block, its coefficients ready for differences of rows."""
-    if rule.mining == "contrastive":
-        found = _by_contrast(d, here, margin, rule)
-    elif rule.mining == "all":
-        found = _by_triplets(d, here, margin, rule)
-    else:
-        found = _by_pairs(d, order, here, margin, rule)
+    found = _BY_WORD[rule.mining](d, by_distance, here, margin, rule)
     coefficients = 2.0 * found.coefficients
     if rule.rooted:
         # The least distance of a positive stands for 0, which has no direction.
@@ -161,22 +182,22 @@ def _distances(batch: Batch, here: Anchors, first: Any, *, rule: Rule) -> tuple:
 
 
 def _over_blocks(batch: Batch, rule: Rule, visit: Callable, state: tuple) -> tuple:
-    """Call `visit(d, order, here, first, *state)` for the blocks that have work.
+    """Call `visit(d, by_distance, here, first, *state)` for the blocks that have work.
 
     That is every block, or with pairs those that hold a row with many positives.
     """
 
     def block(here: Anchors, first: Any, *state: Any) -> tuple:
         def work() -> tuple:
-            d, keys = _piece(_distances, rule)(batch, here, first)
-            order = None
+            d, keys = _compile_inner(_distances, rule)(batch, here, first)
+            by_distance = None
             if rule.by_pairs:
-                order = ops.cast(ops.argsort(keys, axis=1), "int32")
-            return visit(d, order, here, first, *state)
+                by_distance = ops.cast(ops.argsort(keys, axis=1), "int32")
+            return visit(d, by_distance, here, first, *state)
 
         if not rule.by_pairs:
             return work()
-        has_many = ops.max(here.positives) > blocks.FEW
+        has_many = ops.max(here.positives) > blocks.MOST_RANKS
         return ops.cond(has_many, work, lambda: state)
 
     return blocks.over_blocks(batch, block, state)
@@ -187,9 +208,11 @@ def _kept_columns(width: Any) -> Any:
     return blocks.flag(width <= KEPT_ROWS) * width
 
 
-def _kept_block(d: Any, order: Any, here: Anchors, margin: Any, *, rule: Rule) -> Block:
+def _kept_block(
+    d: Any, by_distance: Any, here: Anchors, margin: Any, *, rule: Rule
+) -> Block:
     """`_block`, its coefficients as far as they are kept."""
-    found = _block(d, order, here, margin, rule=rule)
+    found = _block(d, by_distance, here, margin, rule=rule)
     columns = _kept_columns(ops.shape(found.coefficients)[1])
     return found._replace(coefficients=found.coefficients[:, :columns])
 
@@ -218,8 +241,10 @@ def no_losses(batch: Batch) -> Terms:
 
 
 def _losses(batch: Batch, margin: Any, *, rule: Rule) -> Terms:
-    def visit(d: Any, order: Any, here: Anchors, first: Any, *state: Any) -> tuple:
-        found = _piece(_kept_block, rule)(d, order, here, margin)
+    def visit(
+        d: Any, by_distance: Any, here: Anchors, first: Any, *state: Any
+    ) -> tuple:
+        found = _compile_inner(_kept_block, rule)(d, by_distance, here, margin)
         return tuple(map(blocks.put, state, ((first,), (first,), (first, 0)), found))
 
     nothing = no_losses(batch)
@@ -229,7 +254,7 @@ def _losses(batch: Batch, margin: Any, *, rule: Rule) -> Terms:
 
 
 def losses(batch: Batch, margin: Any, rule: Rule) -> Terms:
-    """The losses of all rows, with pairs of those with many positives alone.
+    """The losses of all rows; by pairs only of rows with more than `MOST_RANKS` positives.
 
     Args:
         batch: ordered by label.
@@ -237,9 +262,10 @@ def losses(batch: Batch, margin: Any, rule: Rule) -> Terms:
         rule: its `mining` is any word but "hard".
 
     Returns:
-        `Terms`; kept are the coefficients, (padded, padded) or (padded, 0).
+        `Terms`; kept are the coefficients, (padded, padded), or (padded, 0) where they
+        are too many to keep.
     """
-    return _whole(_losses, rule)(batch, margin)
+    return _compile_outer(_losses, rule)(batch, margin)
 
 
 # Gradient -----------------------------------------------------------------------------
@@ -269,17 +295,20 @@ def _gradient(batch: Batch, margin: Any, weights: Any, kept: Any, *, rule: Rule)
     rows = batch.rows
     dim = ops.shape(rows)[1]
 
-    def visit(d: Any, order: Any, here: Anchors, first: Any, gradient: Any) -> tuple:
-        found = _piece(_block, rule)(d, order, here, margin)
-        to_own, to_all = _piece(_gradient_of_block, rule)(
+    def visit(
+        d: Any, by_distance: Any, here: Anchors, first: Any, gradient: Any
+    ) -> tuple:
+        found = _compile_inner(_block, rule)(d, by_distance, here, margin)
+        to_own, to_all = _compile_inner(_gradient_of_block, rule)(
             rows, here, found.coefficients, ops.take(weights, here.own)
         )
         before = ops.slice(gradient, (first, 0), (ops.shape(d)[0], dim))
         return (blocks.put(gradient, (first, 0), before + to_own) + to_all,)
 
+    were_kept = ops.shape(kept)[1] > 0
     return blocks.choose(
-        ops.shape(kept)[1] > 0,
-        lambda: _piece(_gradient_of_kept, rule)(rows, weights, kept),
+        were_kept,
+        lambda: _compile_inner(_gradient_of_kept, rule)(rows, weights, kept),
         lambda: _over_blocks(batch, rule, visit, (ops.zeros_like(rows),))[0],
     )
 
@@ -292,4 +321,4 @@ def gradient(batch: Batch, margin: Any, weights: Any, kept: Any, rule: Rule) -> 
         weights: (padded,) float32.
         kept: the coefficients that `losses` kept.
     """
-    return _whole(_gradient, rule)(batch, margin, weights, kept)
+    return _compile_outer(_gradient, rule)(batch, margin, weights, kept)

@@ -1,13 +1,13 @@
 """Mining by pairs and by anchors: one chosen negative each, kept in a table.
 
     choose     goes over the blocks of distances and leaves the numbers of the rows chosen:
-               a table (FEW, padded), one line for each rank of the positives
+               a table (MOST_RANKS, padded), one line for each rank of the positives
     losses     computes distances and losses of the rows that the table names
     gradient   flows through these rows only, not through the matrix of distances
 
-For "hard" the table is (2, padded): the positive and the negative of every row.
+By anchors ("hard") the table is (2, padded): the positive and the negative of every row.
 
-Rows with more than `FEW` positives do not fit the table: `_mining_dense` takes
+Rows with more than `MOST_RANKS` positives do not fit the table: `_mining_dense` takes
 them, and what it finds is added here.
 """
 
@@ -26,9 +26,10 @@ from kerastrip._numerics import safe_divide, safe_sqrt
 class Found(NamedTuple):
     """What is found for the rows with few positives.
 
-    A slope is d loss / d distance, divided by the distance if that is a root (times 2
-    if it is a square): what the difference of two rows is multiplied by. A line is that
-    of the table.
+    A triplet (a, p, n) adds `pull * (a - p) - push * (a - n)` to the gradient of its
+    anchor. With s = d loss / d distance, pull is s / d(a,p) if the distance is a root and
+    2 s if it is a square, and push the same with d(a,n). There are as many `lines` as
+    in the table.
     """
 
     losses: Any  # (padded,) float32
@@ -36,8 +37,8 @@ class Found(NamedTuple):
     units: Any  # (padded,) int32, those of rows with many positives too
     most: Any  # () int32, the largest number of positives
     table: Any  # (lines, padded) int32
-    pull: Any  # (lines, padded) float32, slopes to the positives; (padded,) for "hard"
-    push: Any  # likewise, to the negatives
+    pull: Any  # (lines, padded) float32; (padded,) by anchors
+    push: Any  # likewise
 
 
 # Choosing -----------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def nearest_beyond(d: Any, bound: Any) -> tuple[Any, Any]:
 
 def nearest_negative(d: Any) -> Any:
     """(count,) columns; any column where there is no negative."""
-    return nearest_beyond(d, ops.full_like(d[:, 0], -0.75 * blocks.TINY))[1]
+    return nearest_beyond(d, ops.full_like(d[:, 0], blocks.NOT_NEGATIVE))[1]
 
 
 def farthest_negative(d: Any) -> Any:
@@ -89,12 +90,13 @@ def choose_anchors(batch: Batch) -> Any:
 
 
 def choose_negatives(batch: Batch, margin: Any, rule: Rule) -> Any:
-    """The negative of every pair, (FEW, padded): line r for positives of rank r."""
+    """The negative of every pair, (MOST_RANKS, padded): line r for positives of rank r."""
     padded = ops.shape(batch.rows)[0]
 
     def visit(here: Anchors, first: Any, table: Any) -> tuple:
         d = blocks.signed_distances(batch, here, first)  # (count, padded)
-        # What stands in where no negative is semi-hard.
+        # "semi_hard" takes the nearest negative beyond the positive, however far it is;
+        # only "semi_hard_or_hard" asks whether it is within the margin. Where none is:
         instead = (
             farthest_negative(d) if rule.mining == "semi_hard" else nearest_negative(d)
         )
@@ -108,19 +110,19 @@ def choose_negatives(batch: Batch, margin: Any, rule: Rule) -> Any:
             column = ops.where(value < bound, column, instead)
             return (blocks.put(table, (rank, first), column[None]),)
 
-        return blocks.over_ranks(ops.max(blocks.few(here.positives)), line, (table,))
+        return blocks.over_ranks(ops.max(blocks.ranks(here.positives)), line, (table,))
 
-    table = ops.zeros((blocks.FEW, padded), "int32")
+    table = ops.zeros((blocks.MOST_RANKS, padded), "int32")
     return blocks.over_blocks(batch, visit, (table,))[0]
 
 
 # Losses -------------------------------------------------------------------------------
 
 
-def _slopes(
+def _losses_and_factors(
     rows: Any, positive: Any, negative: Any, margin: Any, rule: Rule
 ) -> tuple[Any, Any, Any]:
-    """Losses (n,) of the triplets (row, positive, negative) and their two slopes."""
+    """Losses, pull and push of the triplets (row, positive, negative), (n,) each."""
     dp = ops.sum(ops.square(rows - ops.take(rows, positive, axis=0)), axis=1)
     dn = ops.sum(ops.square(rows - ops.take(rows, negative, axis=0)), axis=1)
     if rule.rooted:
@@ -139,21 +141,21 @@ def _losses_of_pairs(batch: Batch, margin: Any, rule: Rule) -> Found:
 
     def line(rank: Any, losses: Any, active: Any, pull: Any, push: Any) -> tuple:
         positive = blocks.positive_column(anchors, rank, padded)
-        found = _slopes(rows, positive, table[rank], margin, rule)
-        loss, to_positive, to_negative = (
-            ops.where(rank < blocks.few(units), x, 0.0) for x in found
+        found = _losses_and_factors(rows, positive, table[rank], margin, rule)
+        loss, pulled, pushed = (
+            ops.where(rank < blocks.ranks(units), x, 0.0) for x in found
         )
         return (
             losses + loss,
             active + ops.cast(loss > 0, "int32"),
-            blocks.put(pull, (rank, 0), to_positive[None]),
-            blocks.put(push, (rank, 0), to_negative[None]),
+            blocks.put(pull, (rank, 0), pulled[None]),
+            blocks.put(push, (rank, 0), pushed[None]),
         )
 
-    slopes = ops.zeros((blocks.FEW, padded), "float32")
+    slopes = ops.zeros((blocks.MOST_RANKS, padded), "float32")
     sums = ops.zeros((padded,), "float32"), ops.zeros((padded,), "int32")
     losses, active, pull, push = blocks.over_ranks(
-        ops.max(blocks.few(units)), line, (*sums, slopes, slopes)
+        ops.max(blocks.ranks(units)), line, (*sums, slopes, slopes)
     )
     most = ops.max(anchors.positives)
     return Found(losses, active, units, most, table, pull, push)
@@ -163,22 +165,22 @@ def _losses_of_anchors(batch: Batch, margin: Any, rule: Rule) -> Found:
     table = choose_anchors(batch)
     anchors = blocks.find_anchors(batch)
     units = ops.minimum(ops.minimum(anchors.positives, anchors.negatives), 1)
-    found = _slopes(batch.rows, table[0], table[1], margin, rule)
+    found = _losses_and_factors(batch.rows, table[0], table[1], margin, rule)
     loss, pull, push = (ops.where(units > 0, x, 0.0) for x in found)
     active = ops.cast(loss > 0, "int32")
     return Found(loss, active, units, ops.max(anchors.positives), table, pull, push)
 
 
 def _losses_of_few(batch: Batch, margin: Any, *, rule: Rule) -> Found:
-    find = _losses_of_anchors if rule.mining == "hard" else _losses_of_pairs
+    find = _losses_of_anchors if rule.by_anchors else _losses_of_pairs
     return find(batch, margin, rule)
 
 
 def _may_have_many(batch: Batch, rule: Rule) -> bool:
     """Whether a class of a batch of this size, if known, can be too large for the table."""
     padded = ops.shape(batch.rows)[0]
-    can = not isinstance(padded, int) or padded > blocks.FEW + 1
-    return can and rule.mining != "hard"
+    can = not isinstance(padded, int) or padded > blocks.MOST_RANKS + 1
+    return can and rule.by_pairs
 
 
 def losses(batch: Batch, margin: Any, rule: Rule) -> Terms:
@@ -189,11 +191,11 @@ def losses(batch: Batch, margin: Any, rule: Rule) -> Terms:
         margin: () float32.
         rule: its `mining` is "semi_hard", "semi_hard_or_hard" or "hard".
     """
-    found = blocks.compiled(_losses_of_few, rule=rule)(batch, margin)
+    found = blocks.compiled_on_tensorflow(_losses_of_few, rule=rule)(batch, margin)
     if not _may_have_many(batch, rule):
         return Terms(found.losses, found.active, found.units, (found, None))
     many = ops.cond(
-        found.most > blocks.FEW,
+        found.most > blocks.MOST_RANKS,
         lambda: dense.losses(batch, margin, rule),
         lambda: dense.no_losses(batch),
     )
@@ -208,8 +210,8 @@ def losses(batch: Batch, margin: Any, rule: Rule) -> Terms:
 # Gradient -----------------------------------------------------------------------------
 
 
-def _arrived(values: Any, columns: Any) -> Any:
-    """For every row the sum of the values (padded, dim) meant for its column."""
+def _sum_by_column(values: Any, columns: Any) -> Any:
+    """For every row the sum of the `values` (padded, dim) whose column it is."""
     return ops.segment_sum(values, columns, num_segments=ops.shape(values)[0])
 
 
@@ -217,22 +219,21 @@ def _gradient_of_pairs(batch: Batch, weights: Any, found: Found) -> Any:
     anchors, rows = blocks.find_anchors(batch), batch.rows
     padded = ops.shape(rows)[0]
     pull, push = found.pull * weights, found.push * weights
-    flat = ops.reshape(pull, (-1,))  # (FEW * padded,)
+    flat = ops.reshape(pull, (-1,))  # (MOST_RANKS * padded,)
 
     def line(rank: Any, gradient: Any) -> tuple:
-        # A row is pulled to its positive p as anchor and as positive of the anchor p:
-        # the second slope is read where p has its own line for the row.
+        # A row is pulled to its positive p as an anchor, and as a positive of the anchor
+        # p: that is pull[the rank that the row has for p, p].
         p = blocks.positive_column(anchors, rank, padded)
-        back = anchors.own - anchors.start - ops.cast(anchors.own > p, "int32")
-        back = ops.minimum(back, blocks.FEW - 1)
+        back = ops.minimum(blocks.rank_seen_from(anchors, p), blocks.MOST_RANKS - 1)
         both = pull[rank] + ops.take(flat, back * padded + p)
-        both = ops.where(rank < blocks.few(anchors.positives), both, 0.0)
+        both = ops.where(rank < blocks.ranks(anchors.positives), both, 0.0)
         gradient = gradient + both[:, None] * (rows - ops.take(rows, p, axis=0))
         away = rows - ops.take(rows, found.table[rank], axis=0)
         away = push[rank][:, None] * away
-        return (gradient - away + _arrived(away, found.table[rank]),)
+        return (gradient - away + _sum_by_column(away, found.table[rank]),)
 
-    most = ops.max(blocks.few(anchors.positives))
+    most = ops.max(blocks.ranks(anchors.positives))
     return blocks.over_ranks(most, line, (ops.zeros_like(rows),))[0]
 
 
@@ -240,11 +241,11 @@ def _gradient_of_anchors(batch: Batch, weights: Any, found: Found) -> Any:
     rows, (p, n) = batch.rows, (found.table[0], found.table[1])
     near = (found.pull * weights)[:, None] * (rows - ops.take(rows, p, axis=0))
     far = (found.push * weights)[:, None] * (rows - ops.take(rows, n, axis=0))
-    return near - far - _arrived(near, p) + _arrived(far, n)
+    return near - far - _sum_by_column(near, p) + _sum_by_column(far, n)
 
 
 def _gradient_of_few(batch: Batch, weights: Any, found: Found, *, rule: Rule) -> Any:
-    flow = _gradient_of_anchors if rule.mining == "hard" else _gradient_of_pairs
+    flow = _gradient_of_anchors if rule.by_anchors else _gradient_of_pairs
     return flow(batch, weights, found)
 
 
@@ -257,11 +258,13 @@ def gradient(batch: Batch, margin: Any, weights: Any, kept: Any, rule: Rule) -> 
         kept: what `losses` kept.
     """
     found, coefficients = kept
-    result = blocks.compiled(_gradient_of_few, rule=rule)(batch, weights, found)
+    result = blocks.compiled_on_tensorflow(_gradient_of_few, rule=rule)(
+        batch, weights, found
+    )
     if not _may_have_many(batch, rule):
         return result
     return result + ops.cond(
-        found.most > blocks.FEW,
+        found.most > blocks.MOST_RANKS,
         lambda: dense.gradient(batch, margin, weights, coefficients, rule),
         lambda: ops.zeros_like(result),
     )

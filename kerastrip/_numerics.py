@@ -5,6 +5,7 @@ Everything here is `keras.ops` on tensors and works on every backend.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -119,6 +120,42 @@ def confirmed(known: Any, error: Callable[[], str]) -> Any:
 def nan_unless(known: Any, x: Any) -> Any:
     """`x`; where the scalar `known` is neither None nor true, NaN with gradient 0."""
     return x if known is None else ops.where(known, x, float("nan"))
+
+
+def with_gradient(rows: Any, values: Any, needed: Any, gradient: Callable) -> Any:
+    """`values`, with a gradient of one's own with respect to `rows`.
+
+    Args:
+        rows: what the gradient is for.
+        values: (batch,).
+        needed: a structure of all tensors that `gradient` works with.
+        gradient: from `needed` and weights (batch,) to the gradient of
+            sum(weights * values) for `rows`.
+    """
+    # On JAX all tensors that the gradient works with go in as arguments: a custom gradient
+    # inside of a compiled function may not read them from outside. TensorFlow and PyTorch
+    # read them from outside, so that they get no gradient themselves.
+    leaves = keras.tree.flatten((values, needed))
+    on_jax = keras.backend.backend() == "jax"
+    passed = [on_jax and ops.is_tensor(leaf) for leaf in leaves]
+
+    @ops.custom_gradient
+    def attach(rows: Any, *tensors: Any) -> Any:
+        given = iter(tensors)
+        refilled = [
+            next(given) if is_passed else leaf
+            for leaf, is_passed in zip(leaves, passed, strict=True)
+        ]
+        result, state = keras.tree.pack_sequence_as((values, needed), refilled)
+
+        def grad(*args: Any, upstream: Any = None) -> Any:
+            # PyTorch gives the rows as well, and the weights by name.
+            slope = gradient(state, args[0] if upstream is None else upstream)
+            return (slope, *(None for _ in tensors)) if tensors else slope
+
+        return result, grad
+
+    return attach(rows, *itertools.compress(leaves, passed))
 
 
 def plain(name: str, value: Any) -> Any:

@@ -13,7 +13,8 @@ batch size unknown when traced and compile under XLA. Second derivatives are not
 
 The way of a batch through the engine:
 
-    labels, embeddings      checked; cosine rows are brought to length 1/sqrt(2)
+    labels, embeddings      checked; cosine rows are brought to length 1/sqrt(2), so that
+                            their squared distance is 1 - cos
       -> ordered by label   so that a class is one stretch of rows (_mining_blocks)
       -> losses             one chosen negative per pair or anchor (_mining_pairs),
                             or all of the row (_mining_dense)
@@ -37,7 +38,13 @@ from kerastrip import _mining_census as census
 from kerastrip import _mining_dense as dense
 from kerastrip import _mining_pairs as pairs
 from kerastrip._mining_blocks import Batch, Rule
-from kerastrip._numerics import integer_labels, nan_unless, plain, safe_divide
+from kerastrip._numerics import (
+    integer_labels,
+    nan_unless,
+    plain,
+    safe_divide,
+    with_gradient,
+)
 from kerastrip.distances import DISTANCES, prepare
 
 __all__ = ["Census", "contrastive_losses", "triplet_census", "triplet_losses"]
@@ -100,11 +107,12 @@ def check_choice(mining: str, soft: bool, average_over: str) -> None:
 
 
 def _checked(labels: Any, embeddings: Any) -> tuple[Any, Any, Any]:
-    """Integer labels and embeddings as tensors of one length; whether they are labels.
+    """Integer labels and embeddings as tensors of one length; whether labels are valid.
 
-    The third is None, or a () bool tensor where the labels are not seen yet.
+    The third is None where that is certain, or a () bool tensor for `nan_unless` where
+    the labels are not seen yet.
     """
-    labels, known = integer_labels(labels)
+    labels, valid = integer_labels(labels)
     embeddings = ops.convert_to_tensor(plain("embeddings", embeddings))
     if len(embeddings.shape) != 2:
         raise ValueError(
@@ -125,13 +133,16 @@ def _checked(labels: Any, embeddings: Any) -> tuple[Any, Any, Any]:
             )
         )
     # Lengths known only at run time: the reshape fails where they differ.
-    return ops.reshape(labels, (ops.shape(embeddings)[0],)), embeddings, known
+    return ops.reshape(labels, (ops.shape(embeddings)[0],)), embeddings, valid
 
 
 def _mined(
     function: Callable, labels: Any, embeddings: Any, margin: Any, rule: Rule
 ) -> tuple[Any, Any]:
-    """What `function` finds in a batch that is checked; whether its labels are labels.
+    """What `function` finds in a batch that is checked; whether its labels are valid.
+
+    XLA compiles on JAX here, the whole function; on TensorFlow the parts that are worth
+    it (`blocks.compiled_on_tensorflow`), since this may be a part of a larger graph.
 
     Args:
         function: of labels (batch,), embeddings (batch, dim), margin and `rule=`.
@@ -141,21 +152,33 @@ def _mined(
     Returns:
         The result, and None or a () bool tensor for `nan_unless`.
     """
-    labels, embeddings, known = _checked(labels, embeddings)
+    labels, embeddings, valid = _checked(labels, embeddings)
     margin = ops.convert_to_tensor(margin, "float32")
     mine = blocks.compiled_on_jax(function, rule=rule)
-    return mine(labels, embeddings, margin), known
+    return mine(labels, embeddings, margin), valid
 
 
 def _ordered(labels: Any, rows: Any) -> _Ordered:
     given = ops.shape(rows)[0]
     order = blocks.order_by_label(labels, given, blocks.padded_size(given))
+    rows = _near_the_origin(ops.stop_gradient(rows))
     batch = Batch(
-        blocks.take_padded(ops.stop_gradient(rows), order),
+        blocks.take_padded(rows, order),
         blocks.take_padded(labels, order),
         ops.convert_to_tensor(given, "int32"),
     )
     return _Ordered(batch, order, blocks.inverse_order(order), given)
+
+
+def _near_the_origin(rows: Any) -> Any:
+    """Rows (batch, dim) moved by one vector of whole numbers, so that their mean is small.
+
+    Distances come from squares of lengths: far from the origin the small difference of
+    two rows would drown in them. A vector of whole numbers leaves whole numbers exact, and
+    rows of length 1 as they are, for which it is 0.
+    """
+    finite = ops.where(ops.isfinite(rows), rows, 0.0)
+    return rows - ops.round(ops.mean(finite, axis=0, keepdims=True))
 
 
 def triplet_census(
@@ -178,8 +201,8 @@ def triplet_census(
         distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`.
 
     Returns:
-        A `Census` of (batch,) tensors. They carry no gradient. Labels that are found
-        to be none while a function is traced make the distances NaN. An embedding with
+        A `Census` of (batch,) tensors. They carry no gradient. Labels that are
+        found to name no class in a compiled step make the distances NaN. An embedding with
         NaN or infinity makes `pos_dist` of its class and `neg_dist` of the other
         classes NaN or infinite, and the counts of these anchors then mean nothing.
 
@@ -201,24 +224,29 @@ def triplet_census(
     _checks.one_of("distance", distance, DISTANCES)
     _checks.number("margin", margin, above=0)
     rule = Rule("census", distance)
-    found, known = _mined(_counted, labels, embeddings, margin, rule)
+    found, valid = _mined(_counted, labels, embeddings, margin, rule)
     return found._replace(
-        pos_dist=nan_unless(known, found.pos_dist),
-        neg_dist=nan_unless(known, found.neg_dist),
+        pos_dist=nan_unless(valid, found.pos_dist),
+        neg_dist=nan_unless(valid, found.neg_dist),
     )
 
 
 def _counted(labels: Any, embeddings: Any, margin: Any, *, rule: Rule) -> Census:
     ordered = _ordered(labels, prepare(embeddings, rule.distance))
-    count = blocks.compiled(census.count, rooted=rule.rooted)
+    count = blocks.compiled_on_tensorflow(census.count, rooted=rule.rooted)
     counts, sums = count(ordered.batch, margin)  # (5, padded), (2, padded)
-    positives, negatives, hard, semi_hard, pairs = ops.unstack(
-        ordered.restore(counts, axis=1), 5
-    )
-    pos_dist, neg_dist = ops.unstack(ordered.restore(sums, axis=1), 2)
-    easy = positives * negatives - hard - semi_hard
+    counts = ops.unstack(ordered.restore(counts, axis=1), 5)
+    sums = ops.unstack(ordered.restore(sums, axis=1), 2)
+    positives, negatives, hard, semi_hard, with_semi_hard = counts
     return Census(
-        *(positives, negatives, easy, semi_hard, hard, pairs, pos_dist, neg_dist)
+        positives=positives,
+        negatives=negatives,
+        easy=positives * negatives - hard - semi_hard,
+        semi_hard=semi_hard,
+        hard=hard,
+        pairs_with_semi_hard=with_semi_hard,
+        pos_dist=sums[0],
+        neg_dist=sums[1],
     )
 
 
@@ -242,8 +270,8 @@ def triplet_losses(
     _checks.number("margin", margin, above=0)
     _checks.one_of("distance", distance, DISTANCES)
     rule = Rule(mining, distance, soft, average_over)
-    values, known = _mined(_losses, labels, embeddings, margin, rule)
-    return nan_unless(known, values)
+    values, valid = _mined(_losses, labels, embeddings, margin, rule)
+    return nan_unless(valid, values)
 
 
 def contrastive_losses(
@@ -263,18 +291,21 @@ def contrastive_losses(
     """
     _checks.one_of("average_over", average_over, AVERAGES)
     _checks.one_of("distance", distance, DISTANCES)
-    margins = [positive_margin, negative_margin]
+    margins = [
+        _checks.number("positive_margin", positive_margin, minimum=0),
+        _checks.number("negative_margin", negative_margin, above=0),
+    ]
     rule = Rule("contrastive", distance, average_over=average_over)
-    values, known = _mined(_losses, labels, embeddings, margins, rule)
-    return nan_unless(known, values)
+    values, valid = _mined(_losses, labels, embeddings, margins, rule)
+    return nan_unless(valid, values)
 
 
 def _losses(labels: Any, embeddings: Any, margin: Any, *, rule: Rule) -> Any:
     """(batch,) values of any rule, with their gradient."""
     rows = prepare(embeddings, rule.distance)  # (batch, dim)
     ordered = _ordered(labels, rows)
-    way = dense if rule.mining in ("all", "contrastive") else pairs
-    terms = way.losses(ordered.batch, margin, rule)
+    module = pairs if rule.by_pairs or rule.by_anchors else dense
+    terms = module.losses(ordered.batch, margin, rule)
     units = terms.units if rule.average_over == "all" else terms.active
     units = ops.sum(ops.cast(units, "float32"))
     scale = safe_divide(ops.cast(ordered.batch.size, "float32"), units)
@@ -282,8 +313,9 @@ def _losses(labels: Any, embeddings: Any, margin: Any, *, rule: Rule) -> Any:
     def gradient(needed: Any, weights: Any) -> Any:
         ordered, margin, scale, kept = needed
         weights = blocks.take_padded(weights * scale, ordered.order)
-        return ordered.restore(way.gradient(ordered.batch, margin, weights, kept, rule))
+        slopes = module.gradient(ordered.batch, margin, weights, kept, rule)
+        return ordered.restore(slopes)
 
     needed = ordered, margin, scale, terms.kept
     values = ordered.restore(terms.losses) * scale
-    return blocks.with_gradient(rows, values, needed, gradient)
+    return with_gradient(rows, values, needed, gradient)

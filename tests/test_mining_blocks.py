@@ -16,9 +16,9 @@ from kerastrip import _mining_blocks, mining
 def small_blocks(monkeypatch):
     """Blocks of 16 rows; what was compiled for others is left out."""
     monkeypatch.setattr(_mining_blocks, "block_rows", lambda padded: 16)
-    _mining_blocks.compiled.cache_clear()
+    _mining_blocks.compiled_on_tensorflow.cache_clear()
     yield
-    _mining_blocks.compiled.cache_clear()
+    _mining_blocks.compiled_on_tensorflow.cache_clear()
 
 
 def ragged_batch(rng, large=0, size=72):

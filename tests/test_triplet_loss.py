@@ -197,6 +197,16 @@ def test_near_duplicates_far_from_the_origin_are_measured_by_their_rows():
     np.testing.assert_allclose(gradient, slope, atol=1e-5)
 
 
+@pytest.mark.parametrize("word", mining.MININGS)
+@pytest.mark.parametrize("offset", [10.0, 100.0])
+def test_rows_that_share_an_offset_are_measured_as_those_without(word, offset, rng):
+    # In the squares of the lengths the distances would drown.
+    labels, rows = batch(rng)
+    rows = np.round(rows / 4, 2) + offset
+    rows = rows.astype(np.float32)
+    assert_like_the_loops(labels, rows, rng, mining=word, atol=1e-4)
+
+
 @pytest.mark.backend
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_other_float_types_are_measured_in_float32(dtype, rng):

@@ -42,8 +42,8 @@ class TripletLoss(LabelLoss):
     Corner cases: rows at distance 0 get a finite gradient (0 for that distance: it
     has no direction). Negatives at exactly the distance of the positive are hard, not
     semi-hard. Of equally near rows one is taken. Batches work best with several rows
-    per class (`PKSampler`). `"all"` takes time in proportion to the triplets; the
-    other words do so up to 64 positives per anchor and sort the row beyond.
+    per class (`PKSampler`). `"all"` takes time in proportion to the triplets, and so
+    do the two semi-hard words up to 64 positives of an anchor; beyond they sort the row.
 
     Args:
         margin: m, > 0, in units of the distance. Default 0.2, meant for embeddings of
