@@ -723,7 +723,7 @@ def test_a_late_batch_hook_raises_no_false_alarm():
 
     model, targets = build()
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="MiningStats")
+        warnings.filterwarnings("error", message="MiningStats|The embeddings")
         history = fit(model, targets, Late(), validation_data=(X, targets))
     assert {*KEYS, *(f"val_{key}" for key in KEYS)} <= set(history)
 

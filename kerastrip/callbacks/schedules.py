@@ -17,8 +17,8 @@ import keras
 
 from kerastrip import _checks
 from kerastrip._outputs import embedding_output
-from kerastrip.callbacks._attach import retrace
 from kerastrip.callbacks._copies import without_model
+from kerastrip.callbacks._traces import retrace
 from kerastrip.mining import MININGS
 
 
