@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -416,7 +417,9 @@ class MiningStats(keras.callbacks.Callback):
             for key, name in names.items()
             if f"{lead}{name}" in (logs or {})
         }
-        return found if any(found.values()) else {}
+        # A `History` of the user's own, listed before this callback, leaves out some.
+        is_part = 0 < len(found) < len(KEYS)
+        return found if is_part or any(found.values()) else {}
 
     def _drop_zeros(self, logs: Any, lead: str = "") -> None:
         """A model that does not count must not report zeros."""
@@ -438,8 +441,7 @@ class MiningStats(keras.callbacks.Callback):
                 "`self.compute_metrics(x, y, y_pred, sample_weight)`."
             )
             return
-        nan = float("nan")  # a `History` among the user's callbacks has left them out
-        norm, std = (figures.get(key, nan) for key in ("norm", "norm_std"))
+        norm, std = (figures.get(key, math.nan) for key in ("norm", "norm_std"))
         margin, distance = self.census.margin_and_distance()
         soft = getattr(self.census.output.loss, "soft", False)  # then no margin counts
         odd = norm < 0.5 or norm > 2 or std > _SAME_LENGTH * norm  # False for NaN
