@@ -18,15 +18,17 @@ How the figures of a batch travel, from the step of the model to the logs:
 
 The states of a `MiningStats`, and the hooks of Keras that lead from one to the next:
 
-                 on_train_begin             on_test_begin
-    detached ---------------------> in fit ---------------> in fit, validation
-       ^  ^  <--------------------- attached <------------- attached
-       |  |      on_train_end               on_test_end
-       |  |
-       |  `-- on_test_end ----- attached <---- on_test_begin ---- detached
-       |                     in evaluate alone
-       |
-       `----- set_model, detach() or the MiningStats of another run, after an exception
+    detached -- on_train_begin --> training -- on_train_end --> detached
+                                    |    ^
+                      on_test_begin |    | on_test_end
+                                    v    |
+                                  validating
+
+    detached -- on_test_begin --> evaluating -- on_test_end --> detached
+
+After an exception Keras calls no hook, so the census stays attached. It goes when
+`set_model` announces another run of the same callback, when the `MiningStats` of another
+run comes to the model, or with `detach()`.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ import functools
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -51,6 +53,16 @@ from kerastrip.metrics import FRACTIONS, KEYS, TripletCensus
 _SAME_LENGTH = 0.01
 
 
+class _Settings(NamedTuple):
+    """The arguments of a `MiningStats` that its census depends on."""
+
+    margin: float | None
+    distance: str | None
+    output: int | str | None
+    prefix: str
+    per_batch: bool
+
+
 class _OutputCensus(TripletCensus):
     """The census of one output of a model, at the margin and distance of its loss.
 
@@ -59,40 +71,25 @@ class _OutputCensus(TripletCensus):
 
     Args:
         output: the output to count.
-        settings: of the `MiningStats`, see there.
+        settings: of the `MiningStats`.
     """
 
-    def __init__(self, output: Output, settings: tuple[Any, ...]) -> None:
+    def __init__(self, output: Output, settings: _Settings) -> None:
         self.output, self.settings = output, settings
-        *_, prefix, self._per_batch = settings
         super().__init__(
             *self.margin_and_distance(),
             gather=getattr(output.loss, "gather", False),
-            prefix=prefix,
-            name=f"{prefix}triplet_census",
+            prefix=settings.prefix,
+            name=f"{settings.prefix}triplet_census",
         )
 
     def margin_and_distance(self) -> tuple[float, str]:
-        """Those that were given to the `MiningStats`, else those that the loss has now."""
-        margin, distance, *_ = self.settings
+        """What the `MiningStats` was given, else what the loss has at this moment."""
+        loss, given = self.output.loss, self.settings
         return (
-            self._given_or_of_loss("margin", margin),
-            self._given_or_of_loss("distance", distance),
+            _given_or_of_loss("margin", given.margin, loss),
+            _given_or_of_loss("distance", given.distance, loss),
         )
-
-    def _given_or_of_loss(self, name: str, given: Any) -> Any:
-        loss = self.output.loss
-        value = getattr(loss, name, None) if given is None else given
-        if value is None:
-            loss = getattr(loss, "name", None) or getattr(loss, "__name__", loss)
-            raise ValueError(
-                _checks.message(
-                    name,
-                    f"a loss with a {name}, as TripletLoss, or MiningStats({name}=...)",
-                    _checks.Told(f"the loss {loss!r}, which has none"),
-                )
-            )
-        return value
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         # Read here, when a step is traced, since MarginSchedule changes the loss.
@@ -102,7 +99,22 @@ class _OutputCensus(TripletCensus):
 
     def of_step(self) -> dict[str, Any]:
         """What the logs of a step shall hold instead of the figures of the epoch so far."""
-        return self.of_latest_batch() if self._per_batch else {}
+        return self.of_latest_batch() if self.settings.per_batch else {}
+
+
+def _given_or_of_loss(name: str, given: Any, loss: Any) -> Any:
+    """The argument `name` of a `MiningStats`, or else the attribute of its loss."""
+    value = getattr(loss, name, None) if given is None else given
+    if value is None:
+        loss = getattr(loss, "name", None) or getattr(loss, "__name__", loss)
+        raise ValueError(
+            _checks.message(
+                name,
+                f"a loss with a {name}, as TripletLoss, or MiningStats({name}=...)",
+                _checks.Told(f"the loss {loss!r}, which has none"),
+            )
+        )
+    return value
 
 
 class _Tap:
@@ -165,8 +177,11 @@ class _Tap:
         self._model._metrics.remove(census)
         self._traces.use(list(self.attached.values()))
 
-    def _census(self, output: Output, settings: tuple[Any, ...]) -> _OutputCensus:
-        """That of an earlier run serves again: its variables are part of the traces."""
+    def _census(self, output: Output, settings: _Settings) -> _OutputCensus:
+        """A census of these settings that is not in use.
+
+        The census of an earlier run serves again: its variables are part of the traces.
+        """
         in_use = self.attached.values()
         for census in self._traces.things():
             if census.settings == settings and census not in in_use:
@@ -176,22 +191,23 @@ class _Tap:
             return _OutputCensus(output, settings)
 
     def _check_prefix(self, census: TripletCensus) -> None:
-        for metric in self._model.metrics:
-            for other in (metric, *getattr(metric, "metrics", ())):
-                if (
-                    isinstance(other, TripletCensus)
-                    and other is not census
-                    and other.prefix == census.prefix
-                ):
-                    raise ValueError(
-                        _checks.message(
-                            "prefix",
-                            "one that no other census of this model has",
-                            census.prefix,
-                            f"Two would report {census.keys[0]!r}: give one of them "
-                            "prefix='second_'.",
-                        )
-                    )
+        """Two censuses of a model, those given to `compile` included, need two prefixes."""
+        taken = [
+            other.prefix
+            for metric in self._model.metrics
+            for other in (metric, *getattr(metric, "metrics", ()))
+            if isinstance(other, TripletCensus) and other is not census
+        ]
+        if census.prefix in taken:
+            raise ValueError(
+                _checks.message(
+                    "prefix",
+                    "one that no other census of this model has",
+                    census.prefix,
+                    f"Two would report {census.keys[0]!r}: give one of them "
+                    "prefix='second_'.",
+                )
+            )
 
 
 class _Bar:
@@ -338,9 +354,11 @@ class MiningStats(keras.callbacks.Callback):
         return {**without_model(self), **run}
 
     @property
-    def settings(self) -> tuple[Any, ...]:
-        """What a census of this callback is made from, and fixed in a trace."""
-        return self.margin, self.distance, self.output, self.prefix, self.per_batch
+    def settings(self) -> _Settings:
+        """The arguments that the census depends on."""
+        return _Settings(
+            self.margin, self.distance, self.output, self.prefix, self.per_batch
+        )
 
     def detach(self) -> None:
         """Take the census off the model; without effect where none is attached."""
