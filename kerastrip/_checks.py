@@ -80,6 +80,13 @@ def boolean(name: str, value: Any) -> bool:
     return value
 
 
+def text(name: str, value: Any, advice: str = "") -> str:
+    """`value` if it is a str; TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError(message(name, "a str", value, advice))
+    return value
+
+
 def integer(name: str, value: Any, minimum: int | None = None, advice: str = "") -> int:
     """`value` as int, at least `minimum`; TypeError for anything but an integer."""
     expected = "an integer" if minimum is None else f"an integer of at least {minimum}"

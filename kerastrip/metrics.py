@@ -15,46 +15,28 @@ from kerastrip._replicas import gathered, whole
 from kerastrip.distances import DISTANCES
 from kerastrip.mining import Census, triplet_census
 
-Others = Any
-
-KEYS = (
-    "easy",
-    "semi_hard",
-    "hard",
-    "active",
-    "pairs_with_semi_hard",
-    "anchors_without_positive",
-    "pos_dist",
-    "neg_dist",
-    "norm",
-    "norm_std",
-    "spread",
-    "effective_dim",
-)
-
-# What is summed over rows and batches; every figure is a ratio of two of these.
-_COUNTS = (
-    "triplets",
-    "easy",
-    "semi_hard",
-    "hard",
-    "pairs",
-    "pairs_with_semi_hard",
-    "negative_pairs",
-    "lonely",
-    "rows",
-    "from_memory",
-)
-_SUMS = (
-    *_COUNTS,
-    "pos_dist",
-    "neg_dist",
-    "norm",
-    "norm_apart",
-    "spread",
-    "dimensions",
-    "batches",
-)
+# Every figure is the sum of its own name, over rows and batches, divided by another sum.
+# Whoever adds one adds a line here, the two sums in `_counts` or `_measure`, and a line in
+# the table of `TripletCensus`.
+_DIVIDED_BY = {
+    "easy": "triplets",
+    "semi_hard": "triplets",
+    "hard": "triplets",
+    "active": "triplets",
+    "pairs_with_semi_hard": "pairs",
+    "anchors_without_positive": "rows",
+    "pos_dist": "pairs",
+    "neg_dist": "negative_pairs",
+    "norm": "rows",
+    "norm_std": "rows",
+    "spread": "rows",
+    "effective_dim": "batches",
+}
+KEYS = tuple(_DIVIDED_BY)
+# The three kinds of triplets: their fractions sum to 1.
+FRACTIONS = ("easy", "semi_hard", "hard")
+# The places of the sums in the state of the metric.
+_SUMS = tuple(dict.fromkeys((*KEYS, *_DIVIDED_BY.values())))
 
 
 def _effective_dim(rows: Any, total: Any) -> Any:
@@ -75,24 +57,67 @@ def _effective_dim(rows: Any, total: Any) -> Any:
     return 1.0 / ops.maximum(squares, 1e-30)
 
 
-def _triplets_within(labels: Any) -> Any:
-    """(batch,) int32: triplets of every anchor with rows of the batch alone."""
-    ordered = ops.sort(labels)
-    first, stop = (
-        ops.cast(ops.searchsorted(ordered, labels, side), "int32")
-        for side in ("left", "right")
+def _counts(census: Census) -> dict[str, Any]:
+    """What is counted in every row: (batch,) int32 each."""
+    return {
+        "triplets": census.positives * census.negatives,
+        "easy": census.easy,
+        "semi_hard": census.semi_hard,
+        "hard": census.hard,
+        "active": census.semi_hard + census.hard,
+        "pairs_with_semi_hard": census.pairs_with_semi_hard,
+        "anchors_without_positive": ops.cast(ops.equal(census.positives, 0), "int32"),
+        "pairs": census.positives,
+        "negative_pairs": census.negatives,
+        "rows": ops.ones_like(census.positives),
+    }
+
+
+def _exact_halves(counts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sum of every count as two float32 scalars, which together are exact.
+
+    An int32 sum would overflow and a float32 sum would round. So c = 65536 u + l is
+    taken apart in every row: 3,000 rows of 10^9 = 65536 * 15258 + 51712 triplets have
+    the halves 65536 * 45,774,000 and 155,136,000.
+    """
+    rows = ops.stack(list(counts.values()))  # (counts, batch)
+    upper = ops.floor_divide(rows, 65536)
+    halves = (
+        65536.0 * ops.cast(ops.sum(upper, axis=1), "float32"),
+        ops.cast(ops.sum(rows - 65536 * upper, axis=1), "float32"),
     )
-    return (stop - first - 1) * (ops.shape(labels)[0] - (stop - first))
+    return [
+        dict(zip(counts, ops.unstack(half, len(counts)), strict=True))
+        for half in halves
+    ]
+
+
+def _cloud(embeddings: Any, own_part: Callable[[Any], Any]) -> dict[str, Any]:
+    """Sums that tell where the rows of the batch lie, without their labels: scalars.
+
+    Args:
+        embeddings: (batch, dim) float32.
+        own_part: takes the rows of this replica.
+    """
+    squares = ops.sum(ops.square(embeddings), axis=1)  # (batch,)
+    lengths = ops.sqrt(squares)
+    centred = embeddings - ops.mean(embeddings, axis=0, keepdims=True)
+    apart = ops.sum(ops.square(centred), axis=1)  # (batch,)
+    spread = ops.sum(apart)
+    # Below the rounding of the mean the rows are one point, of no dimension.
+    is_point = spread <= 1e-12 * ops.sum(squares)
+    return {
+        "norm": ops.sum(own_part(lengths)),
+        "norm_std": ops.sum(own_part(ops.square(lengths - ops.mean(lengths)))),
+        "spread": ops.sum(own_part(apart)),
+        "effective_dim": ops.where(is_point, 0.0, _effective_dim(centred, spread)),
+        "batches": ops.ones_like(spread),
+    }
 
 
 def _measure(
-    labels: Any,
-    embeddings: Any,
-    margin: float,
-    distance: str,
-    gather: bool,
-    others: Others | None,
-) -> tuple:
+    labels: Any, embeddings: Any, margin: float, distance: str, gather: bool
+) -> tuple[Any, Any]:
     """The sums of one batch as two float32 vectors whose sum is exact for counts.
 
     With `gather` they are sums over the rows of this replica, whose triplets are those
@@ -107,55 +132,20 @@ def _measure(
         labels, embeddings, own_part = gathered(labels, embeddings)
     census = triplet_census(labels, embeddings, margin=margin, distance=distance)
     census = Census(*(own_part(field) for field in census))
-    triplets = census.positives * census.negatives
-    within = triplets if others is None else _triplets_within(labels)
-    counts = ops.stack(
-        [
-            triplets,
-            census.easy,
-            census.semi_hard,
-            census.hard,
-            census.positives,
-            census.pairs_with_semi_hard,
-            census.negatives,
-            ops.cast(ops.equal(census.positives, 0), "int32"),
-            ops.ones_like(census.positives),
-            triplets - within,
-        ]
-    )
-    # An int32 sum would overflow and a float32 sum would round: sum the two halves.
-    upper = ops.floor_divide(counts, 65536)
-    lower = ops.cast(ops.sum(counts - 65536 * upper, axis=1), "float32")
-    upper = 65536.0 * ops.cast(ops.sum(upper, axis=1), "float32")
-
-    squares = ops.sum(ops.square(embeddings), axis=1)
-    lengths = ops.sqrt(squares)
-    lengths_apart = ops.square(lengths - ops.mean(lengths))
-    centred = embeddings - ops.mean(embeddings, axis=0, keepdims=True)
-    apart = ops.sum(ops.square(centred), axis=1)
-    spread = ops.sum(apart)
-    # Below the rounding of the mean the rows are one point, of no dimension.
-    is_point = spread <= 1e-12 * ops.sum(squares)
-    dimension = ops.where(is_point, 0.0, _effective_dim(centred, spread))
-    sums = ops.stack(
-        [
-            ops.sum(census.pos_dist),
-            ops.sum(census.neg_dist),
-            ops.sum(own_part(lengths)),
-            ops.sum(own_part(lengths_apart)),
-            ops.sum(own_part(apart)),
-            dimension,
-            ops.ones_like(spread),
-        ]
-    )
+    upper, lower = _exact_halves(_counts(census))
+    sums = {
+        **upper,
+        **_cloud(embeddings, own_part),
+        "pos_dist": ops.sum(census.pos_dist),
+        "neg_dist": ops.sum(census.neg_dist),
+    }
+    value = ops.stack([sums[name] for name in _SUMS])
+    rest = ops.stack([lower.get(name, ops.zeros(())) for name in _SUMS])
     # A comparison with NaN counts as false, so that the counts look like figures: one
     # number that is not finite makes NaN of all of them. (0 * x would not do: TensorFlow's
     # graph optimiser turns it into 0.)
-    is_finite = ops.isfinite(ops.sum(squares) + ops.sum(sums[:2]))
-    upper = upper + ops.where(is_finite, 0.0, float("nan"))
-    sums = sums + ops.where(is_finite, 0.0, float("nan"))
-    zeros = ops.zeros_like(sums)
-    return ops.concatenate([upper, sums]), ops.concatenate([lower, zeros])
+    is_finite = ops.isfinite(ops.sum(value))
+    return value + ops.where(is_finite, 0.0, float("nan")), rest
 
 
 def _rounding_error(total: Any, value: Any) -> Any:
@@ -168,25 +158,12 @@ def _rounding_error(total: Any, value: Any) -> Any:
 def _figures(totals: Any) -> dict[str, Any]:
     """The ratios from the summed vector."""
     value = dict(zip(_SUMS, ops.unstack(totals, len(_SUMS)), strict=True))
-
-    def ratio(part: Any, whole: str) -> Any:
-        return part / ops.maximum(value[whole], 1.0)
-
-    return {
-        "easy": ratio(value["easy"], "triplets"),
-        "semi_hard": ratio(value["semi_hard"], "triplets"),
-        "hard": ratio(value["hard"], "triplets"),
-        "active": ratio(value["semi_hard"] + value["hard"], "triplets"),
-        "pairs_with_semi_hard": ratio(value["pairs_with_semi_hard"], "pairs"),
-        "anchors_without_positive": ratio(value["lonely"], "rows"),
-        "pos_dist": ratio(value["pos_dist"], "pairs"),
-        "neg_dist": ratio(value["neg_dist"], "negative_pairs"),
-        "norm": ratio(value["norm"], "rows"),
-        "norm_std": ops.sqrt(ratio(value["norm_apart"], "rows")),
-        "spread": ratio(value["spread"], "rows"),
-        "effective_dim": ratio(value["dimensions"], "batches"),
-        "from_memory": ratio(value["from_memory"], "triplets"),
+    figures = {
+        key: value[key] / ops.maximum(value[name], 1.0)
+        for key, name in _DIVIDED_BY.items()
     }
+    figures["norm_std"] = ops.sqrt(figures["norm_std"])  # a mean of squares so far
+    return figures
 
 
 @keras.saving.register_keras_serializable(package="kerastrip")
@@ -250,14 +227,7 @@ class TripletCensus(keras.metrics.Metric):
         self.margin = _checks.number("margin", margin, above=0)
         self.distance = _checks.one_of("distance", distance, DISTANCES)
         self.gather = _checks.boolean("gather", gather)
-        if not isinstance(prefix, str):
-            raise TypeError(_checks.message("prefix", "a str", prefix))
-        self.prefix = prefix
-        # Takes this metric's part from whole targets and outputs: MiningStats sets
-        # it, because training steps hand every metric all of them.
-        self.take: Callable[[Any], Any] = whole
-        # Set by MiningStats, too, for a loss that mines in a memory and reports it.
-        self.with_memory = False
+        self.prefix = _checks.text("prefix", prefix)
         self._total, self._rest, self._latest = (
             self.add_variable((len(_SUMS),), "zeros", "float32", name=name)
             for name in ("total", "rest", "latest")
@@ -266,8 +236,7 @@ class TripletCensus(keras.metrics.Metric):
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of `result()`."""
-        keys = (*KEYS, "from_memory") if self.with_memory else KEYS
-        return tuple(f"{self.prefix}{key}" for key in keys)
+        return tuple(f"{self.prefix}{key}" for key in KEYS)
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         """Count one batch.
@@ -277,24 +246,12 @@ class TripletCensus(keras.metrics.Metric):
             y_pred: embeddings (batch, dim).
             sample_weight: ignored.
         """
-        self._count(self.take(y_true), self.take(y_pred), self.gather)
-
-    def update_with(self, labels: Any, embeddings: Any, others: Others) -> None:
-        """Count one batch, gathered already, with remembered rows beside it.
-
-        Args:
-            labels: (batch,) integers.
-            embeddings: (batch, dim).
-            others: the rows beside the batch.
-        """
-        self._count(labels, embeddings, False, others)
+        self._count(y_true, y_pred, self.margin, self.distance)
 
     def _count(
-        self, labels: Any, embeddings: Any, gather: bool, others: Others | None = None
+        self, labels: Any, embeddings: Any, margin: float, distance: str
     ) -> None:
-        value, rest = _measure(
-            labels, embeddings, self.margin, self.distance, gather, others
-        )
+        value, rest = _measure(labels, embeddings, margin, distance, self.gather)
         error = _rounding_error(self._total, value)
         self._total.assign_add(value)
         self._rest.assign_add(error + rest)
@@ -309,8 +266,7 @@ class TripletCensus(keras.metrics.Metric):
         return self._report(self._latest + 0.0)
 
     def _report(self, totals: Any) -> dict[str, Any]:
-        figures = _figures(totals)
-        return {key: figures[key.removeprefix(self.prefix)] for key in self.keys}
+        return dict(zip(self.keys, _figures(totals).values(), strict=True))
 
     def get_config(self) -> dict[str, Any]:
         """Everything the constructor takes."""

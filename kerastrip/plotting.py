@@ -23,6 +23,7 @@ from kerastrip._neighbours import confusions, nearest_others, spread_rows
 from kerastrip._pictures import pictures
 from kerastrip.evaluation import label_table
 from kerastrip.inference import embeddings_array
+from kerastrip.metrics import FRACTIONS as FRACTIONS
 from kerastrip.sources import as_source
 from kerastrip.verification import VerificationCurve
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FRACTIONS = ("easy", "semi_hard", "hard")
 COLOURS = {"easy": "#c9d3dc", "semi_hard": "#f2a541", "hard": "#c8413b"}
 SAME, DIFFERENT = "#2f7d4f", "#c8413b"
 # Points of a curve that are drawn: more than a screen has.

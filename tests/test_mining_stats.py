@@ -585,10 +585,12 @@ def test_two_at_once_keep_their_traces_and_do_not_mix():
         [MiningStats(), MiningStats(**wide)],
         [MiningStats(), MiningStats(**wide)],
         [MiningStats(**wide), MiningStats()],
+        [MiningStats(margin=1.0)],
         loss=Marked,
     )
     assert told[1] == (told[0][0], 0)
     assert told[2][0] == told[0][0]
+    assert told[3][0]["active"] == told[0][0]["wide_active"]
 
 
 @pytest.mark.parametrize("used", [False, True])
@@ -714,7 +716,7 @@ def test_a_late_batch_hook_raises_no_false_alarm():
 
     model, targets = build()
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="MiningStats")
+        warnings.filterwarnings("error", message="MiningStats|The embeddings")
         history = fit(model, targets, Late(), validation_data=(X, targets))
     assert {*KEYS, *(f"val_{key}" for key in KEYS)} <= set(history)
 
@@ -787,6 +789,9 @@ def test_no_warning_for_unit_length():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The embeddings|MiningStats")
         fit(model, targets)
+        # A `History` in front leaves the bar's figures alone: here nothing but zeros.
+        stats = MiningStats(margin=1e-6, show=["semi_hard"])
+        fit(model, targets, stats, callbacks=[keras.callbacks.History()])
 
 
 def plain(loss):

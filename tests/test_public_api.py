@@ -61,7 +61,7 @@ BELOW = {
     "verification": {"evaluation"},
     "_pictures": set(),
     "_neighbours": {"inference"},
-    "plotting": {"verification", "_files", "_pictures", "_neighbours"},
+    "plotting": {"verification", "metrics", "_files", "_pictures", "_neighbours"},
     "callbacks": {"metrics", "plotting", "recalibration"},
 }
 BELOW["__init__"] = set(BELOW)

@@ -10,19 +10,9 @@ import keras
 from kerastrip import _checks
 from kerastrip._outputs import embedding_output
 from kerastrip.callbacks._copies import without_model
+from kerastrip.metrics import KEYS
 
 ACTIONS = ("warn", "stop", "reduce_lr")
-
-_READ = (
-    "easy",
-    "hard",
-    "active",
-    "pos_dist",
-    "neg_dist",
-    "norm",
-    "spread",
-    "effective_dim",
-)
 
 # Healthy training from scratch starts at a spread of 0.01 to 0.1 and passes 0.002 on
 # the way when mining is hard; what has collapsed stays under 0.0005.
@@ -31,6 +21,35 @@ _LINE = 1.1
 _LOSS_TOLERANCE = 0.05
 _CHANCE = 0.02
 _IDLE = 1e-4
+
+# What to try, in this order.
+_REMEDIES = {
+    "not_finite": (
+        "look for NaN and missing values in the inputs (and for a division by a "
+        "deviation of 0), look for labels that name no class (rows that are not "
+        "one-hot, fractions): compile with run_eagerly=True to have the row named, "
+        "{lower_rate}, clip the gradients (clipnorm=1.0), with mixed precision take "
+        "bfloat16 for float16, and go back to weights saved before"
+    ),
+    "exploded": (
+        'end the embedding with UnitNormalization(dtype="float32"), {lower_rate}, clip '
+        "the gradients (clipnorm=1.0)"
+    ),
+    "no_triplets": "draw P x K batches with PKSampler, check the labels",
+    "collapsed": (
+        "{lower_rate}, begin with mining='semi_hard' or 'all' and take 'hard' later "
+        "(MiningSchedule), put more classes into a batch, train a softmax head beside "
+        "the embedding"
+    ),
+    "at_chance": (
+        "check that labels and samples belong together and are shuffled as one, check "
+        "that the inputs reach the model scaled and not blank, raise the learning rate"
+    ),
+    "idle": (
+        "stop if retrieval is good enough, put more classes into a batch, mine 'hard', "
+        "raise the margin, augment more"
+    ),
+}
 
 
 class Alarm(NamedTuple):
@@ -53,10 +72,16 @@ class CollapseGuard(keras.callbacks.Callback):
     |---|---|
     | `not_finite` | NaN: an embedding of the epoch is NaN or infinite, or a label names no class |
     | `exploded` | `norm` over `max_norm` |
-    | `collapsed` | for `patience` epochs: while `easy` < 0.5, `spread` under 0.001 `norm`^2 (a point), or `effective_dim` under 1.1 (a line, told for embeddings of 3 and more dimensions); or the loss within 5 % of the margin (of ln 2 if it is soft) while `hard` > 0.95 or both distances are under a tenth of the margin |
+    | `collapsed` | for `patience` epochs: a point, a line or a loss that is stuck, see below |
     | `at_chance` | for `chance_patience` epochs: `hard` within 0.02 of 0.5 and `pos_dist` within 2 % of `neg_dist`: the embedding knows nothing of the labels, as with permuted labels |
     | `no_triplets` | no batch of the epoch holds a triplet |
     | `idle` | for `idle_patience` epochs: `active` under 0.0001: every triplet is easy |
+
+    An embedding has collapsed to a point if its `spread` is under 0.001 `norm`^2, and to a
+    line if its `effective_dim` is under 1.1 (told for embeddings of 3 and more
+    dimensions), both only while `easy` is under 0.5. The loss is stuck if it is within 5 %
+    of the margin (of ln 2 if it is soft) while `hard` is over 0.95 or both distances are
+    under a tenth of the margin.
 
     Args:
         action: what to do at an alarm: `"warn"`; `"stop"` the training; or
@@ -106,12 +131,11 @@ class CollapseGuard(keras.callbacks.Callback):
         }
         self.max_norm = _checks.number("max_norm", max_norm, above=0)
         self.factor = _checks.number("factor", factor, above=0, below=1)
-        if not isinstance(prefix, str):
-            raise TypeError(_checks.message("prefix", "a str", prefix))
-        self.prefix = prefix
+        self.prefix = _checks.text("prefix", prefix)
         self.output = output
         self.alarms: list[Alarm] = []
-        self._streaks = dict.fromkeys(self.patience, 0)
+        self._kind: str | None = None  # what the latest epoch showed,
+        self._epochs = 0  # and how many epochs in a row
         self._told = False
         self._where: Any = None  # the output it watches
 
@@ -120,13 +144,14 @@ class CollapseGuard(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._where = embedding_output(self.model, self.output)
-        self._streaks = dict.fromkeys(self.patience, 0)
+        self._kind, self._epochs = None, 0
         self._told = False
         self.alarms = []
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         logs = logs or {}
-        missing = [self.prefix + n for n in _READ if self.prefix + n not in logs]
+        names = {key: self.prefix + key for key in KEYS}
+        missing = [name for name in names.values() if name not in logs]
         if missing:
             if not self._told:
                 self._told = True
@@ -136,81 +161,46 @@ class CollapseGuard(keras.callbacks.Callback):
                     f"({self.prefix!r})."
                 )
             return
-        figures = {name: logs[self.prefix + name] for name in _READ}
+        figures = {key: logs[name] for key, name in names.items()}
         figures["loss"] = logs.get(self._where.loss_key, math.nan)
-        state = self._diagnose(figures)
-        found = None if state is None else state[0]
-        for kind in self._streaks:
-            self._streaks[kind] = self._streaks[kind] + 1 if kind == found else 0
-        if state is not None and self._streaks[state[0]] == self.patience[state[0]]:
-            self._alarm(epoch, *state)
+        kind, seen = self._diagnose(figures)
+        self._epochs = self._epochs + 1 if kind == self._kind else 1
+        self._kind = kind
+        if kind is not None and self._epochs == self.patience[kind]:
+            self._alarm(epoch, kind, seen)
 
-    def _diagnose(self, now: dict[str, float]) -> tuple[str, str, str] | None:
-        """The worst thing these figures show: kind, what is seen, remedies."""
-        nothing = self._nothing_to_judge(now)
-        if nothing:
-            return nothing
+    def _diagnose(self, now: dict[str, float]) -> tuple[str | None, str]:
+        """The worst thing that these figures show, and it in words."""
+        if not math.isfinite(now["norm"]):
+            return "not_finite", (
+                "there is NaN or infinity in the embeddings, or a label names no class, "
+                "so no figure of this epoch counts"
+            )
+        if now["norm"] > self.max_norm:
+            return "exploded", (
+                f"the embeddings have a mean length of {now['norm']:.3g} (limit "
+                f"{self.max_norm:g})"
+            )
+        if now["easy"] + now["active"] == 0:
+            return "no_triplets", "no batch holds a triplet"
         collapse = self._collapse(now)
         if collapse:
-            return (
-                "collapsed",
-                f"the embedding has collapsed: {collapse}",
-                f"{self._lower_rate()}, begin with mining='semi_hard' or 'all' and "
-                "take 'hard' later (MiningSchedule), put more classes into a batch, "
-                "train a softmax head beside the embedding",
-            )
+            return "collapsed", f"the embedding has collapsed: {collapse}"
         if (
             abs(now["hard"] - 0.5) < _CHANCE
             and abs(now["pos_dist"] - now["neg_dist"]) < _CHANCE * now["neg_dist"]
         ):
-            return (
-                "at_chance",
+            return "at_chance", (
                 "the embedding knows nothing of the labels: a negative is nearer than "
                 f"a positive in {now['hard']:.1%} of the triplets (chance: 50%), mean "
-                f"distances {now['pos_dist']:.3g} and {now['neg_dist']:.3g}",
-                "check that labels and samples belong together and are shuffled as "
-                "one, check that the inputs reach the model scaled and not blank, "
-                "raise the learning rate",
+                f"distances {now['pos_dist']:.3g} and {now['neg_dist']:.3g}"
             )
         if now["active"] < _IDLE:
-            return (
-                "idle",
+            return "idle", (
                 f"all triplets but {now['active']:.1g} are easy, the loss has nothing "
-                "left to teach",
-                "stop if retrieval is good enough, put more classes into a batch, "
-                "mine 'hard', raise the margin, augment more",
+                "left to teach"
             )
-        return None
-
-    def _nothing_to_judge(self, now: dict[str, float]) -> tuple[str, str, str] | None:
-        """What keeps the other figures from meaning anything, told at once."""
-        if not math.isfinite(now["norm"]):
-            return (
-                "not_finite",
-                "there is NaN or infinity in the embeddings, or a label names no class, "
-                "so no figure of this epoch counts",
-                "look for NaN and missing values in the inputs (and for a division by "
-                "a deviation of 0), look for labels that name no class (rows that are "
-                "not one-hot, fractions): compile with run_eagerly=True to have the "
-                f"row named, {self._lower_rate()}, clip the gradients "
-                "(clipnorm=1.0), with mixed precision take bfloat16 for float16, and go "
-                "back to weights saved before",
-            )
-        if now["norm"] > self.max_norm:
-            return (
-                "exploded",
-                f"the embeddings have a mean length of {now['norm']:.3g} (limit "
-                f"{self.max_norm:g})",
-                'end the embedding with UnitNormalization(dtype="float32"), '
-                f"{self._lower_rate()}, clip the gradients (clipnorm=1.0)",
-            )
-        if now["easy"] + now["active"] == 0:
-            return (
-                "no_triplets",
-                "no batch holds a triplet",
-                "draw P x K batches with PKSampler, check the labels",
-            )
-        return None
+        return None, ""
 
     def _collapse(self, now: dict[str, float]) -> str:
         """In words, how the embedding is collapsed; '' if it is not."""
@@ -253,19 +243,18 @@ class CollapseGuard(keras.callbacks.Callback):
     def _rate(self) -> float:
         return float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
 
-    def _lower_rate(self) -> str:
-        return f"lower the learning rate to a tenth ({0.1 * self._rate():.2g})"
-
-    def _alarm(self, epoch: int, kind: str, seen: str, remedies: str) -> None:
+    def _alarm(self, epoch: int, kind: str, seen: str) -> None:
         lasted = self.patience[kind]
         since = f" for {lasted} epochs" if lasted > 1 else ""
+        rate = f"lower the learning rate to a tenth ({0.1 * self._rate():.2g})"
+        remedies = _REMEDIES[kind].format(lower_rate=rate)
         message = f"Epoch {epoch + 1}: {seen}{since}; in this order: {remedies}."
         if self.action == "stop":
             self.model.stop_training = True
             message += " Training stops here."
         elif self.action == "reduce_lr" and kind in ("exploded", "collapsed"):
             message += self._reduce_rate()
-            self._streaks[kind] = 0
+            self._epochs = 0  # a lower rate gets as many epochs to help
         self.alarms.append(Alarm(epoch, kind, message))
         _checks.warn(message)
 

@@ -1,22 +1,258 @@
-"""MiningStats: the state of the mining in the logs of fit and evaluate."""
+"""MiningStats: the state of the mining in the logs of fit and evaluate.
+
+How the figures of a batch travel, from the step of the model to the logs:
+
+    train_step, test_step (Keras)
+        | call model.compute_metrics(x, y, y_pred) with all targets and all outputs
+        v
+    _Tap               stands in for `compute_metrics` while something is attached
+        | census.update_state(y, y_pred), then the `compute_metrics` of the model
+        v
+    _OutputCensus      takes its output's part and adds up, at the loss's margin; it is
+        |              one of `model.metrics`, so Keras resets it and reads its result
+        v
+    logs               {"loss": ..., "easy": ..., "semi_hard": ...}, in this order to
+        |-> the callbacks of the user, MiningStats among them: it warns
+        |-> History     keeps all figures, then `_Bar` leaves out what is not in `show`
+        `-> progress bar
+
+The states of a `MiningStats`, and the hooks of Keras that lead from one to the next:
+
+    detached -- on_train_begin --> training -- on_train_end --> detached
+                                    |    ^
+                      on_test_begin |    | on_test_end
+                                    v    |
+                                  validating
+
+    detached -- on_test_begin --> evaluating -- on_test_end --> detached
+
+After an exception Keras calls no hook, so the census stays attached. It goes when
+`set_model` announces another run of the same callback, when the `MiningStats` of another
+run comes to the model, or with `detach()`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import math
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
 from kerastrip import _checks
-from kerastrip._outputs import embedding_output
-from kerastrip.callbacks import _attach
+from kerastrip._outputs import Output, embedding_output
 from kerastrip.callbacks._copies import without_model
+from kerastrip.callbacks._traces import Traces
 from kerastrip.distances import DISTANCES
-from kerastrip.metrics import KEYS
+from kerastrip.metrics import FRACTIONS, KEYS, TripletCensus
 
 # UnitNormalization in bfloat16 leaves the lengths within 0.4 % of 1.
 _SAME_LENGTH = 0.01
+
+
+class _Settings(NamedTuple):
+    """The arguments of a `MiningStats` that its census depends on."""
+
+    margin: float | None
+    distance: str | None
+    output: int | str | None
+    prefix: str
+    per_batch: bool
+
+
+class _OutputCensus(TripletCensus):
+    """The census of one output of a model, at the margin and distance of its loss.
+
+    A step hands every metric the targets and outputs of the whole model: the tap does,
+    and so does a `train_step` of one's own that updates the metrics of `self.metrics`.
+
+    Args:
+        output: the output to count.
+        settings: of the `MiningStats`.
+    """
+
+    def __init__(self, output: Output, settings: _Settings) -> None:
+        self.output, self.settings = output, settings
+        super().__init__(
+            *self.margin_and_distance(),
+            gather=getattr(output.loss, "gather", False),
+            prefix=settings.prefix,
+            name=f"{settings.prefix}triplet_census",
+        )
+
+    def margin_and_distance(self) -> tuple[float, str]:
+        """What the `MiningStats` was given, else what the loss has at this moment."""
+        loss, given = self.output.loss, self.settings
+        return (
+            _given_or_of_loss("margin", given.margin, loss),
+            _given_or_of_loss("distance", given.distance, loss),
+        )
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        # Read here, when a step is traced, since MarginSchedule changes the loss.
+        margin, distance = self.margin_and_distance()
+        take = self.output.take
+        self._count(take(y_true), take(y_pred), margin, distance)
+
+    def of_step(self) -> dict[str, Any]:
+        """What the logs of a step shall hold instead of the figures of the epoch so far."""
+        return self.of_latest_batch() if self.settings.per_batch else {}
+
+
+def _given_or_of_loss(name: str, given: Any, loss: Any) -> Any:
+    """The argument `name` of a `MiningStats`, or else the attribute of its loss."""
+    value = getattr(loss, name, None) if given is None else given
+    if value is None:
+        loss = getattr(loss, "name", None) or getattr(loss, "__name__", loss)
+        raise ValueError(
+            _checks.message(
+                name,
+                f"a loss with a {name}, as TripletLoss, or MiningStats({name}=...)",
+                _checks.Told(f"the loss {loss!r}, which has none"),
+            )
+        )
+    return value
+
+
+class _Tap:
+    """Counts the batches of a model for every `MiningStats` that is attached to it.
+
+    It is made once for a model and stays with it, for the sake of its traces. While
+    something is attached it stands in for `compute_metrics`, the documented place to
+    update metrics, which the steps of every backend call.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._traces = Traces(model)
+        self._original: Any = None  # `compute_metrics`, while something is attached
+        self._shadowed: Any = None  # what the user had put in its place, if anything
+        self.attached: dict[MiningStats, _OutputCensus] = {}
+
+    @classmethod
+    def of(cls, model: Any) -> _Tap:
+        """The tap of a model."""
+        # Past Keras' tracking of attributes, and no container: so it is never saved.
+        return model.__dict__.setdefault("mining_stats_tap", cls(model))
+
+    def __call__(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        for census in self.attached.values():
+            census.update_state(y, y_pred)
+        results = dict(self._original(x, y, y_pred, sample_weight))
+        for census in self.attached.values():
+            self._check_prefix(census)  # now the metrics of `compile` exist, too
+            results.update(census.of_step())
+        return results
+
+    def attach(self, stats: MiningStats) -> _OutputCensus:
+        """A census for these settings, which counts from now on."""
+        # Keras gives all callbacks of one run the same `params`: what has others is left
+        # over from a run that an exception has ended.
+        for other in [one for one in self.attached if one.params is not stats.params]:
+            self.detach(other)
+        output = embedding_output(self._model, stats.output)
+        census = self._census(output, stats.settings)
+        self._check_prefix(census)
+        if not self.attached:
+            self._shadowed = self._model.__dict__.get("compute_metrics")
+            self._original = self._model.compute_metrics
+            self._model.__dict__["compute_metrics"] = self
+        self.attached[stats] = census
+        self._model._metrics.append(census)
+        self._traces.use(list(self.attached.values()))
+        return census
+
+    def detach(self, stats: MiningStats) -> None:
+        """Undo `attach`; without effect where it is undone already."""
+        census = self.attached.pop(stats, None)
+        if census is None:
+            return
+        if not self.attached:
+            del self._model.__dict__["compute_metrics"]
+            if self._shadowed is not None:
+                self._model.__dict__["compute_metrics"] = self._shadowed
+        self._model._metrics.remove(census)
+        self._traces.use(list(self.attached.values()))
+
+    def _census(self, output: Output, settings: _Settings) -> _OutputCensus:
+        """A census of these settings that is not in use.
+
+        The census of an earlier run serves again: its variables are part of the traces.
+        """
+        in_use = self.attached.values()
+        for census in self._traces.things():
+            if census.settings == settings and census not in in_use:
+                return census
+        strategy = getattr(self._model, "distribute_strategy", None)
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
+            return _OutputCensus(output, settings)
+
+    def _check_prefix(self, census: TripletCensus) -> None:
+        """Two censuses of a model, those given to `compile` included, need two prefixes."""
+        taken = [
+            other.prefix
+            for metric in self._model.metrics
+            for other in (metric, *getattr(metric, "metrics", ()))
+            if isinstance(other, TripletCensus) and other is not census
+        ]
+        if census.prefix in taken:
+            raise ValueError(
+                _checks.message(
+                    "prefix",
+                    "one that no other census of this model has",
+                    census.prefix,
+                    f"Two would report {census.keys[0]!r}: give one of them "
+                    "prefix='second_'.",
+                )
+            )
+
+
+class _Bar:
+    """Lets the progress bar of a `fit` show some figures of the logs, and in order.
+
+    Keras hands one dict of logs from callback to callback: first the user's, then its
+    own `History`, last the progress bar. All but the last shall see all figures, and no
+    callback of ours can stand between the last two. So two hooks of this `History` take
+    out, when they are done, what the bar need not show.
+    """
+
+    _HOOKS = ("on_train_batch_end", "on_epoch_end")
+
+    def __init__(self, history: Any, shown: list[str], hidden: set[str]) -> None:
+        self._history, self._shown, self._hidden = history, shown, hidden
+        for name in self._HOOKS:
+            hook = functools.partial(self._then_arrange, getattr(history, name))
+            setattr(history, name, hook)
+
+    def _then_arrange(self, hook: Any, number: int, logs: Any = None) -> None:
+        hook(number, logs)
+        if logs:
+            _arrange(logs, self._shown, self._hidden)
+
+    def remove(self) -> None:
+        """Give the `History` its hooks back."""
+        for name in self._HOOKS:
+            vars(self._history).pop(name, None)
+
+
+def _arrange(logs: dict[str, Any], shown: list[str], hidden: set[str]) -> None:
+    """Put the keys `shown` first, in place, and take out the keys `hidden`.
+
+    Both are without `val_`; the figures of the validation come behind the others.
+    """
+
+    def place(key: str) -> tuple[bool, int]:
+        word = key.removeprefix("val_")
+        return key != word, shown.index(word) if word in shown else len(shown)
+
+    old = dict(logs)
+    logs.clear()
+    for key in sorted(old, key=place):
+        if key.removeprefix("val_") not in hidden:
+            logs[key] = old[key]
 
 
 class MiningStats(keras.callbacks.Callback):
@@ -35,9 +271,7 @@ class MiningStats(keras.callbacks.Callback):
     training step itself, at the margin and distance of the compiled loss, which
     they follow when a callback changes it. Under a `tf.distribute` strategy they are
     those within each replica, or those of the whole batch if the loss has
-    `gather=True`. With a loss that mines in an `EmbeddingMemory` the remembered rows
-    count as the loss sees them, and `from_memory` is the share of the triplets whose
-    positive or negative is one of them.
+    `gather=True`.
 
     It warns, once in a run, when the embeddings are not normalised although the margin
     is meant for length 1, when no batch of the training or of the validation holds
@@ -88,7 +322,7 @@ class MiningStats(keras.callbacks.Callback):
         *,
         output: int | str | None = None,
         prefix: str = "",
-        show: Sequence[str] = ("easy", "semi_hard", "hard", "spread"),
+        show: Sequence[str] = (*FRACTIONS, "spread"),
         per_batch: bool = False,
     ) -> None:
         super().__init__()
@@ -100,108 +334,40 @@ class MiningStats(keras.callbacks.Callback):
             raise TypeError(
                 _checks.message("output", "a position, a name or None", output)
             )
-        if not isinstance(prefix, str):
-            raise TypeError(_checks.message("prefix", "a str", prefix))
         if isinstance(show, str) or not isinstance(show, Sequence):
             raise TypeError(_checks.message("show", "a sequence of figures", show))
         for word in show:
-            _checks.one_of("show", word, (*KEYS, "from_memory"))
-        _checks.boolean("per_batch", per_batch)
+            _checks.one_of("show", word, KEYS)
         self.margin = margin
         self.distance = distance
         self.output = output
-        self.prefix = prefix
+        self.prefix = _checks.text("prefix", prefix)
         self.show = tuple(show)
-        self.per_batch = per_batch
+        self.per_batch = _checks.boolean("per_batch", per_batch)
         self.census: Any = None
-        self._where: Any = None  # the output it watches
-        self._target: Any = None  # the model it is attached to
-        self._bar: _attach.Bar | None = None
+        self._bar: _Bar | None = None
         self._fitting = False
-        self._phase = "train"
-        self._counted: set[str] = set()
-        self._checked: set[str] = set()
-        self._told: set[str] = set()
+        self._told: set[str] = set()  # what was checked and told in this run
 
     def __getstate__(self) -> dict[str, Any]:
-        run = dict.fromkeys(("census", "_where", "_target", "_bar"))
-        return {**without_model(self), **run, "_fitting": False}
+        run = {"census": None, "_bar": None, "_fitting": False}
+        return {**without_model(self), **run}
 
     @property
-    def settings(self) -> tuple[Any, ...]:
-        """What of it is fixed in a trace."""
-        return self.margin, self.distance, self.output, self.per_batch
-
-    def feed(self, y: Any, y_pred: Any) -> dict[str, Any]:
-        """Count one batch, inside the step; returns what to show for it."""
-        if not self.census.with_memory:  # else the loss has called `hear`
-            self._follow()
-            self.census.update_state(y, y_pred)
-        return self.census.of_latest_batch() if self.per_batch else {}
-
-    def hear(self, labels: Any, embeddings: Any, others: Any) -> None:
-        """Count one batch and what its loss remembers; the loss calls it."""
-        self._counted.add(self._phase)
-        self._follow()
-        self.census.update_with(labels, embeddings, others)
-
-    def _follow(self) -> None:
-        self.census.margin = self._setting("margin")
-        self.census.distance = self._setting("distance")
+    def settings(self) -> _Settings:
+        """The arguments that the census depends on."""
+        return _Settings(
+            self.margin, self.distance, self.output, self.prefix, self.per_batch
+        )
 
     def detach(self) -> None:
         """Take the census off the model; without effect where none is attached."""
-        model, self._target = self._target, None
-        if model is not None:
-            _attach.detach(model, self)
-            if self.census.with_memory:
-                self._where.loss.listeners.remove(self.hear)
+        if self.model is not None:
+            _Tap.of(self.model).detach(self)
 
     def _attach(self) -> None:
-        self.detach()
-        model = self.model
-        _attach.end_other_runs(model, self)
-        self._where = embedding_output(model, self.output)
-        loss = self._where.loss
-        # Only while it computes does a loss see what it has remembered.
-        memory = getattr(loss, "memory", None) is not None
-        self.census, self._counted = _attach.census_for(
-            model,
-            self._setting("margin"),
-            self._setting("distance"),
-            getattr(loss, "gather", False),
-            self.prefix,
-            memory,
-        )
-        self._follow()
-        self.census.take = self._take
-        _attach.attach(model, self)
-        self._target = model
-        if memory:
-            loss.listeners.append(self.hear)
-        self._checked = set()
-
-    def _take(self, structure: Any) -> Any:
-        """The embedding's part; runs whenever a batch is counted or that is traced."""
-        self._counted.add(self._phase)
-        return self._where.take(structure)
-
-    def _setting(self, name: str) -> Any:
-        """The argument `name`, or else the attribute of that name of the loss."""
-        given = getattr(self, name)
-        value = getattr(self._where.loss, name, None) if given is None else given
-        if value is None or callable(value):
-            loss = self._where.loss
-            loss = getattr(loss, "name", None) or getattr(loss, "__name__", loss)
-            has = "none" if value is None else "a callable"
-            raise ValueError(
-                _checks.message(
-                    name,
-                    f"a loss with a {name}, as TripletLoss, or MiningStats({name}=...)",
-                    _checks.Told(f"the loss {loss!r}, which has {has}"),
-                )
-            )
-        return value
+        if self not in _Tap.of(self.model).attached:
+            self.census = _Tap.of(self.model).attach(self)
 
     def set_model(self, model: Any) -> None:
         # Keras calls this first in a new run: what an interrupted one left is over.
@@ -217,57 +383,75 @@ class MiningStats(keras.callbacks.Callback):
             self._bar = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._fitting, self._phase = True, "train"
+        self._fitting = True
         self._attach()
         history = getattr(self.model, "history", None)
         if history is not None:
-            self._bar = _attach.Bar(history, *self._shown_and_hidden())
+            shown = self._shown()
+            self._bar = _Bar(history, shown, set(self.census.keys) - set(shown))
 
-    def _shown_and_hidden(self) -> tuple[list[str], set[str]]:
-        shown = [f"{self.prefix}{word}" for word in self.show]
-        return shown, set(self.census.keys) - set(shown)
+    def _shown(self) -> list[str]:
+        return [f"{self.prefix}{word}" for word in self.show]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        if self._target is None:  # an evaluation between two epochs replaced it
-            self._attach()
+        self._attach()  # an evaluation between two epochs may have replaced it
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         # In a thread beside the main one a warning could not show the user's line: there
         # it waits for the end of the epoch.
         if threading.current_thread() is threading.main_thread():
-            self._check("train", logs)
-        self._drop_zeros("train", logs)
+            self._check_once("train", logs)
+        self._drop_zeros(logs)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._check("train", logs)
-        self._drop_zeros("train", logs)
-        self._drop_zeros("test", logs, "val_")
-        self._check_figures("training", logs)
-        self._check_figures("validation", logs, "val_")
+        self._check_once("train", logs)
+        for phase, lead in (("training", ""), ("validation", "val_")):
+            self._drop_zeros(logs, lead)
+            self._check_figures(phase, logs, lead)
 
     def on_train_end(self, logs: Any = None) -> None:
         self._end()
 
     def on_test_begin(self, logs: Any = None) -> None:
-        if not self._fitting or self._target is None:
-            self._attach()
-        self._phase = "test"
+        self._attach()
 
     def on_test_end(self, logs: Any = None) -> None:
-        self._phase = "train"
-        self._check("test", logs)
+        self._check_once("test", logs)
         if not self._fitting:
             self._check_figures("evaluation", logs)
-            self.detach()
+            self._end()
             if logs:  # keep all: what stands behind it may want them
-                _attach.arrange(logs, self._shown_and_hidden()[0], set())
+                _arrange(logs, self._shown(), set())
 
-    def _check(self, phase: str, logs: Any) -> None:
+    def _figures(self, logs: Any, lead: str = "") -> dict[str, float]:
+        """The figures of these logs by their keys in `KEYS`; {} if none was counted.
+
+        A model that does not count reports 0 for all of them. Of what was counted,
+        only rows of length 0 that all have one label would look the same.
+        """
+        names = dict(zip(KEYS, self.census.keys, strict=True))
+        found = {
+            key: logs[f"{lead}{name}"]
+            for key, name in names.items()
+            if f"{lead}{name}" in (logs or {})
+        }
+        # A `History` of the user's own, listed before this callback, leaves out some.
+        is_part = 0 < len(found) < len(KEYS)
+        return found if is_part or any(found.values()) else {}
+
+    def _drop_zeros(self, logs: Any, lead: str = "") -> None:
+        """A model that does not count must not report zeros."""
+        if logs and not self._figures(logs, lead):
+            for key in self.census.keys:
+                logs.pop(f"{lead}{key}", None)
+
+    def _check_once(self, phase: str, logs: Any) -> None:
         """Once per run and phase: was anything counted, is it normalised?"""
-        if phase in self._checked:
+        if phase in self._told:
             return
-        self._checked.add(phase)
-        if phase not in self._counted:
+        self._told.add(phase)
+        figures = self._figures(logs)
+        if not figures:
             _checks.warn(
                 f"MiningStats has nothing to report for {phase}ing: the "
                 f"`{phase}_step` of this model calls neither `compute_metrics` nor "
@@ -275,26 +459,27 @@ class MiningStats(keras.callbacks.Callback):
                 "`self.compute_metrics(x, y, y_pred, sample_weight)`."
             )
             return
-        logs = logs or {}
-        norm, std = (logs.get(f"{self.prefix}{key}") for key in ("norm", "norm_std"))
-        soft = getattr(self._where.loss, "soft", False)  # then no margin counts
-        if norm is None or self.census.distance == "cosine" or soft:
-            return
+        norm, std = (figures.get(key, math.nan) for key in ("norm", "norm_std"))
+        margin, distance = self.census.margin_and_distance()
+        soft = getattr(self.census.output.loss, "soft", False)  # then no margin counts
         odd = norm < 0.5 or norm > 2 or std > _SAME_LENGTH * norm  # False for NaN
-        if self.census.margin < 2 and odd and "norm" not in self._told:
+        if not odd or margin >= 2 or soft or distance == "cosine":
+            return
+        if "norm" not in self._told:
             self._told.add("norm")
             _checks.warn(
                 f"The embeddings have a mean length of {norm:.3g} with a standard "
-                f"deviation of {std:.2g}, while a margin of {self.census.margin:g} "
-                f"with the {self.census.distance} distance is meant for length 1: end "
+                f"deviation of {std:.2g}, while a margin of {margin:g} "
+                f"with the {distance} distance is meant for length 1: end "
                 'the embedding with keras.layers.UnitNormalization(dtype="float32"), '
                 "or choose a margin of the size of the distances."
             )
 
     def _check_figures(self, phase: str, logs: Any, lead: str = "") -> None:
         """Once per run: NaN; and per phase: a loss of 0 out of nothing."""
+        figures = self._figures(logs, lead)
         easy, active, alone = (
-            (logs or {}).get(f"{lead}{self.prefix}{key}", 1.0)
+            figures.get(key, 1.0)
             for key in ("easy", "active", "anchors_without_positive")
         )
         if easy != easy and "nan" not in self._told:
@@ -314,21 +499,11 @@ class MiningStats(keras.callbacks.Callback):
             else "no batch with two rows of one label held a row of another label"
         )
         split = (
-            ""
-            if phase == "training"
-            else (
-                " (`validation_split` takes the last rows: if they are sorted, the last "
-                "labels alone)"
-            )
+            " (`validation_split` takes the last rows: if they are sorted, the last "
+            "labels alone)"
         )
         _checks.warn(
             f"No batch of the {phase} holds a triplet: {why}. So its loss says nothing "
             "of the embedding. Draw batches of several rows of several labels with "
-            f"PKSampler{split}."
+            f"PKSampler{'' if phase == 'training' else split}."
         )
-
-    def _drop_zeros(self, phase: str, logs: Any, lead: str = "") -> None:
-        """A model that does not count must not report zeros."""
-        if logs and phase not in self._counted:
-            for key in self.census.keys:
-                logs.pop(f"{lead}{key}", None)

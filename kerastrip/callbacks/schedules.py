@@ -17,8 +17,9 @@ import keras
 
 from kerastrip import _checks
 from kerastrip._outputs import embedding_output
-from kerastrip.callbacks._attach import retrace
 from kerastrip.callbacks._copies import without_model
+from kerastrip.callbacks._traces import retrace
+from kerastrip.metrics import FRACTIONS
 from kerastrip.mining import MININGS
 
 
@@ -94,7 +95,8 @@ class MarginSchedule(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         margin = self._lent.own
         if isinstance(self.schedule, Mapping):
-            margin = _latest(self.schedule, epoch, margin)
+            begun = [start for start in self.schedule if start <= epoch]
+            margin = self.schedule[max(begun)] if begun else margin
         else:
             if epoch > 0 and self._lent.latest is not None:
                 margin = self._lent.latest
@@ -170,10 +172,8 @@ class MiningSchedule(keras.callbacks.Callback):
             raise ValueError(_checks.message("stages", "at least one word", stages))
         for word in self.words:
             _checks.one_of("stages", word, MININGS)
-        if not isinstance(monitor, str):
-            raise TypeError(_checks.message("monitor", "a key of the logs", monitor))
         self.stages = stages
-        self.monitor = monitor
+        self.monitor = _checks.text("monitor", monitor)
         self.below = _checks.number("below", below)
         self.patience = _checks.integer("patience", patience, 1)
         self.output = output
@@ -270,12 +270,6 @@ def _check_epochs(name: str, schedule: Mapping[int, Any]) -> None:
         _checks.integer(name, epoch, 0, "The keys are epochs, counted from 0.")
 
 
-def _latest(schedule: Mapping[int, Any], epoch: int, otherwise: Any) -> Any:
-    """What holds at `epoch`: the entry of the last epoch not after it."""
-    begun = [start for start in schedule if start <= epoch]
-    return schedule[max(begun)] if begun else otherwise
-
-
 def _loss_with(model: Any, attribute: str, output: int | str | None) -> Any:
     """The compiled loss of the embedding, which must have `attribute`."""
     loss = embedding_output(model, output).loss
@@ -295,6 +289,6 @@ def _loss_with(model: Any, attribute: str, output: int | str | None) -> Any:
 def _has_nan(logs: Mapping[str, float]) -> bool:
     """Whether the training has gone wrong: the loss or the census of the logs is NaN."""
     return any(
-        value != value and key.endswith(("loss", "semi_hard"))
+        value != value and key.endswith(("loss", *FRACTIONS))
         for key, value in logs.items()
     )
