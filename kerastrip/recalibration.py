@@ -21,6 +21,7 @@ from kerastrip import _checks
 from kerastrip._outputs import embedding_output
 from kerastrip.distances import DISTANCES
 from kerastrip.inference import (
+    batches_of,
     is_batches,
     is_sampler,
     row_distances,
@@ -189,13 +190,11 @@ def _restored(model: Any) -> Iterator[None]:
 
 def _inputs(x: Any, batches: int, batch_size: int) -> Iterator[Any]:
     """The inputs of the batches of x."""
-    found: Any
+    found: Iterator[Any]
     if is_sampler(x):
         found = map(x.batch, range(len(x)))
-    elif hasattr(x, "as_numpy_iterator"):
-        found = x.as_numpy_iterator()
     elif is_batches(x):
-        found = (x[i] for i in range(len(x)))
+        found = batches_of(x)
     else:
         source = source_of(x)
         count = min(batches, math.ceil(len(source) / batch_size))
@@ -203,7 +202,7 @@ def _inputs(x: Any, batches: int, batch_size: int) -> Iterator[Any]:
         rows = np.random.default_rng(0).permutation(len(source))[: count * batch_size]
         found = ((source.take(part),) for part in np.array_split(rows, max(count, 1)))
     for batch in found:
-        yield batch[0] if isinstance(batch, tuple) else batch
+        yield batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def _statistics(

@@ -401,26 +401,37 @@ def _curve_of_all(
     if len(rows) * (len(rows) - 1) // 2 <= _SORTED:
         values, same = (np.concatenate(part) for part in zip(*parts, strict=True))
         return _curve(space.distances(values), same)
-    # The bits of floats >= 0 are in the order of the floats: without the last six
-    # they number cells of a width in proportion to the value. Values under 2^-32
-    # of the largest possible one fall into the first cell.
-    largest = 5 * np.float32(space.left[:, -1].max()) if distance != "cosine" else 2.5
-    top = int(np.float32(largest).view(np.uint32)) >> _DROPPED_BITS
-    base = top - _CELLS + 1
+    largest = 5 * space.left[:, -1].max() if distance != "cosine" else 2.5
+    base = int(_cell_of(np.float32(largest))) - _CELLS + 1
     counts, counts_same = np.zeros(_CELLS, np.int64), np.zeros(_CELLS, np.int64)
     for values, same in parts:
-        cells = (np.abs(values).view(np.uint32) >> _DROPPED_BITS).astype(np.int64)
-        cells = np.maximum(cells - base, 0)
+        # Values under 2^-32 of the largest possible one fall into the first cell.
+        cells = np.maximum(_cell_of(np.abs(values)) - base, 0)
         np.add.at(counts, cells, 1)
         np.add.at(counts_same, cells[same], 1)
     filled = np.flatnonzero(counts)
-    bits = ((filled + base + 1) << _DROPPED_BITS) - 1
     same = np.cumsum(counts_same[filled])
     return _with_start(
-        space.distances(bits.astype(np.uint32).view(np.float32)),
+        space.distances(_largest_of(filled + base)),
         same,
         np.cumsum(counts[filled]) - same,
     )
+
+
+def _cell_of(values: Any) -> np.ndarray:
+    """The int64 cell of float32 values >= 0, larger values in no lower cells.
+
+    The bits of a float are its exponent over its mantissa, so that the bits of floats
+    >= 0 are integers in the order of the floats. Without the last of them they number
+    cells of a width in proportion to the value.
+    """
+    return (values.view(np.uint32) >> _DROPPED_BITS).astype(np.int64)
+
+
+def _largest_of(cells: np.ndarray) -> np.ndarray:
+    """The largest float32 in each cell."""
+    bits = ((cells + 1) << _DROPPED_BITS) - 1
+    return bits.astype(np.uint32).view(np.float32)
 
 
 def _all_pairs(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,12 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._labels import LabelTable
 from kerastrip._outputs import embedding_output
-from kerastrip.callbacks._averages import AveragesWatch, some_rows, training_rows
+from kerastrip.callbacks._averages import (
+    AveragesWatch,
+    some_rows,
+    training_rows,
+    watch_of,
+)
 from kerastrip.callbacks.collapse import Alarm
 from kerastrip.distances import DISTANCES
 from kerastrip.evaluation import label_table, shared_rows
@@ -159,7 +163,7 @@ class EpochEvaluation:
         self.results: dict[int, dict[str, float]] = {}
         self._latest: dict[str, float] | None = None
         self._begun = self._told_of_nan = self._told_of_keys = False
-        self._watch = AveragesWatch()
+        self._watch: AveragesWatch | None = None
         self._callback = callback
         self._data = data
         self._keys = _log_keys(keys, prefix, names)
@@ -175,19 +179,11 @@ class EpochEvaluation:
         self._verbose = verbose
 
     def begin(self) -> None:
-        """Looks for what would fail, or be missed, at the end of the first epoch."""
+        """Looks for what would fail at the end of the first epoch."""
         self._latest = None
         self._begun = self._told_of_nan = self._told_of_keys = False
-        self._watch.begin()
+        self._watch = None
         self._warn_of_assumed_distance()
-        names = set(self._keys.values())
-        for other in _listed_before(self._callback):
-            if getattr(other, "monitor", None) in names:
-                _checks.warn(
-                    f"{type(other).__name__}(monitor={other.monitor!r}) is listed "
-                    f"before {self._name} and will not see that "
-                    "key. List it after."
-                )
 
     def begin_epoch(self, epoch: int) -> None:
         """Forgets, in the first epoch of a `fit`, what it does not resume."""
@@ -210,18 +206,18 @@ class EpochEvaluation:
     @property
     def alarms(self) -> list[Alarm]:
         """Of moving averages that lag behind; the warnings of a `fit` are given once."""
-        return self._watch.alarms
+        return [] if self._watch is None else self._watch.alarms
 
     def _watch_averages(self, epoch: int, last: bool) -> None:
-        model, listed = self._callback.model, _listed_before(self._callback)
+        model = self._callback.model
         if not moving_averages(model):
             return
-        rows = training_rows(listed, epoch) or self._data[0].some()
+        self._watch = watch_of(self._callback, self._output)
+        rows = training_rows(self._callback, epoch) or self._data[0].some()
         if rows is None:
             return
         alarm = self._watch.look(model, self._output, rows, epoch, last)
-        others = [getattr(other, "_evaluation", None) for other in listed]
-        if alarm and not any(isinstance(one, EpochEvaluation) for one in others):
+        if alarm:
             _checks.warn(alarm)
 
     @property
@@ -319,18 +315,3 @@ def _log_keys(
                 )
             )
     return keys
-
-
-def _listed_before(callback: keras.callbacks.Callback) -> list[Any]:
-    """The callbacks before this one in the list that is calling it.
-
-    Keras does not tell a callback of the others: the list is a few frames up.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, keras.callbacks.CallbackList):
-            listed = list(caller.callbacks)
-            return listed[: listed.index(callback)] if callback in listed else []
-        frame = frame.f_back
-    return []

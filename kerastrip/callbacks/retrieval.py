@@ -27,7 +27,8 @@ class RetrievalEvaluation(keras.callbacks.Callback):
 
     After an epoch every sample is embedded once, and looked up among all others, or
     in a gallery (`kerastrip.evaluation.retrieval_metrics`). Callbacks that monitor these keys
-    stand *after* this one in the list; one that stands before it is warned of:
+    stand *after* this one in the list, because Keras calls callbacks in its order (and
+    warns of a key that a monitor does not find):
 
         callbacks=[RetrievalEvaluation(x_val, y_val),
                    ModelCheckpoint("best.keras", monitor="val_recall@1",
