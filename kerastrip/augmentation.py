@@ -601,7 +601,7 @@ def _check_callable(function: Any) -> None:
             advice = "Keras layers belong into the model."
         elif isinstance(function, Sequence):
             advice = "Wrap a list of transforms in albumentations.Compose."
-        raise TypeError(_checks.message("pipeline", expected, function, advice))
+        raise _checks.type_error("pipeline", expected, function, advice)
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -610,14 +610,12 @@ def _check_callable(function: Any) -> None:
         signature.bind(None, None)
     except TypeError:
         name = getattr(function, "__name__", type(function).__name__)
-        raise TypeError(
-            _checks.message(
-                "pipeline",
-                "a callable (image, rng) -> image",
-                _checks.Told(f"{name}{signature}"),
-                "It is called with the image and a numpy.random.Generator, whether it "
-                "needs one or not: lambda image, rng: function(image).",
-            )
+        raise _checks.type_error(
+            "pipeline",
+            "a callable (image, rng) -> image",
+            _checks.Told(f"{name}{signature}"),
+            "It is called with the image and a numpy.random.Generator, whether it "
+            "needs one or not: lambda image, rng: function(image).",
         ) from None
 
 
@@ -625,7 +623,7 @@ def _check_spec(expected: Any, received: Any) -> None:
     if not expected.is_compatible_with(received):
         advice = "Pass spec=tf.TensorSpec(shape, dtype) of what the pipeline gives."
         told = _checks.Told(f"{received} from the pipeline")
-        raise ValueError(_checks.message("spec", str(expected), told, advice))
+        raise _checks.value_error("spec", str(expected), told, advice)
 
 
 def _is_small(row: Any) -> bool:

@@ -104,10 +104,8 @@ def retrieval_metrics(
         section 3.2 (R-precision and MAP@R).
     """
     if (gallery is None) != (gallery_labels is None):
-        raise ValueError(
-            _checks.message(
-                "gallery", "`gallery` and `gallery_labels` together", gallery
-            )
+        raise _checks.value_error(
+            "gallery", "`gallery` and `gallery_labels` together", gallery
         )
     own = None if gallery is None else shared_rows(embeddings, gallery)
     results, met = lookup_figures(
@@ -157,7 +155,7 @@ def lookup_figures(
     if not len(chosen):
         where = "that occurs twice" if gallery is None else "of the gallery"
         told = _checks.Told(f"{len(partners)} labels without a partner")
-        raise ValueError(_checks.message("labels", f"a label {where}", told))
+        raise _checks.value_error("labels", f"a label {where}", told)
     # Queries of like R together: each block then looks no further than it needs.
     chosen = chosen[np.argsort(partners[chosen], kind="stable")]
     sums = dict.fromkeys(metrics, 0.0)
@@ -397,7 +395,7 @@ def check_metrics(metrics: Any) -> tuple[str, ...]:
     """The words of `retrieval_metrics`, else an error that names the wrong one."""
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if not metrics:
-        raise ValueError(_checks.message("metrics", "at least one word", metrics))
+        raise _checks.value_error("metrics", "at least one word", metrics)
     for word in metrics:
         if not (isinstance(word, str) and _has_k(word)):
             _checks.one_of("metrics", word, (*METRICS, "knn@5", *_CLUSTERING))
@@ -412,10 +410,8 @@ def label_table(name: str, value: Any, length: int) -> LabelTable:
     """The table of `length` labels, else an error that names them."""
     table = LabelTable(value, name=name)
     if len(table.codes) != length:
-        raise ValueError(
-            _checks.message(
-                name, f"{length} labels", _checks.Told(f"{len(table.codes)} labels")
-            )
+        raise _checks.value_error(
+            name, f"{length} labels", _checks.Told(f"{len(table.codes)} labels")
         )
     return table
 
@@ -424,10 +420,8 @@ def common_codes(own: LabelTable, others: LabelTable) -> tuple[np.ndarray, np.nd
     """The codes of two sets of labels by one table."""
     kinds = [table.classes.dtype.kind in "iu" for table in (own, others)]
     if kinds[0] != kinds[1]:
-        raise TypeError(
-            _checks.message(
-                "gallery_labels", "labels of the same kind as `labels`", others.classes
-            )
+        raise _checks.type_error(
+            "gallery_labels", "labels of the same kind as `labels`", others.classes
         )
     both = LabelTable(np.concatenate([own.classes, others.classes]))
     return both.encode(own.classes)[own.codes], both.encode(others.classes)[

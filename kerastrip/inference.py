@@ -138,7 +138,7 @@ def embed_with_targets(
         done += len(seen[0])
         show(done)
     if not rows:
-        raise ValueError(_checks.message("x", "at least one batch", x))
+        raise _checks.value_error("x", "at least one batch", x)
     return np.concatenate(rows), np.concatenate(targets) if targets else None
 
 
@@ -188,21 +188,17 @@ def _batches(
     views = _checks.integer("views", views, 1)
     if augmentation is None and views > 1:
         advice = "Without it every view is the same."
-        raise ValueError(
-            _checks.message("views", "1 without `augmentation`", views, advice)
-        )
+        raise _checks.value_error("views", "1 without `augmentation`", views, advice)
     if is_batches(x):
         if augmentation is not None:
             expected = "None for data that come in batches"
             advice = "Pass the images as an array or a source."
-            raise ValueError(
-                _checks.message("augmentation", expected, augmentation, advice)
-            )
+            raise _checks.value_error("augmentation", expected, augmentation, advice)
         return _read_batches(x), None
     if augmentation is not None and not hasattr(augmentation, "batch"):
         advice = "Wrap the pipeline: Augmentation(pipeline)."
-        raise TypeError(
-            _checks.message("augmentation", "an Augmentation", augmentation, advice)
+        raise _checks.type_error(
+            "augmentation", "an Augmentation", augmentation, advice
         )
     source = source_of(x)
     return _take_batches(source, batch_size, augmentation, views), len(source)
@@ -221,7 +217,7 @@ def _read_batches(x: Any) -> Iterator[tuple[list[Any], Any]]:
     """The ([inputs], targets) of a dataset; targets None where there are none."""
     if hasattr(x, "as_numpy_iterator") and int(x.cardinality()) == -1:
         advice = "Leave out its `.repeat()`."
-        raise ValueError(_checks.message("x", "a dataset that ends", x, advice))
+        raise _checks.value_error("x", "a dataset that ends", x, advice)
     for batch in batches_of(x):
         if isinstance(batch, (tuple, list)):  # a list: PyTorch's loader
             target = batch[1] if len(batch) > 1 else None
@@ -271,23 +267,19 @@ def _run(
     marked = hasattr(chosen.loss, "distance") and isinstance(outputs, dict)
     single = single and not (marked and chosen.name in outputs)
     if single and isinstance(outputs, (list, tuple, dict)) and len(outputs) > 1:
-        raise ValueError(
-            _checks.message(
-                "output",
-                "the position or name of the embedding",
-                _checks.Told(f"None for a model with {len(outputs)} outputs"),
-                "Give output=....",
-            )
+        raise _checks.value_error(
+            "output",
+            "the position or name of the embedding",
+            _checks.Told(f"None for a model with {len(outputs)} outputs"),
+            "Give output=....",
         )
     rows = np.asarray(chosen.take(outputs))
     if rows.ndim != 2:
-        raise ValueError(
-            _checks.message(
-                "output",
-                "an embedding of shape (batch, dim)",
-                rows,
-                "Flatten or pool it in the model, or name another output.",
-            )
+        raise _checks.value_error(
+            "output",
+            "an embedding of shape (batch, dim)",
+            rows,
+            "Flatten or pool it in the model, or name another output.",
         )
     # Under a distribution strategy every replica has returned all the rows.
     return rows[:count].astype("float32")
@@ -297,13 +289,11 @@ def _sample_array(value: Any) -> np.ndarray:
     """`_array` of samples, which are texts on TensorFlow only."""
     array = _array(value, "x")
     if array.dtype.kind in "OSUT" and keras.backend.backend() != "tensorflow":
-        raise TypeError(
-            _checks.message(
-                "x",
-                "numbers, as only TensorFlow has tensors of texts",
-                array,
-                "Turn the texts into numbers before they come here.",
-            )
+        raise _checks.type_error(
+            "x",
+            "numbers, as only TensorFlow has tensors of texts",
+            array,
+            "Turn the texts into numbers before they come here.",
         )
     return array
 
@@ -325,12 +315,10 @@ def _check_shape(model: Any, arrays: list[np.ndarray]) -> None:
     if single and _fits(shape[1:], expected[2:]):
         raise _no_batch(f"samples of shape {shape}")
     if len(shape) == len(expected) and not _fits(shape[1:], expected[1:]):
-        raise ValueError(
-            _checks.message(
-                "x",
-                f"samples of shape {expected[1:]}, as the model has been built for",
-                _checks.Told(f"samples of shape {shape[1:]}"),
-            )
+        raise _checks.value_error(
+            "x",
+            f"samples of shape {expected[1:]}, as the model has been built for",
+            _checks.Told(f"samples of shape {shape[1:]}"),
         )
 
 
@@ -341,14 +329,12 @@ def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
 
 
 def _no_batch(told: str) -> ValueError:
-    return ValueError(
-        _checks.message(
-            "x",
-            "a batch of samples, or batches of (inputs, targets)",
-            _checks.Told(told),
-            "One sample alone goes in as a batch: x[None], a tf.data.Dataset of "
-            "samples in batches: x.batch(64).",
-        )
+    return _checks.value_error(
+        "x",
+        "a batch of samples, or batches of (inputs, targets)",
+        _checks.Told(told),
+        "One sample alone goes in as a batch: x[None], a tf.data.Dataset of "
+        "samples in batches: x.batch(64).",
     )
 
 
@@ -365,15 +351,12 @@ def _check_names(model: Any, inputs: Any) -> None:
     names = [*own] if isinstance(own, Mapping) else [one.name for one in _inputs(model)]
     if set(names) <= set(inputs):
         return
-    raise ValueError(
-        _checks.message(
-            "x",
-            f"batches of (inputs, targets), or dicts with the inputs of the model, "
-            f"{names}",
-            _checks.Told(f"a dict with the keys {[*inputs]}"),
-            "Take the inputs out of the dict. For a tf.data.Dataset this is "
-            "x.map(lambda d: (d['image'], d['label'])).",
-        )
+    raise _checks.value_error(
+        "x",
+        f"batches of (inputs, targets), or dicts with the inputs of the model, {names}",
+        _checks.Told(f"a dict with the keys {[*inputs]}"),
+        "Take the inputs out of the dict. For a tf.data.Dataset this is "
+        "x.map(lambda d: (d['image'], d['label'])).",
     )
 
 
@@ -472,8 +455,8 @@ def search(
     gallery = embeddings_array("gallery", gallery)
     k = _checks.integer("k", k, 1)
     if k > len(gallery):
-        raise ValueError(
-            _checks.message("k", f"at most the {len(gallery)} rows of the gallery", k)
+        raise _checks.value_error(
+            "k", f"at most the {len(gallery)} rows of the gallery", k
         )
     space = Space.of(queries, gallery, distance)
     indices = np.empty((len(queries), k), np.int64)
@@ -544,26 +527,22 @@ def embeddings_array(name: str, value: Any) -> np.ndarray:
     _checks.refuse_masked(name, value)
     rows = np.asarray(value)
     if rows.dtype.kind not in "fiub" and rows.dtype.name != "bfloat16":
-        raise TypeError(_checks.message(name, "(n, dim) numbers", value))
+        raise _checks.type_error(name, "(n, dim) numbers", value)
     if rows.ndim != 2 or 0 in rows.shape:
-        raise ValueError(
-            _checks.message(
-                name, "an array of shape (n, dim), n and dim at least 1", rows
-            )
+        raise _checks.value_error(
+            name, "an array of shape (n, dim), n and dim at least 1", rows
         )
     with np.errstate(over="ignore"):
         rows = np.ascontiguousarray(rows, dtype="float32")
     bad = unusable_rows(rows)
     if len(bad):
-        raise ValueError(
-            _checks.message(
-                name,
-                f"finite numbers under {_LARGE:g}",
-                _checks.Told(
-                    f"NaN, infinity or more in {len(bad)} of {len(rows)} rows, the "
-                    f"first is row {bad[0]}"
-                ),
-            )
+        raise _checks.value_error(
+            name,
+            f"finite numbers under {_LARGE:g}",
+            _checks.Told(
+                f"NaN, infinity or more in {len(bad)} of {len(rows)} rows, the "
+                f"first is row {bad[0]}"
+            ),
         )
     return rows
 
@@ -603,12 +582,10 @@ class Space(NamedTuple):
         """The space of (n, dim) queries and an (m, dim) gallery, float32."""
         _checks.one_of("distance", distance, DISTANCES)
         if queries.shape[1] != gallery.shape[1]:
-            raise ValueError(
-                _checks.message(
-                    "gallery",
-                    f"rows of {queries.shape[1]} numbers, as the queries have",
-                    gallery,
-                )
+            raise _checks.value_error(
+                "gallery",
+                f"rows of {queries.shape[1]} numbers, as the queries have",
+                gallery,
             )
         cosine = distance == "cosine"
         if cosine:

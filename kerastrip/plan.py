@@ -199,7 +199,7 @@ class PKPlan:
         ):
             if value is not None and epoch_mode != mode:
                 expected = f"None with epoch_mode={epoch_mode!r}"
-                raise ValueError(_checks.message(name, expected, value, advice))
+                raise _checks.value_error(name, expected, value, advice)
             if value is not None:
                 check(name, value, 1)
         self.max_per_class = max_per_class
@@ -264,9 +264,7 @@ class PKPlan:
                 f"samples_per_class={k} samples"
             )
             advice = f"These have fewer: {self._named(code[small])}."
-            raise ValueError(
-                _checks.message("small_classes", expected, "error", advice)
-            )
+            raise _checks.value_error("small_classes", expected, "error", advice)
         dropped = self.small_classes == "drop"
         return max(self.min_class_size, k) if dropped else self.min_class_size
 
@@ -275,15 +273,13 @@ class PKPlan:
         names, sizes = np.unique(group_of_class, return_counts=True)
         poor = names[sizes < self.classes_per_batch]
         if poor.size:
-            raise ValueError(
-                _checks.message(
-                    "groups",
-                    f"at least classes_per_batch={self.classes_per_batch} usable "
-                    "classes in every group",
-                    _checks.Told(f"{sizes.min()} in group number {poor[0]}"),
-                    f"{len(poor)} of {len(names)} groups are too small: leave "
-                    "them out or draw fewer classes per batch.",
-                )
+            raise _checks.value_error(
+                "groups",
+                f"at least classes_per_batch={self.classes_per_batch} usable "
+                "classes in every group",
+                _checks.Told(f"{sizes.min()} in group number {poor[0]}"),
+                f"{len(poor)} of {len(names)} groups are too small: leave "
+                "them out or draw fewer classes per batch.",
             )
         return sizes
 
@@ -302,10 +298,8 @@ class PKPlan:
         expected = (
             f"at most {usable}, the classes with enough samples ({classes} have any)"
         )
-        raise ValueError(
-            _checks.message(
-                "classes_per_batch", expected, self.classes_per_batch, advice
-            )
+        raise _checks.value_error(
+            "classes_per_batch", expected, self.classes_per_batch, advice
         )
 
     def _named(self, codes: np.ndarray) -> str:
@@ -516,13 +510,13 @@ def split_classes(
         held_out = present[order[: count[0]]]
     else:
         if np.ndim(test) != 1:
-            raise TypeError(
-                _checks.message("test", "a share, a number or a list of labels", test)
+            raise _checks.type_error(
+                "test", "a share, a number or a list of labels", test
             )
         held_out = np.unique(table.encode(test, "test"))
         if len(held_out) == len(present):
-            raise ValueError(
-                _checks.message("test", "some of the classes, not all of them", test)
+            raise _checks.value_error(
+                "test", "some of the classes, not all of them", test
             )
     in_test = np.isin(table.codes, held_out)
     return np.flatnonzero(~in_test), np.flatnonzero(in_test)
@@ -561,13 +555,11 @@ def split_samples(
     starts = np.cumsum(sizes) - sizes
     if (sizes < 2).any():
         alone = table.classes[code[starts[sizes < 2]]]
-        raise ValueError(
-            _checks.message(
-                "labels",
-                "at least 2 samples of every class, one for each part",
-                _checks.Told(f"{len(alone)} classes with one sample"),
-                f"The first is {alone.tolist()[0]!r}.",
-            )
+        raise _checks.value_error(
+            "labels",
+            "at least 2 samples of every class, one for each part",
+            _checks.Told(f"{len(alone)} classes with one sample"),
+            f"The first is {alone.tolist()[0]!r}.",
         )
     count = _share("test", test, sizes, "samples of the smallest class")
     at = np.arange(len(order)) - starts[unit]
@@ -582,16 +574,14 @@ def _share(name: str, value: Any, sizes: np.ndarray, what: str) -> np.ndarray:
     least = int(sizes.min())
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         if not 0 < value < least:
-            raise ValueError(
-                _checks.message(
-                    name, f"an integer in 1..{least - 1} (of {least} {what})", value
-                )
+            raise _checks.value_error(
+                name, f"an integer in 1..{least - 1} (of {least} {what})", value
             )
         return np.full_like(sizes, value)
     fraction = _checks.number(name, value, above=0, below=1)
     if least < 2:
-        raise ValueError(
-            _checks.message(name, f"at least 2 {what} to split", _checks.Told(least))
+        raise _checks.value_error(
+            name, f"at least 2 {what} to split", _checks.Told(least)
         )
     return np.clip(np.rint(fraction * sizes).astype(np.int64), 1, sizes - 1)
 
@@ -600,22 +590,20 @@ def _checked_shard(shard: Any, classes_per_batch: int) -> tuple[int, int]:
     try:
         index, count = shard
     except (TypeError, ValueError):
-        raise TypeError(_checks.message("shard", "(index, count)", shard)) from None
+        raise _checks.type_error("shard", "(index, count)", shard) from None
     index = _checks.integer("shard", index, 0)
     count = _checks.integer("shard", count, 1)
     if index >= count:
-        raise ValueError(
-            _checks.message("shard", f"an index in 0..{count - 1}", (index, count))
+        raise _checks.value_error(
+            "shard", f"an index in 0..{count - 1}", (index, count)
         )
     if classes_per_batch % count:
         nearest = max(round(classes_per_batch / count), 1) * count
-        raise ValueError(
-            _checks.message(
-                "shard",
-                f"a count that divides classes_per_batch={classes_per_batch}",
-                (index, count),
-                f"classes_per_batch={nearest} would do.",
-            )
+        raise _checks.value_error(
+            "shard",
+            f"a count that divides classes_per_batch={classes_per_batch}",
+            (index, count),
+            f"classes_per_batch={nearest} would do.",
         )
     return index, count
 
@@ -629,13 +617,11 @@ def _group_codes(groups: Any, table: _labels.LabelTable) -> np.ndarray | None:
         return codes
     if len(codes) == len(table.classes):
         return codes[table.codes]
-    raise ValueError(
-        _checks.message(
-            "groups",
-            f"one group for each of {len(table.codes)} samples or of "
-            f"{len(table.classes)} classes",
-            _checks.Told(f"{len(codes)} groups"),
-        )
+    raise _checks.value_error(
+        "groups",
+        f"one group for each of {len(table.codes)} samples or of "
+        f"{len(table.classes)} classes",
+        _checks.Told(f"{len(codes)} groups"),
     )
 
 

@@ -86,8 +86,8 @@ def recalibrate(
     batches = _checks.integer("batches", batches, 1)
     batch_size = _checks.integer("batch_size", batch_size, 2)
     if not getattr(model, "built", False):
-        raise ValueError(
-            _checks.message("model", "a built Keras model", model, "Train it first.")
+        raise _checks.value_error(
+            "model", "a built Keras model", model, "Train it first."
         )
     inputs = itertools.islice(_inputs(x, batches, batch_size), batches)
     averages = moving_averages(model)
@@ -95,7 +95,7 @@ def recalibrate(
         fresh = _statistics(model, inputs, averages)
     if not all(value is None or np.isfinite(value).all() for value in fresh):
         told = _checks.Told("NaN or infinity in what reaches a layer")
-        raise ValueError(_checks.message("x", "finite statistics", told))
+        raise _checks.value_error("x", "finite statistics", told)
     moved: dict[str, dict[str, tuple]] = {}
     for variable, value in zip(averages, fresh, strict=True):
         if value is not None:
@@ -242,9 +242,7 @@ def _statistics(
         sums = [total + count * one for total, one in zip(sums, found, strict=True)]
         rows += count
     if not rows:
-        raise ValueError(
-            _checks.message("x", "at least one batch", _checks.Told("none"))
-        )
+        raise _checks.value_error("x", "at least one batch", _checks.Told("none"))
     return [
         None if share > _KEEPS_ALL else total / (rows * (1 - share))
         for total, share in zip(sums, kept, strict=True)

@@ -58,10 +58,8 @@ class HeldOut:
         if is_batches(x):
             self._x = x
             if y is not None:
-                raise ValueError(
-                    _checks.message(
-                        names[1], "None for a dataset, which has its own targets", y
-                    )
+                raise _checks.value_error(
+                    names[1], "None for a dataset, which has its own targets", y
                 )
             return
         self._x = source_of(x)
@@ -71,7 +69,7 @@ class HeldOut:
         if y is not None:
             self.table = label_table(names[1], y, self.length)
         elif labelled:
-            raise ValueError(_checks.message(names[1], "one label per sample", y))
+            raise _checks.value_error(names[1], "one label per sample", y)
 
     def __deepcopy__(self, memo: Any) -> HeldOut:
         return self
@@ -114,8 +112,8 @@ class HeldOut:
                 targets = targets[:, 0]
             table = label_table(self._names[0], targets, len(embeddings))
         elif table is None and self._labelled:
-            raise ValueError(
-                _checks.message(self._names[0], "batches of (inputs, targets)", self._x)
+            raise _checks.value_error(
+                self._names[0], "batches of (inputs, targets)", self._x
             )
         return embeddings, None if table is None else table.decode(table.codes)
 
@@ -175,7 +173,7 @@ class EpochEvaluation:
         self._output = output
         self._batch_size = _checks.integer("batch_size", batch_size, 1)
         if not (verbose is None or isinstance(verbose, bool)):
-            raise TypeError(_checks.message("verbose", "True, False or None", verbose))
+            raise _checks.type_error("verbose", "True, False or None", verbose)
         self._verbose = verbose
 
     def begin(self) -> None:
@@ -303,15 +301,13 @@ def _log_keys(
     if not isinstance(names, Mapping) or not all(
         isinstance(name, str) and name for name in names.values()
     ):
-        raise TypeError(_checks.message("names", "a dict from metrics to names", names))
+        raise _checks.type_error("names", "a dict from metrics to names", names)
     for word in names:
         _checks.one_of("names", word, words)
     keys = {word: f"{prefix}{names.get(word, word)}" for word in words}
     for word, key in keys.items():
         if list(keys.values()).count(key) > 1:
-            raise ValueError(
-                _checks.message(
-                    "names", "a name of its own for every metric", names.get(word, word)
-                )
+            raise _checks.value_error(
+                "names", "a name of its own for every metric", names.get(word, word)
             )
     return keys

@@ -69,20 +69,18 @@ class EpochSync(keras.callbacks.Callback):
     def __init__(self, *samplers: Any):
         super().__init__()
         if not samplers:
-            raise TypeError(_checks.message("samplers", "at least one sampler", ()))
+            raise _checks.type_error("samplers", "at least one sampler", ())
         for sampler in samplers:
             if not hasattr(sampler, "set_epoch"):
-                raise TypeError(
-                    _checks.message("samplers", "samplers with `set_epoch`", sampler)
+                raise _checks.type_error(
+                    "samplers", "samplers with `set_epoch`", sampler
                 )
             if getattr(sampler, "fixed", False):
-                raise ValueError(
-                    _checks.message(
-                        "samplers",
-                        "samplers that follow the epochs",
-                        sampler,
-                        "One with `fixed=True` stays at epoch 0: leave it out.",
-                    )
+                raise _checks.value_error(
+                    "samplers",
+                    "samplers that follow the epochs",
+                    sampler,
+                    "One with `fixed=True` stays at epoch 0: leave it out.",
                 )
         self.samplers = samplers
         self._taken: int | None = None
