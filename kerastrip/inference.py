@@ -112,7 +112,6 @@ def embed_with_targets(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`embed`, and the targets of the embedding where `x` are batches with targets.
 
-
     Returns:
         (n, dim) float32 embeddings, and the (n, ...) targets of the same output
         or None. Both come from one pass, so the order of a shuffled dataset
@@ -246,7 +245,8 @@ def _run(
     """The embeddings of one batch, filled up to `size` rows for the call.
 
     Args:
-        single: `chosen` was taken for the only output there is.
+        size: rows of the largest batch so far; 0 in the first call.
+        single: whether the model seemed to have a single output.
     """
     _check_names(model, inputs)
     inputs = keras.tree.map_structure(_sample_array, inputs)

@@ -33,25 +33,19 @@ class AveragesWatch:
         alarms: of this `fit`: one when the averages have lagged behind in three such
             epochs in a row and after 100 steps, another only after they had recovered,
             and one if they lag behind in the last epoch.
+        epoch: the last epoch that was looked at.
     """
 
     def __init__(self) -> None:
         self.alarms: list[Alarm] = []
-        self._epoch: int | None = None
+        self.epoch: int | None = None
         self._streak, self._told = 0, False
 
     def look(
         self, model: Any, output: Any, rows: tuple[Any, Any], epoch: int, last: bool
     ) -> str:
-        """The alarm of this epoch, "" without one, and in every look but the first.
-
-        Args:
-            rows: inputs and labels.
-            last: whether it is the last epoch.
-        """
-        if epoch == self._epoch:
-            return ""
-        self._epoch = epoch
+        """The alarm of this epoch, "" without one; `rows` are inputs and labels."""
+        self.epoch = epoch
         found = compare_modes(model, *rows, output=output)
         if found is None or not lags(*found):
             self._streak, self._told = 0, False

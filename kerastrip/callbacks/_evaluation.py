@@ -169,6 +169,7 @@ class EpochEvaluation:
         if distance is not None:
             _checks.one_of("distance", distance, DISTANCES)
         self._distance = distance
+        self._used_distance = "euclidean"
         self._every = _checks.integer("every", every, 1)
         self._output = output
         self._batch_size = _checks.integer("batch_size", batch_size, 1)
@@ -181,7 +182,7 @@ class EpochEvaluation:
         self._latest = None
         self._begun = self._told_of_nan = self._told_of_keys = False
         self._watch = None
-        self._warn_of_assumed_distance()
+        self._used_distance = self._distance_to_use()
 
     def begin_epoch(self, epoch: int) -> None:
         """Forgets, in the first epoch of a `fit`, what it does not resume."""
@@ -211,6 +212,8 @@ class EpochEvaluation:
         if not moving_averages(model):
             return
         self._watch = watch_of(self._callback, self._output)
+        if self._watch.epoch == epoch:
+            return  # another callback of this `fit` has looked
         rows = training_rows(self._callback, epoch) or self._data[0].some()
         if rows is None:
             return
@@ -222,19 +225,16 @@ class EpochEvaluation:
     def _name(self) -> str:
         return type(self._callback).__name__
 
-    def _distance_of_loss(self) -> Any:
+    def _distance_to_use(self) -> str:
+        """The distance that was given, or that of the loss; warns if one is assumed."""
         loss = embedding_output(self._callback.model, self._output).loss
-        return getattr(loss, "distance", None)
-
-    def _warn_of_assumed_distance(self) -> None:
-        loss = embedding_output(self._callback.model, self._output).loss
-        word = getattr(loss, "distance", None)
-        if self._distance is not None or word in DISTANCES:
-            return
+        word = self._distance or getattr(loss, "distance", None)
+        if word in DISTANCES:
+            return word
         if word is not None:
             fact = f"has the distance {word!r}, which {self._name} does not know"
         elif loss is None or isinstance(loss, str) or _is_known(loss):
-            return  # of these losses everyone knows that they have no distance
+            return "euclidean"  # of such a loss everyone knows that it has no distance
         else:
             kind = getattr(loss, "__name__", type(loss).__name__)
             fact = f"{kind!r} tells no `distance`"
@@ -242,6 +242,7 @@ class EpochEvaluation:
             f"The loss {fact}, so {self._name} measures by the euclidean distance. "
             f"Give it distance=, one of {DISTANCES}."
         )
+        return "euclidean"
 
     def _warn_of_taken_keys(self, logs: dict[str, Any]) -> None:
         taken = sorted(set(self._keys.values()) & set(logs))
@@ -254,7 +255,6 @@ class EpochEvaluation:
             )
 
     def _evaluate(self, epoch: int) -> dict[str, float]:
-        distance = self._distance or self._distance_of_loss()
         verbose = self._verbose
         if verbose is None:
             verbose = (self._callback.params or {}).get("verbose") == 1
@@ -282,7 +282,7 @@ class EpochEvaluation:
             arguments += [embeddings, labels]
         return self._measure(
             *arguments,
-            distance=distance if distance in DISTANCES else "euclidean",
+            distance=self._used_distance,
             verbose=verbose,
         )
 
