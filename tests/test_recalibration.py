@@ -298,19 +298,18 @@ def test_held_out_rows_serve_where_no_sampler_is_known(data):
         model.fit(x, y, batch_size=96, verbose=0, callbacks=[evaluation])
 
 
-def test_a_watch_is_shared_by_the_callbacks_of_one_fit(data):
-    models = network(), network()
-    one, two, other = (keras.callbacks.Callback() for _ in range(3))
-    for callbacks, model in (([one, two], models[0]), ([other], models[1])):
-        model.compile("sgd", "mse")
-        keras.callbacks.CallbackList(callbacks, model=model, epochs=1)
-    watch = _averages.watch_of(one, None)
-    assert _averages.watch_of(two, None) is watch
-    assert _averages.watch_of(two, 0) is watch  # the same output
+def test_a_watch_is_shared_by_the_callbacks_of_one_training(data):
+    model, other = network(), network()
+    model.compile("sgd", "mse")
+    watch = _averages.watch_of(model, None)
+    assert _averages.watch_of(model, 0) is watch  # the same output
     assert _averages.watch_of(other, None) is not watch
-    keras.callbacks.CallbackList([one, two], model=models[0], epochs=1)
-    assert _averages.watch_of(two, None) is not watch  # the next `fit`
-    reference = weakref.ref(models[1])
-    del models, model, other, callbacks
+    watch.look(model, None, data, epoch=0, last=True)
+    assert watch.alarms
+    again = _averages.watch_of(model, None)
+    assert again is not watch
+    assert not again.alarms
+    reference = weakref.ref(other)
+    del other
     gc.collect()
     assert reference() is None

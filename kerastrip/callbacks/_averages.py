@@ -33,7 +33,7 @@ class AveragesWatch:
         alarms: of this `fit`: one when the averages have lagged behind in three such
             epochs in a row and after 100 steps, another only after they had recovered,
             and one if they lag behind in the last epoch.
-        epoch: the last epoch that was looked at.
+        epoch: the last epoch that was looked at, None before the first look.
     """
 
     def __init__(self) -> None:
@@ -78,19 +78,22 @@ def lags(seen: Figures, used: Figures) -> bool:
     return not 1 / _SPREAD <= factor <= _SPREAD or ratios[1] > _RATIO * ratios[0]
 
 
-# By model: the `params` of its latest `fit`, which tell one from another (see
-# `sampler_beside`), and the watch of each output.
-_watches: weakref.WeakKeyDictionary[Any, tuple[Any, dict[tuple, AveragesWatch]]]
-_watches = weakref.WeakKeyDictionary()
+_watches: weakref.WeakKeyDictionary[Any, dict[tuple, AveragesWatch]]
+_watches = weakref.WeakKeyDictionary()  # by model and output
 
 
-def watch_of(callback: keras.callbacks.Callback, output: Any) -> AveragesWatch:
-    """The watch that all callbacks of a `fit` share, so that its alarms are given once."""
-    known = _watches.get(callback.model)
-    if known is None or known[0] is not callback.params:
-        known = _watches[callback.model] = callback.params, {}
-    chosen = embedding_output(callback.model, output)
-    return known[1].setdefault((chosen.index, chosen.name), AveragesWatch())
+def watch_of(model: Any, output: Any) -> AveragesWatch:
+    """The watch of a training that begins, shared by all callbacks that ask for it.
+
+    So its alarms are given once. When a training begins, all callbacks are told so
+    before any of them looks: a watch that has looked is of an earlier training.
+    """
+    chosen = embedding_output(model, output)
+    watches = _watches.setdefault(model, {})
+    watch = watches.get((chosen.index, chosen.name))
+    if watch is None or watch.epoch is not None:
+        watch = watches[chosen.index, chosen.name] = AveragesWatch()
+    return watch
 
 
 def training_rows(

@@ -161,7 +161,7 @@ class EpochEvaluation:
         self.results: dict[int, dict[str, float]] = {}
         self._latest: dict[str, float] | None = None
         self._begun = self._told_of_nan = self._told_of_keys = False
-        self._watch: AveragesWatch | None = None
+        self._watch = AveragesWatch()
         self._callback = callback
         self._data = data
         self._keys = _log_keys(keys, prefix, names)
@@ -181,7 +181,7 @@ class EpochEvaluation:
         """Looks for what would fail at the end of the first epoch."""
         self._latest = None
         self._begun = self._told_of_nan = self._told_of_keys = False
-        self._watch = None
+        self._watch = watch_of(self._callback.model, self._output)
         self._used_distance = self._distance_to_use()
 
     def begin_epoch(self, epoch: int) -> None:
@@ -205,15 +205,12 @@ class EpochEvaluation:
     @property
     def alarms(self) -> list[Alarm]:
         """Of moving averages that lag behind; the warnings of a `fit` are given once."""
-        return [] if self._watch is None else self._watch.alarms
+        return self._watch.alarms
 
     def _watch_averages(self, epoch: int, last: bool) -> None:
         model = self._callback.model
-        if not moving_averages(model):
-            return
-        self._watch = watch_of(self._callback, self._output)
-        if self._watch.epoch == epoch:
-            return  # another callback of this `fit` has looked
+        if self._watch.epoch == epoch or not moving_averages(model):
+            return  # another callback has looked, or there is nothing to look at
         rows = training_rows(self._callback, epoch) or self._data[0].some()
         if rows is None:
             return
