@@ -183,25 +183,19 @@ class PKPlan:
             "small_classes", small_classes, SMALL_CLASSES
         )
         self.min_class_size = check("min_class_size", min_class_size, 1)
-        for name, value, mode, advice in (
-            (
-                "max_per_class",
-                max_per_class,
-                "coverage",
-                "There `batches_per_epoch` sets how much of a class is seen.",
-            ),
-            (
-                "batches_per_epoch",
-                batches_per_epoch,
-                "balanced",
-                "The samples set the length; `max_per_class` shortens it.",
-            ),
-        ):
-            if value is not None and epoch_mode != mode:
-                expected = f"None with epoch_mode={epoch_mode!r}"
-                raise _checks.value_error(name, expected, value, advice)
-            if value is not None:
-                check(name, value, 1)
+        if self.epoch_mode == "balanced":
+            name, unfit = "max_per_class", max_per_class
+            advice = "There `batches_per_epoch` sets how much of a class is seen."
+        else:
+            name, unfit = "batches_per_epoch", batches_per_epoch
+            advice = "The samples set the length; `max_per_class` shortens it."
+        if unfit is not None:
+            expected = f"None with epoch_mode={epoch_mode!r}"
+            raise _checks.value_error(name, expected, unfit, advice)
+        if max_per_class is not None:
+            check("max_per_class", max_per_class, 1)
+        if batches_per_epoch is not None:
+            check("batches_per_epoch", batches_per_epoch, 1)
         self.max_per_class = max_per_class
         self.shard = _checked_shard(shard, self.classes_per_batch)
         self.seed = check("seed", seed)

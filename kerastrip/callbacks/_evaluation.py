@@ -98,10 +98,10 @@ class HeldOut:
 
     def some(self) -> tuple[Any, np.ndarray] | None:
         """The inputs of some samples and their labels; None of datasets, or few classes."""
-        rows = None if self.table is None else some_rows(self.table.codes)
-        if rows is None or self.table is None or self.length is None:
+        if self.table is None:
             return None
-        return self._x.take(rows), self.table.codes[rows]
+        rows = some_rows(self.table.codes)
+        return None if rows is None else (self._x.take(rows), self.table.codes[rows])
 
     def embed(self, model: Any, **options: Any) -> tuple[np.ndarray, Any]:
         """(n, dim) embeddings by the model, and (n,) labels if there are any."""
