@@ -232,7 +232,7 @@ class PKPlan:
         self._group_sizes = np.array([kept.sum()])
         if groups is not None:
             self._group_sizes = self._classes_of_groups(groups[order[self._starts]])
-        self._check_usable(len(np.unique(code)))
+        self._check_usable(code)
         told = []
         if not kept.all():
             told.append(
@@ -277,8 +277,8 @@ class PKPlan:
             )
         return sizes
 
-    def _check_usable(self, classes: int) -> None:
-        """ValueError where fewer than P classes are kept, of all with a sample."""
+    def _check_usable(self, code: np.ndarray) -> None:
+        """ValueError where fewer than P classes are kept; `code` is of all of them."""
         usable = len(self._sizes)
         if self.classes_per_batch <= usable:
             return
@@ -290,7 +290,8 @@ class PKPlan:
         else:
             advice = "Draw fewer classes per batch."
         expected = (
-            f"at most {usable}, the classes with enough samples ({classes} have any)"
+            f"at most {usable}, the classes with enough samples "
+            f"({len(np.unique(code))} have any)"
         )
         raise _checks.value_error(
             "classes_per_batch", expected, self.classes_per_batch, advice
