@@ -63,6 +63,18 @@ class Told(str):
     __slots__ = ()
 
 
+def value_error(
+    name: str, expected: str, received: Any, advice: str = ""
+) -> ValueError:
+    """The error about a value that does not do; the arguments are those of `message`."""
+    return ValueError(message(name, expected, received, advice))
+
+
+def type_error(name: str, expected: str, received: Any, advice: str = "") -> TypeError:
+    """The error about a value of another kind; the arguments are those of `message`."""
+    return TypeError(message(name, expected, received, advice))
+
+
 def one_of(name: str, value: Any, options: Sequence[str]) -> str:
     """`value` if it is one of `options`, else ValueError with the nearest word."""
     if isinstance(value, str) and value in options:

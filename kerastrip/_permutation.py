@@ -64,9 +64,10 @@ def permute(x: np.ndarray, n: Any, key: Any) -> np.ndarray:
     """The place of `x` in the permutation of 0..n-1 that belongs to `key`.
 
     A Feistel network on a grid of a x b >= n cells (a = ceil(sqrt(n))) with
-    additions modulo a and b; what falls on one of the fewer than a surplus
-    cells walks on until it is below n (Black and Rogaway, "Ciphers with
-    arbitrary finite domains", 2002). Memory and time do not depend on n.
+    additions modulo a and b. The grid has fewer than a cells too many. An index that
+    lands on one of them is permuted again, until it is below n (cycle walking: Black
+    and Rogaway, "Ciphers with arbitrary finite domains", 2002). Memory and time do not
+    depend on n.
 
     Args:
         x: int64, 0 <= x < n.
@@ -134,6 +135,12 @@ def arrange(
     items from `split` on. So two orders one after the other, the first with a
     tail and the second with a head, share no item across their seam.
 
+    Two shuffles do it. For n = 7, head = 2, tail = 2 and split = 4:
+
+        place   0 1 2 3 4 5 6
+        slot    0 1 4 2 3 5 6     places 2 ... 4, between head and tail, are shuffled
+        item    3 1 5 0 2 6 4     slots 0 ... 3 are shuffled, and slots 4 ... 6
+
     Args:
         place: int64, 0 <= place < n.
         n: number of items; broadcast with place, as are the following.
@@ -169,7 +176,16 @@ def deal(
 
     Draw d takes the places d*k ... d*k + k - 1 of an endless sequence of rounds,
     n places each. A draw that runs across the seam of two rounds takes the tail
-    of the first and the head of the second.
+    of the first and the head of the second. For n = 7 and k = 3, seven draws take
+    three rounds:
+
+        draw    0 0 0 1 1 1 2 | 2 2 3 3 3 4 4 | 4 5 5 5 6 6 6
+        round   0 0 0 0 0 0 0 | 1 1 1 1 1 1 1 | 2 2 2 2 2 2 2
+        place   0 1 2 3 4 5 6 | 0 1 2 3 4 5 6 | 0 1 2 3 4 5 6
+                            t   h h       t t   h
+
+    Round 0 has a tail of 1 place, round 1 a head of 2 and a tail of 2, round 2 a head
+    of 1.
 
     Args:
         draw: int64, >= 0.
@@ -187,13 +203,14 @@ def deal(
     first = start // n
     place = start - first * n + row
     over = place >= n
-    heads = [-(first + later) * n % k for later in range(3)]
-    tails = [-head % k for head in heads]
+    # Rows that a draw has before the seams in front of rounds first, first + 1 and
+    # first + 2; its other rows, if it has any there, lie behind the seam.
+    before = [(first + later) * n % k for later in range(3)]
     return (
         first + over,
         np.where(over, place - n, place),
-        np.where(over, heads[1], heads[0]),
-        np.where(over, tails[2], tails[1]),
+        np.where(over, -before[1] % k, -before[0] % k),
+        np.where(over, before[2], before[1]),
     )
 
 
@@ -204,6 +221,13 @@ def cycle(draw: np.ndarray, row: np.ndarray, n: Any, k: Any, key: Any) -> np.nda
     cycles, and each cycle holds every item once. Cycles are shuffled one by one;
     only where fewer than 2 (k - 1) items leave no room to guard the seams,
     k / gcd(n, k) cycles, which end where a draw ends, repeat one order.
+
+    For n = 7, k = 3 and the key `mix(2)`, with cycles and draws as for `deal`:
+
+        4 2 6 0 3 1 5 | 3 0 1 4 2 6 5 | 0 2 6 4 3 1 5
+
+    Draw 2 is 5 | 3 0 and draw 4 is 6 5 | 0: tails are items of 4 ... 6, and heads of
+    0 ... 3.
 
     Args:
         draw: int64, >= 0.

@@ -27,7 +27,13 @@ class Balanced:
     one keyed order, where s counts the slots of the group before the epoch. So
     counts differ by at most 1 in each epoch and over all of them, and the draws
     of the class at place x before the epoch are the numbers below s that are
-    congruent to x modulo C.
+    congruent to x modulo C. For C = 5, P = 3 and L = 4 an epoch has N = 12 slots, so
+    that q = 2 and r = 2:
+
+        epoch     s     extra places       batch      0       1        2       3
+        0         0     0, 1               round    0 0 0   0 0 1    1 1 1   1 2 2
+        1        12     2, 3               place    0 1 2   3 4 0    1 2 3   4 0 1
+        2        24     4, 0
 
     Where a batch runs across the seam of two rounds, `arrange` keeps the tail of
     the one and the head of the other apart: an epoch splits the classes in two
@@ -257,6 +263,18 @@ class _Table:
 class _Part:
     """Some columns of a table, filled row by row (see `Coverage`).
 
+    For three rows, seven columns and classes a, b, c, d, e of 4, 5, 4, 5 and 3 draws:
+
+        filled row by row       tail, head     in the order of some key
+        a a a a b b b           b 3            b b b a a a a
+        b b c c c c d           d 1, b 2       c c c b b d c
+        d d d d e e e           d 4            e d d d d e e
+
+    Class b runs across the end of the first row: its tail has 3 draws there and its head
+    2 in the second row. In the shuffled rows it keeps to columns 0 ... 2 and 3 ... 4, so
+    that no column holds it twice. Likewise d. All other draws of a row (inner ones) are
+    shuffled freely over the columns that are left.
+
     Args:
         counts: `(classes,)` draws of each class in this part, at most `columns`.
         before: `(classes,)` draws of each class in the parts before.
@@ -272,10 +290,11 @@ class _Part:
         self._classes = permute(np.arange(len(counts)), len(counts), mix(key, 0))
         self._ends = np.concatenate(([0], np.cumsum(counts[self._classes])))
         self._before = before
-        # The class across the end of a row has `tail` draws there and `head` in
-        # the next row. Each of the two keeps to an interval on the circle of
-        # columns, outside that of its neighbours and at random gaps from them: were
-        # they side by side, classes across neighbouring ends would hardly meet.
+        # Tails and heads are intervals on the circle of columns. The head of a row
+        # begins at `_head_at`; `_tail_at` columns after it the tail of that row
+        # begins, and after the tail the head of the next row. Between them lie random
+        # gaps: were they side by side, classes across neighbouring ends would hardly
+        # meet.
         border = np.arange(1, p) * columns
         at = np.searchsorted(self._ends, border, "right") - 1
         self._tail = tail = np.append(border - self._ends[at], 0)
@@ -288,7 +307,7 @@ class _Part:
             (mix(key, number, row) % (free + 1).view(np.uint64)).view(np.int64)
             for number, free in enumerate(room, 1)
         )
-        self._tail_at = head + gap  # as seen from the head
+        self._tail_at = head + gap
         ahead = self._tail_at + tail + next_gap
         self._head_at = np.cumsum(ahead) - ahead
 
@@ -297,7 +316,7 @@ class _Part:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The classes and draw numbers of the cells in some columns and rows."""
         columns, head, tail = self._columns, self._head[rows], self._tail[rows]
-        # Round the circle from the head: head, gap, tail, gap.
+        # Round the circle from the head: head, inner, tail, inner ("behind").
         at = (column[:, None] - self._head_at[rows]) % columns
         tail_at = self._tail_at[rows]
         behind = at >= tail_at + tail

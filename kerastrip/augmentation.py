@@ -128,21 +128,8 @@ class Augmentation:
                     "Compose and pass it to Augmentation.",
                 )
                 pipeline.seed = None
-        elif isinstance(pipeline, keras.Layer) or not callable(pipeline):
-            raise TypeError(
-                _checks.message(
-                    "pipeline",
-                    "an albumentations transform or a callable (image, rng) -> image",
-                    pipeline,
-                    "Wrap a list of transforms in albumentations.Compose."
-                    if isinstance(pipeline, Sequence)
-                    else "Keras layers belong into the model."
-                    if callable(pipeline)
-                    else "",
-                )
-            )
         else:
-            _check_signature(pipeline)
+            _check_callable(pipeline)
         self._pipeline = pipeline
         self._idle: list[_Clone] = []
 
@@ -301,40 +288,29 @@ class Augmentation:
         if views is not None:
             shape += (_checks.integer("views", views, minimum=1),)
             copy = True
-        if bare := not isinstance(images, dict):
-            out = {"image": out}
-        batch = _targets.Batch(self._pipeline, shape, out)
-        # Of an array of uint8 one image is like the other: the first is checked.
-        alike = bare and self._seedable and isinstance(images, np.ndarray)
-        alike = alike and images.dtype == np.uint8
+        bare = not isinstance(images, dict)
+        batch = _targets.Batch(self._pipeline, shape, {"image": out} if bare else out)
         turn = _turn if _is_small(samples[0]) else contextlib.nullcontext()
         with turn, self._clone(bare) as clone:
-            run = clone.pipeline
-            if views is None:
-                keyed = clone.random.draws(self.seed, (*key, first), len(samples))
-            else:
-                keyed = itertools.chain.from_iterable(
-                    clone.random.draws(self.seed, (*key, first + i, 0), views)
-                    for i in range(len(samples))
-                )
+            keyed = self._draws(clone.random, key, first, shape)
             indices = itertools.product(*map(range, shape))
             for index, draws in zip(indices, keyed, strict=True):
-                sample = samples[index[0]]
-                result = self._view(clone, draws, sample, copy)
-                if not bare:
-                    for name, value in result.items():
-                        batch.put(index, name, value)
-                    continue
-                batch.put(index, "image", result)
-                if alike:
-                    break
-            for index, draws in zip(indices, keyed, strict=True):
-                clone.random.set(*draws)
-                sample = samples[index[0]]
-                result = run(image=sample.copy() if copy else sample)["image"]
-                batch.put(index, "image", result)
+                view = self._view(clone, draws, samples[index[0]], copy)
+                for name, value in ({"image": view} if bare else view).items():
+                    batch.put(index, name, value)
         targets = batch.targets()
         return targets["image"] if bare else targets
+
+    def _draws(
+        self, random: KeyedRandom, key: tuple[int, ...], first: int, shape: Any
+    ) -> Iterator[Any]:
+        """The draws of (batch,) or (batch, views) keys, one view after the other."""
+        count, *views = shape
+        if not views:
+            return random.draws(self.seed, (*key, first), count)
+        return itertools.chain.from_iterable(
+            random.draws(self.seed, (*key, first + i, 0), *views) for i in range(count)
+        )
 
     def map(
         self,
@@ -405,13 +381,7 @@ class Augmentation:
                 images = self(images, *key, int(first))
             results = [np.asarray(leaf) for leaf in tf.nest.flatten(images)]
             for leaf, expected in zip(results, specs, strict=True):
-                received = tf.TensorSpec(leaf.shape, leaf.dtype)
-                if not expected.is_compatible_with(received):
-                    raise ValueError(
-                        f"Invalid value for `spec`: the pipeline gives {received}, "
-                        f"expected {expected}. Pass spec=tf.TensorSpec(shape, dtype) "
-                        "of what the pipeline gives."
-                    )
+                _check_spec(expected, tf.TensorSpec(leaf.shape, leaf.dtype))
             return results
 
         def augment(first: Any, element: Any) -> Any:
@@ -622,8 +592,16 @@ class _Clone:
             self.pipeline.set_random_state(self.random.rng, self.random.python)
 
 
-def _check_signature(function: Any) -> None:
-    """Refuses a callable that cannot be called with an image and a generator."""
+def _check_callable(function: Any) -> None:
+    """Refuses what cannot be called with an image and a generator."""
+    if isinstance(function, keras.Layer) or not callable(function):
+        expected = "an albumentations transform or a callable (image, rng) -> image"
+        advice = ""
+        if isinstance(function, keras.Layer):
+            advice = "Keras layers belong into the model."
+        elif isinstance(function, Sequence):
+            advice = "Wrap a list of transforms in albumentations.Compose."
+        raise _checks.type_error("pipeline", expected, function, advice)
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -632,15 +610,20 @@ def _check_signature(function: Any) -> None:
         signature.bind(None, None)
     except TypeError:
         name = getattr(function, "__name__", type(function).__name__)
-        raise TypeError(
-            _checks.message(
-                "pipeline",
-                "a callable (image, rng) -> image",
-                _checks.Told(f"{name}{signature}"),
-                "It is called with the image and a numpy.random.Generator, whether it "
-                "needs one or not: lambda image, rng: function(image).",
-            )
+        raise _checks.type_error(
+            "pipeline",
+            "a callable (image, rng) -> image",
+            _checks.Told(f"{name}{signature}"),
+            "It is called with the image and a numpy.random.Generator, whether it "
+            "needs one or not: lambda image, rng: function(image).",
         ) from None
+
+
+def _check_spec(expected: Any, received: Any) -> None:
+    if not expected.is_compatible_with(received):
+        advice = "Pass spec=tf.TensorSpec(shape, dtype) of what the pipeline gives."
+        told = _checks.Told(f"{received} from the pipeline")
+        raise _checks.value_error("spec", str(expected), told, advice)
 
 
 def _is_small(row: Any) -> bool:

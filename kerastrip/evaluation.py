@@ -7,7 +7,7 @@ same?") is in `kerastrip.verification`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ METRICS = (
     "map@r",
     "mrr",
 )
-_WORDS = ("r_precision", "map@r", "mrr", "nmi", "ami")
+_CLUSTERING = ("nmi", "ami")
 # A nearest row this much nearer than the second nearest is the query itself.
 _ITSELF = 1e-4
 
@@ -104,10 +104,8 @@ def retrieval_metrics(
         section 3.2 (R-precision and MAP@R).
     """
     if (gallery is None) != (gallery_labels is None):
-        raise ValueError(
-            _checks.message(
-                "gallery", "`gallery` and `gallery_labels` together", gallery
-            )
+        raise _checks.value_error(
+            "gallery", "`gallery` and `gallery_labels` together", gallery
         )
     own = None if gallery is None else shared_rows(embeddings, gallery)
     results, met = lookup_figures(
@@ -151,40 +149,32 @@ def lookup_figures(
         is equal to them and of their label.
     """
     metrics = check_metrics(metrics)
-    queries, rows, codes, row_codes, own = _Lookup.of(
-        embeddings, labels, gallery, gallery_labels, own
-    )
-    partners = np.bincount(row_codes, minlength=codes.max() + 1)[codes]
-    partners -= (own >= 0) & (row_codes[own] == codes)
+    lookup = _Lookup.of(embeddings, labels, gallery, gallery_labels, own)
+    partners = lookup.partners()
     chosen = np.flatnonzero(partners > 0)
     if not len(chosen):
         where = "that occurs twice" if gallery is None else "of the gallery"
-        told = _checks.Told(f"{len(queries)} labels without a partner")
-        raise ValueError(_checks.message("labels", f"a label {where}", told))
+        told = _checks.Told(f"{len(partners)} labels without a partner")
+        raise _checks.value_error("labels", f"a label {where}", told)
     # Queries of like R together: each block then looks no further than it needs.
     chosen = chosen[np.argsort(partners[chosen], kind="stable")]
     sums = dict.fromkeys(metrics, 0.0)
     met = [np.empty(0, np.int64)]
-    space = Space.of(queries[chosen], rows, distance)
-    for part, block in space.blocks(verbose=verbose):
+    space = Space.of(lookup.queries[chosen], lookup.rows, distance)
+    for part, numbers in space.blocks(verbose=verbose):
         who = chosen[part]
-        known = np.flatnonzero(own[who] >= 0)
-        block[known, own[who[known]]] = np.inf
-        found = nearest(block, _depth(metrics, partners[who], len(rows)))
-        neighbours = row_codes[found]
-        # A query is no neighbour of its own, however far one looks.
-        neighbours[found == own[who, None]] = -1
-        hits = neighbours == codes[who, None]
-        if len(known) < len(who):
-            met.append(who[_meets_itself(space, part, found, hits) & (own[who] < 0)])
-        for word, values in _block_values(
-            block, codes[who], row_codes, partners[who], neighbours, hits, metrics
-        ):
-            sums[word] += float(values.sum())
+        depth = _depth(metrics, partners[who], len(lookup.rows))
+        block = _Block.of(lookup, who, partners[who], numbers, depth)
+        alone = lookup.own[who] < 0
+        if alone.any():
+            met.append(who[_meets_itself(space, part, block) & alone])
+        for word in sums:
+            if word not in _CLUSTERING:
+                sums[word] += float(block.values(word).sum())
     results = {word: total / len(chosen) for word, total in sums.items()}
-    if "nmi" in metrics or "ami" in metrics:
-        results.update(_clustering(queries, codes, metrics, seed))
-    results |= {"queries": len(chosen), "lone_queries": len(queries) - len(chosen)}
+    if not set(_CLUSTERING).isdisjoint(metrics):
+        results |= _clustering(lookup.queries, lookup.codes, metrics, seed)
+    results |= {"queries": len(chosen), "lone_queries": len(partners) - len(chosen)}
     return results, np.sort(np.concatenate(met))
 
 
@@ -225,6 +215,83 @@ class _Lookup(NamedTuple):
         own = np.full(len(queries), -1) if own is None else own
         return cls(queries, rows, *common_codes(table, others), own)
 
+    def partners(self) -> np.ndarray:
+        """(n,) R of every query: the rows of its label but itself."""
+        size = self.codes.max() + 1
+        counts = np.bincount(self.row_codes, minlength=size)[self.codes]
+        return counts - ((self.own >= 0) & (self.row_codes[self.own] == self.codes))
+
+
+class _Block(NamedTuple):
+    """The queries of one block, and what they find.
+
+    Attributes:
+        numbers: (n, m) distances to all rows, infinity to the query itself.
+        codes: (n,) labels of the queries.
+        row_codes: (m,) labels of the rows.
+        partners: (n,) R of the queries, at least 1.
+        found: (n, depth) the nearest rows.
+        neighbours: (n, depth) their labels. A query is no neighbour of its own, however
+            far one looks: there, -1.
+        hits: (n, depth) whether these are the labels of the queries.
+    """
+
+    numbers: np.ndarray
+    codes: np.ndarray
+    row_codes: np.ndarray
+    partners: np.ndarray
+    found: np.ndarray
+    neighbours: np.ndarray
+    hits: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        lookup: _Lookup,
+        who: np.ndarray,
+        partners: np.ndarray,
+        numbers: np.ndarray,
+        depth: int,
+    ) -> _Block:
+        """The block of the queries `who`; writes into the (n, m) `numbers`."""
+        codes, own = lookup.codes[who], lookup.own[who]
+        known = np.flatnonzero(own >= 0)
+        numbers[known, own[known]] = np.inf
+        found = nearest(numbers, depth)
+        neighbours = lookup.row_codes[found]
+        neighbours[found == own[:, None]] = -1
+        hits = neighbours == codes[:, None]
+        return cls(numbers, codes, lookup.row_codes, partners, found, neighbours, hits)
+
+    def values(self, word: str) -> np.ndarray:
+        """(n,) what the metric `word` is the mean of."""
+        name, _, k = word.partition("@")
+        if word in ("map@r", "r_precision"):
+            rank = np.arange(1, self.hits.shape[1] + 1)
+            hits_within_r = self.hits & (rank <= self.partners[:, None])
+            if word == "r_precision":
+                return hits_within_r.sum(axis=1) / self.partners
+            precision = np.cumsum(self.hits, axis=1) / rank
+            return (precision * hits_within_r).sum(axis=1) / self.partners
+        if word == "mrr":
+            return 1.0 / self._first_rank()
+        if name == "recall":
+            return self.hits[:, : int(k)].max(axis=1)
+        if name == "precision":
+            return self.hits[:, : int(k)].sum(axis=1) / int(k)
+        return _vote(self.neighbours[:, : int(k)]) == self.codes  # knn@k
+
+    def _first_rank(self) -> np.ndarray:
+        """(n,) rank, from 1, of the first hit of every query among all rows."""
+        ranks = self.hits.argmax(axis=1) + 1
+        for i in np.flatnonzero(~self.hits.any(axis=1)):
+            same = np.flatnonzero(self.row_codes == self.codes[i])
+            first = same[self.numbers[i, same].argmin()]
+            nearer = self.numbers[i] < self.numbers[i, first]
+            equal_before = self.numbers[i, :first] == self.numbers[i, first]
+            ranks[i] = nearer.sum() + equal_before.sum() + 1
+        return ranks
+
 
 def shared_rows(queries: Any, gallery: Any) -> np.ndarray | None:
     """The row of `gallery` that lies in the same memory as each row of `queries`.
@@ -263,24 +330,22 @@ def themselves(met: np.ndarray, queries: int) -> str:
     )
 
 
-def _meets_itself(
-    space: Space, part: slice, found: np.ndarray, hits: np.ndarray
-) -> np.ndarray:
+def _meets_itself(space: Space, part: slice, block: _Block) -> np.ndarray:
     """Which queries of one block have the same sample, of their label, as nearest row.
 
     A second forward pass may round otherwise, so that equal means: much nearer than
     the row after it. Where many rows are equal (a collapsed model, data of few
     values) nothing can be told.
     """
-    if found.shape[1] < 2:
-        return np.zeros(len(found), bool)
+    if block.found.shape[1] < 2:
+        return np.zeros(len(block.found), bool)
     two = row_distances(
-        space.queries[part, None], space.gallery[found[:, :2]], "euclidean"
+        space.queries[part, None], space.gallery[block.found[:, :2]], "euclidean"
     )
     first = two.argmin(axis=1)[:, None]
     nearer, farther = two.min(axis=1), two.max(axis=1)
     equal = (nearer <= _ITSELF * farther) & (farther > 0)
-    return equal & np.take_along_axis(hits, first, axis=1)[:, 0]
+    return equal & np.take_along_axis(block.hits, first, axis=1)[:, 0]
 
 
 def _depth(metrics: Sequence[str], partners: np.ndarray, available: int) -> int:
@@ -289,52 +354,6 @@ def _depth(metrics: Sequence[str], partners: np.ndarray, available: int) -> int:
     if "map@r" in metrics or "r_precision" in metrics:
         wanted.append(int(partners.max()))
     return min(max(wanted), available)
-
-
-def _block_values(
-    block: np.ndarray,
-    codes: np.ndarray,
-    row_codes: np.ndarray,
-    partners: np.ndarray,
-    neighbours: np.ndarray,
-    hits: np.ndarray,
-    metrics: Sequence[str],
-) -> Iterable[tuple[str, np.ndarray]]:
-    """For each word that is a mean: the values of the queries of one block."""
-    averaged = [word for word in metrics if word not in ("nmi", "ami")]
-    depth = hits.shape[1]
-    hits_within_r = hits & (np.arange(depth) < partners[:, None])
-    for word in averaged:
-        name, _, k = word.partition("@")
-        if word == "map@r":
-            precision = np.cumsum(hits, axis=1) / np.arange(1, depth + 1)
-            yield word, (precision * hits_within_r).sum(axis=1) / partners
-        elif word == "r_precision":
-            yield word, hits_within_r.sum(axis=1) / partners
-        elif word == "mrr":
-            yield word, 1.0 / _first_rank(block, hits, codes, row_codes)
-        elif name == "recall":
-            yield word, hits[:, : int(k)].max(axis=1)
-        elif name == "precision":
-            yield word, hits[:, : int(k)].sum(axis=1) / int(k)
-        else:
-            yield word, _vote(neighbours[:, : int(k)]) == codes
-
-
-def _first_rank(
-    block: np.ndarray, hits: np.ndarray, codes: np.ndarray, row_codes: np.ndarray
-) -> np.ndarray:
-    """Rank (from 1) of the first hit of every query, in the whole gallery."""
-    ranks = hits.argmax(axis=1) + 1
-    for i in np.flatnonzero(~hits.any(axis=1)):
-        same = np.flatnonzero(row_codes == codes[i])
-        first = same[block[i, same].argmin()]
-        ranks[i] = (
-            (block[i] < block[i, first]).sum()
-            + (block[i, :first] == block[i, first]).sum()
-            + 1
-        )
-    return ranks
 
 
 def _vote(neighbours: np.ndarray) -> np.ndarray:
@@ -361,13 +380,13 @@ def _clustering(
         ) from error
     count = len(np.unique(codes))
     found = cluster.KMeans(count, n_init=1, random_state=seed).fit_predict(rows)
-    functions = {
-        "nmi": scores.normalized_mutual_info_score,
-        "ami": scores.adjusted_mutual_info_score,
-    }
+    functions = (
+        scores.normalized_mutual_info_score,
+        scores.adjusted_mutual_info_score,
+    )
     return {
         word: float(score(codes, found))
-        for word, score in functions.items()
+        for word, score in zip(_CLUSTERING, functions, strict=True)
         if word in metrics
     }
 
@@ -376,10 +395,10 @@ def check_metrics(metrics: Any) -> tuple[str, ...]:
     """The words of `retrieval_metrics`, else an error that names the wrong one."""
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if not metrics:
-        raise ValueError(_checks.message("metrics", "at least one word", metrics))
+        raise _checks.value_error("metrics", "at least one word", metrics)
     for word in metrics:
         if not (isinstance(word, str) and _has_k(word)):
-            _checks.one_of("metrics", word, (*_WORDS, *METRICS[:4], "knn@5"))
+            _checks.one_of("metrics", word, (*METRICS, "knn@5", *_CLUSTERING))
     return metrics
 
 
@@ -391,10 +410,8 @@ def label_table(name: str, value: Any, length: int) -> LabelTable:
     """The table of `length` labels, else an error that names them."""
     table = LabelTable(value, name=name)
     if len(table.codes) != length:
-        raise ValueError(
-            _checks.message(
-                name, f"{length} labels", _checks.Told(f"{len(table.codes)} labels")
-            )
+        raise _checks.value_error(
+            name, f"{length} labels", _checks.Told(f"{len(table.codes)} labels")
         )
     return table
 
@@ -403,10 +420,8 @@ def common_codes(own: LabelTable, others: LabelTable) -> tuple[np.ndarray, np.nd
     """The codes of two sets of labels by one table."""
     kinds = [table.classes.dtype.kind in "iu" for table in (own, others)]
     if kinds[0] != kinds[1]:
-        raise TypeError(
-            _checks.message(
-                "gallery_labels", "labels of the same kind as `labels`", others.classes
-            )
+        raise _checks.type_error(
+            "gallery_labels", "labels of the same kind as `labels`", others.classes
         )
     both = LabelTable(np.concatenate([own.classes, others.classes]))
     return both.encode(own.classes)[own.codes], both.encode(others.classes)[

@@ -112,49 +112,12 @@ def embed_with_targets(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`embed`, and the targets of the embedding where `x` are batches with targets.
 
-
     Returns:
         (n, dim) float32 embeddings, and the (n, ...) targets of the same output
         or None. Both come from one pass, so the order of a shuffled dataset
         does not matter.
     """
-    batch_size = _checks.integer("batch_size", batch_size, 1)
-    views = _checks.integer("views", views, 1)
-    batches: Any
-    if is_batches(x):
-        if augmentation is not None:
-            raise ValueError(
-                _checks.message(
-                    "augmentation",
-                    "None for data that come in batches",
-                    augmentation,
-                    "Pass the images as an array or a source.",
-                )
-            )
-        batches, total = _read_batches(x), None
-    else:
-        if augmentation is not None and not hasattr(augmentation, "batch"):
-            raise TypeError(
-                _checks.message(
-                    "augmentation",
-                    "an Augmentation",
-                    augmentation,
-                    "Wrap the pipeline: Augmentation(pipeline).",
-                )
-            )
-        source = source_of(x)
-        total = len(source)
-        batches = _take_batches(source, batch_size, augmentation, views)
-    if augmentation is None and views > 1:
-        raise ValueError(
-            _checks.message(
-                "views",
-                "1 without `augmentation`",
-                views,
-                "Without it every view is the same.",
-            )
-        )
-
+    batches, total = _batches(x, batch_size, augmentation, views)
     chosen = embedding_output(model, output)
     single = output is None and chosen.count == 1
     show = progress(total, "sample", verbose)
@@ -174,7 +137,7 @@ def embed_with_targets(
         done += len(seen[0])
         show(done)
     if not rows:
-        raise ValueError(_checks.message("x", "at least one batch", x))
+        raise _checks.value_error("x", "at least one batch", x)
     return np.concatenate(rows), np.concatenate(targets) if targets else None
 
 
@@ -216,21 +179,45 @@ def source_of(x: Any) -> Any:
     return as_source(x.source if is_sampler(x) else x)
 
 
+def _batches(
+    x: Any, batch_size: int, augmentation: Any, views: int
+) -> tuple[Iterator[tuple[list[Any], Any]], int | None]:
+    """The ([inputs of each view], targets or None) of x, and the number of samples."""
+    batch_size = _checks.integer("batch_size", batch_size, 1)
+    views = _checks.integer("views", views, 1)
+    if augmentation is None and views > 1:
+        advice = "Without it every view is the same."
+        raise _checks.value_error("views", "1 without `augmentation`", views, advice)
+    if is_batches(x):
+        if augmentation is not None:
+            expected = "None for data that come in batches"
+            advice = "Pass the images as an array or a source."
+            raise _checks.value_error("augmentation", expected, augmentation, advice)
+        return _read_batches(x), None
+    if augmentation is not None and not hasattr(augmentation, "batch"):
+        advice = "Wrap the pipeline: Augmentation(pipeline)."
+        raise _checks.type_error(
+            "augmentation", "an Augmentation", augmentation, advice
+        )
+    source = source_of(x)
+    return _take_batches(source, batch_size, augmentation, views), len(source)
+
+
+def batches_of(x: Any) -> Iterator[Any]:
+    """The batches of a dataset, in which tensors of TensorFlow are arrays."""
+    if hasattr(x, "as_numpy_iterator"):
+        return x.as_numpy_iterator()
+    if hasattr(x, "__getitem__"):
+        return (x[i] for i in range(len(x)))
+    return iter(x)
+
+
 def _read_batches(x: Any) -> Iterator[tuple[list[Any], Any]]:
     """The ([inputs], targets) of a dataset; targets None where there are none."""
-    if hasattr(x, "as_numpy_iterator"):
-        if int(x.cardinality()) == -1:
-            raise ValueError(
-                _checks.message(
-                    "x", "a dataset that ends", x, "Leave out its `.repeat()`."
-                )
-            )
-        batches = x.as_numpy_iterator()
-    elif hasattr(x, "__getitem__"):
-        batches = (x[i] for i in range(len(x)))
-    else:
-        batches = x
-    for batch in batches:
+    if hasattr(x, "as_numpy_iterator") and int(x.cardinality()) == -1:
+        advice = "Leave out its `.repeat()`."
+        raise _checks.value_error("x", "a dataset that ends", x, advice)
+    for batch in batches_of(x):
         if isinstance(batch, (tuple, list)):  # a list: PyTorch's loader
             target = batch[1] if len(batch) > 1 else None
             if getattr(target, "shape", None) == ():
@@ -248,11 +235,8 @@ def _take_batches(
         samples = source.take(np.arange(first, min(first + batch_size, len(source))))
         if augmentation is None:
             yield [samples], None
-        else:
-            yield (
-                [augmentation.batch(samples, v, first=first) for v in range(views)],
-                None,
-            )
+            continue
+        yield [augmentation.batch(samples, v, first=first) for v in range(views)], None
 
 
 def _run(
@@ -261,7 +245,8 @@ def _run(
     """The embeddings of one batch, filled up to `size` rows for the call.
 
     Args:
-        single: `chosen` was taken for the only output there is.
+        size: rows of the largest batch so far; 0 in the first call.
+        single: whether the model seemed to have a single output.
     """
     _check_names(model, inputs)
     inputs = keras.tree.map_structure(_sample_array, inputs)
@@ -282,23 +267,19 @@ def _run(
     marked = hasattr(chosen.loss, "distance") and isinstance(outputs, dict)
     single = single and not (marked and chosen.name in outputs)
     if single and isinstance(outputs, (list, tuple, dict)) and len(outputs) > 1:
-        raise ValueError(
-            _checks.message(
-                "output",
-                "the position or name of the embedding",
-                _checks.Told(f"None for a model with {len(outputs)} outputs"),
-                "Give output=....",
-            )
+        raise _checks.value_error(
+            "output",
+            "the position or name of the embedding",
+            _checks.Told(f"None for a model with {len(outputs)} outputs"),
+            "Give output=....",
         )
     rows = np.asarray(chosen.take(outputs))
     if rows.ndim != 2:
-        raise ValueError(
-            _checks.message(
-                "output",
-                "an embedding of shape (batch, dim)",
-                rows,
-                "Flatten or pool it in the model, or name another output.",
-            )
+        raise _checks.value_error(
+            "output",
+            "an embedding of shape (batch, dim)",
+            rows,
+            "Flatten or pool it in the model, or name another output.",
         )
     # Under a distribution strategy every replica has returned all the rows.
     return rows[:count].astype("float32")
@@ -308,13 +289,11 @@ def _sample_array(value: Any) -> np.ndarray:
     """`_array` of samples, which are texts on TensorFlow only."""
     array = _array(value, "x")
     if array.dtype.kind in "OSUT" and keras.backend.backend() != "tensorflow":
-        raise TypeError(
-            _checks.message(
-                "x",
-                "numbers, as only TensorFlow has tensors of texts",
-                array,
-                "Turn the texts into numbers before they come here.",
-            )
+        raise _checks.type_error(
+            "x",
+            "numbers, as only TensorFlow has tensors of texts",
+            array,
+            "Turn the texts into numbers before they come here.",
         )
     return array
 
@@ -336,12 +315,10 @@ def _check_shape(model: Any, arrays: list[np.ndarray]) -> None:
     if single and _fits(shape[1:], expected[2:]):
         raise _no_batch(f"samples of shape {shape}")
     if len(shape) == len(expected) and not _fits(shape[1:], expected[1:]):
-        raise ValueError(
-            _checks.message(
-                "x",
-                f"samples of shape {expected[1:]}, as the model has been built for",
-                _checks.Told(f"samples of shape {shape[1:]}"),
-            )
+        raise _checks.value_error(
+            "x",
+            f"samples of shape {expected[1:]}, as the model has been built for",
+            _checks.Told(f"samples of shape {shape[1:]}"),
         )
 
 
@@ -352,14 +329,12 @@ def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
 
 
 def _no_batch(told: str) -> ValueError:
-    return ValueError(
-        _checks.message(
-            "x",
-            "a batch of samples, or batches of (inputs, targets)",
-            _checks.Told(told),
-            "One sample alone goes in as a batch: x[None], a tf.data.Dataset of "
-            "samples in batches: x.batch(64).",
-        )
+    return _checks.value_error(
+        "x",
+        "a batch of samples, or batches of (inputs, targets)",
+        _checks.Told(told),
+        "One sample alone goes in as a batch: x[None], a tf.data.Dataset of "
+        "samples in batches: x.batch(64).",
     )
 
 
@@ -376,15 +351,12 @@ def _check_names(model: Any, inputs: Any) -> None:
     names = [*own] if isinstance(own, Mapping) else [one.name for one in _inputs(model)]
     if set(names) <= set(inputs):
         return
-    raise ValueError(
-        _checks.message(
-            "x",
-            f"batches of (inputs, targets), or dicts with the inputs of the model, "
-            f"{names}",
-            _checks.Told(f"a dict with the keys {[*inputs]}"),
-            "Take the inputs out of the dict. For a tf.data.Dataset this is "
-            "x.map(lambda d: (d['image'], d['label'])).",
-        )
+    raise _checks.value_error(
+        "x",
+        f"batches of (inputs, targets), or dicts with the inputs of the model, {names}",
+        _checks.Told(f"a dict with the keys {[*inputs]}"),
+        "Take the inputs out of the dict. For a tf.data.Dataset this is "
+        "x.map(lambda d: (d['image'], d['label'])).",
     )
 
 
@@ -483,8 +455,8 @@ def search(
     gallery = embeddings_array("gallery", gallery)
     k = _checks.integer("k", k, 1)
     if k > len(gallery):
-        raise ValueError(
-            _checks.message("k", f"at most the {len(gallery)} rows of the gallery", k)
+        raise _checks.value_error(
+            "k", f"at most the {len(gallery)} rows of the gallery", k
         )
     space = Space.of(queries, gallery, distance)
     indices = np.empty((len(queries), k), np.int64)
@@ -497,14 +469,12 @@ def search(
         for low in range(rows.start, rows.stop, step):
             some = slice(low, min(low + step, rows.stop))
             chosen = candidates[some.start - rows.start : some.stop - rows.start]
-            order = _sorted_keys(
-                row_distances(
-                    space.queries[some, None], space.gallery[chosen], distance
-                ),
-                chosen,
-                k,
+            exact = row_distances(
+                space.queries[some, None], space.gallery[chosen], distance
             )
-            distances[some], indices[some] = _values(order), _columns(order)
+            order = np.lexsort((chosen, exact), axis=-1)[:, :k]
+            distances[some] = np.take_along_axis(exact, order, axis=1)
+            indices[some] = np.take_along_axis(chosen, order, axis=1)
     return distances, indices
 
 
@@ -527,47 +497,29 @@ def nearest(block: np.ndarray, k: int) -> np.ndarray:
 def _nearest(block: np.ndarray, k: int) -> np.ndarray:
     """`nearest` for some rows.
 
-    The columns are dealt into groups. The k smallest numbers of a row lie in the k
-    groups whose minima are the smallest, so that only those are looked into.
+    The columns are dealt into groups. The least numbers of the groups are numbers of
+    the row, so that the k-th smallest of them is a bound for its k smallest numbers,
+    and only the few numbers within it are sorted. For k = 2 and three groups:
+
+        column     0  1  2  3  4  5     groups (0, 3) (1, 4) (2, 5)
+        number     7  4  9  8  5  1     least     7      4      1     bound 4
+        within        4           1     sorted: columns 5 and 1
+
+    (To find the k-th smallest number of all columns takes ten times as long.)
     """
     rows, columns = block.shape
-    size = math.isqrt(columns // (2 * k))  # about the fastest
-    if size < 4:
-        return _columns(_sorted_keys(block, np.arange(columns), k))
-    groups = columns // size
-    dealt = block[:, : size * groups].reshape(rows, size, groups)
-    least = dealt.min(axis=1)
-    best = np.argpartition(least, k - 1, axis=1)[:, :k]
-    members = best[:, None] + groups * np.arange(size)[:, None]
-    rest = np.broadcast_to(np.arange(size * groups, columns), (rows, columns % size))
-    candidates = np.concatenate([members.reshape(rows, -1), rest], axis=1)
-    numbers = np.take_along_axis(block, candidates, axis=1)
-    found = _sorted_keys(numbers, candidates, k)
-    # A group that was left out may hold a number equal to the last one taken.
-    tied = (least <= _values(found[:, -1:])).sum(axis=1) > k
-    found[tied] = _sorted_keys(block[tied], np.arange(columns), k)
-    return _columns(found)
-
-
-def _sorted_keys(numbers: np.ndarray, columns: np.ndarray, k: int) -> np.ndarray:
-    """(rows, k) uint64: the bits of the k smallest numbers over their columns.
-
-    The bits of floats >= 0 have the order of the floats. (-0.0 + 0.0 is 0.0.)
-    """
-    keys = (np.maximum(numbers, 0.0) + np.float32(0)).view(np.uint32).astype(np.uint64)
-    keys <<= np.uint64(32)
-    keys |= columns.astype(np.uint64)
-    if k < keys.shape[1]:
-        keys.partition(k - 1, axis=1)
-    return np.sort(keys[:, :k], axis=1)
-
-
-def _columns(keys: np.ndarray) -> np.ndarray:
-    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
-
-
-def _values(keys: np.ndarray) -> np.ndarray:
-    return (keys >> np.uint64(32)).astype(np.uint32).view(np.float32)
+    groups = columns // max(1, math.isqrt(columns // (2 * k)))  # about the fastest
+    dealt = block[:, : columns // groups * groups].reshape(rows, -1, groups)
+    least = dealt.min(axis=1)  # (rows, groups), k groups or more
+    bound = np.maximum(np.partition(least, k - 1, axis=1)[:, k - 1, None], 0.0)
+    row, column = np.divmod(np.flatnonzero(block <= bound), columns)
+    # The numbers within move to the left, in their order; a row has k or more.
+    first = np.searchsorted(row, np.arange(rows))
+    place = np.arange(len(row)) - first[row]
+    within = np.full((rows, place.max() + 1), np.inf, np.float32)
+    within[row, place] = np.maximum(block[row, column], 0.0)
+    order = np.argsort(within, axis=1, kind="stable")[:, :k]
+    return column[first[:, None] + order]
 
 
 def embeddings_array(name: str, value: Any) -> np.ndarray:
@@ -575,26 +527,22 @@ def embeddings_array(name: str, value: Any) -> np.ndarray:
     _checks.refuse_masked(name, value)
     rows = np.asarray(value)
     if rows.dtype.kind not in "fiub" and rows.dtype.name != "bfloat16":
-        raise TypeError(_checks.message(name, "(n, dim) numbers", value))
+        raise _checks.type_error(name, "(n, dim) numbers", value)
     if rows.ndim != 2 or 0 in rows.shape:
-        raise ValueError(
-            _checks.message(
-                name, "an array of shape (n, dim), n and dim at least 1", rows
-            )
+        raise _checks.value_error(
+            name, "an array of shape (n, dim), n and dim at least 1", rows
         )
     with np.errstate(over="ignore"):
         rows = np.ascontiguousarray(rows, dtype="float32")
     bad = unusable_rows(rows)
     if len(bad):
-        raise ValueError(
-            _checks.message(
-                name,
-                f"finite numbers under {_LARGE:g}",
-                _checks.Told(
-                    f"NaN, infinity or more in {len(bad)} of {len(rows)} rows, the "
-                    f"first is row {bad[0]}"
-                ),
-            )
+        raise _checks.value_error(
+            name,
+            f"finite numbers under {_LARGE:g}",
+            _checks.Told(
+                f"NaN, infinity or more in {len(bad)} of {len(rows)} rows, the "
+                f"first is row {bad[0]}"
+            ),
         )
     return rows
 
@@ -634,12 +582,10 @@ class Space(NamedTuple):
         """The space of (n, dim) queries and an (m, dim) gallery, float32."""
         _checks.one_of("distance", distance, DISTANCES)
         if queries.shape[1] != gallery.shape[1]:
-            raise ValueError(
-                _checks.message(
-                    "gallery",
-                    f"rows of {queries.shape[1]} numbers, as the queries have",
-                    gallery,
-                )
+            raise _checks.value_error(
+                "gallery",
+                f"rows of {queries.shape[1]} numbers, as the queries have",
+                gallery,
             )
         cosine = distance == "cosine"
         if cosine:

@@ -183,25 +183,19 @@ class PKPlan:
             "small_classes", small_classes, SMALL_CLASSES
         )
         self.min_class_size = check("min_class_size", min_class_size, 1)
-        for name, value, mode, advice in (
-            (
-                "max_per_class",
-                max_per_class,
-                "coverage",
-                "There `batches_per_epoch` sets how much of a class is seen.",
-            ),
-            (
-                "batches_per_epoch",
-                batches_per_epoch,
-                "balanced",
-                "The samples set the length; `max_per_class` shortens it.",
-            ),
-        ):
-            if value is not None and epoch_mode != mode:
-                expected = f"None with epoch_mode={epoch_mode!r}"
-                raise ValueError(_checks.message(name, expected, value, advice))
-            if value is not None:
-                check(name, value, 1)
+        if self.epoch_mode == "balanced":
+            name, unfit = "max_per_class", max_per_class
+            advice = "There `batches_per_epoch` sets how much of a class is seen."
+        else:
+            name, unfit = "batches_per_epoch", batches_per_epoch
+            advice = "The samples set the length; `max_per_class` shortens it."
+        if unfit is not None:
+            expected = f"None with epoch_mode={epoch_mode!r}"
+            raise _checks.value_error(name, expected, unfit, advice)
+        if max_per_class is not None:
+            check("max_per_class", max_per_class, 1)
+        if batches_per_epoch is not None:
+            check("batches_per_epoch", batches_per_epoch, 1)
         self.max_per_class = max_per_class
         self.shard = _checked_shard(shard, self.classes_per_batch)
         self.seed = check("seed", seed)
@@ -228,74 +222,80 @@ class PKPlan:
         """Sort the samples by (group, class) and keep the classes to draw from."""
         units = self.codes if groups is None else _paired(groups, self.codes)
         order, sizes = _labels.sorted_by(units)
-        ends = np.cumsum(sizes)
-        starts = ends - sizes
+        starts = np.cumsum(sizes) - sizes
         code = self.codes[order[starts]]
-        k, least = self.samples_per_class, self.min_class_size
-        small = sizes < k
-        if self.small_classes == "error" and small.any():
-            raise ValueError(
-                _checks.message(
-                    "small_classes",
-                    "'repeat' or 'drop' where classes have fewer than "
-                    f"samples_per_class={k} samples",
-                    "error",
-                    f"These have fewer: {self._named(code[small])}.",
-                )
-            )
-        fewest = max(least, k) if self.small_classes == "drop" else least
+        fewest = self._fewest_samples(sizes, code)
         kept = sizes >= fewest
         self._order, self._starts, self._sizes = order, starts[kept], sizes[kept]
         self._codes_of_units = code[kept]
         self._left_out = int((~kept).sum()), int(sizes[~kept].sum())
         self._group_sizes = np.array([kept.sum()])
         if groups is not None:
-            names, self._group_sizes = np.unique(
-                groups[order[self._starts]], return_counts=True
-            )
-            poor = names[self._group_sizes < self.classes_per_batch]
-            if poor.size:
-                raise ValueError(
-                    _checks.message(
-                        "groups",
-                        f"at least classes_per_batch={self.classes_per_batch} usable "
-                        "classes in every group",
-                        _checks.Told(
-                            f"{self._group_sizes.min()} in group number {poor[0]}"
-                        ),
-                        f"{len(poor)} of {len(names)} groups are too small: leave "
-                        "them out or draw fewer classes per batch.",
-                    )
-                )
-        usable = int(kept.sum())
-        if self.classes_per_batch > usable:
-            raise ValueError(
-                _checks.message(
-                    "classes_per_batch",
-                    f"at most {usable}, the classes with enough samples "
-                    f"({len(np.unique(code))} have any)",
-                    self.classes_per_batch,
-                    "Draw fewer classes per batch"
-                    + ("." if kept.all() else ", or lower `min_class_size`.")
-                    if usable > 1
-                    else f"A triplet takes two classes of at least {least} samples.",
-                )
-            )
+            self._group_sizes = self._classes_of_groups(groups[order[self._starts]])
+        self._check_usable(code)
         told = []
         if not kept.all():
             told.append(
                 f"{(~kept).sum()} of {len(sizes)} classes have fewer than "
                 f"{fewest} samples and are left out: {self._named(code[~kept])}"
             )
-        repeated = kept & small
+        repeated = kept & (sizes < self.samples_per_class)
         if repeated.any():
             told.append(
                 f"{repeated.sum()} of {len(sizes)} classes have fewer than "
-                f"samples_per_class={k} samples and repeat them inside a batch: "
-                f"{self._named(code[repeated])}"
+                f"samples_per_class={self.samples_per_class} samples and repeat them "
+                f"inside a batch: {self._named(code[repeated])}"
             )
         if told:
             _checks.warn("; ".join(told) + ".")
+
+    def _fewest_samples(self, sizes: np.ndarray, code: np.ndarray) -> int:
+        """The fewest samples of a class that is drawn, given all sizes and codes."""
+        k, small = self.samples_per_class, sizes < self.samples_per_class
+        if self.small_classes == "error" and small.any():
+            expected = (
+                "'repeat' or 'drop' where classes have fewer than "
+                f"samples_per_class={k} samples"
+            )
+            advice = f"These have fewer: {self._named(code[small])}."
+            raise _checks.value_error("small_classes", expected, "error", advice)
+        dropped = self.small_classes == "drop"
+        return max(self.min_class_size, k) if dropped else self.min_class_size
+
+    def _classes_of_groups(self, group_of_class: np.ndarray) -> np.ndarray:
+        """How many classes each group has; at least P."""
+        names, sizes = np.unique(group_of_class, return_counts=True)
+        poor = names[sizes < self.classes_per_batch]
+        if poor.size:
+            raise _checks.value_error(
+                "groups",
+                f"at least classes_per_batch={self.classes_per_batch} usable "
+                "classes in every group",
+                _checks.Told(f"{sizes.min()} in group number {poor[0]}"),
+                f"{len(poor)} of {len(names)} groups are too small: leave "
+                "them out or draw fewer classes per batch.",
+            )
+        return sizes
+
+    def _check_usable(self, code: np.ndarray) -> None:
+        """ValueError where fewer than P classes are kept; `code` is of all of them."""
+        usable = len(self._sizes)
+        if self.classes_per_batch <= usable:
+            return
+        if usable < 2:
+            fewest = self.min_class_size
+            advice = f"A triplet takes two classes of at least {fewest} samples."
+        elif self._left_out[0]:
+            advice = "Draw fewer classes per batch, or lower `min_class_size`."
+        else:
+            advice = "Draw fewer classes per batch."
+        expected = (
+            f"at most {usable}, the classes with enough samples "
+            f"({len(np.unique(code))} have any)"
+        )
+        raise _checks.value_error(
+            "classes_per_batch", expected, self.classes_per_batch, advice
+        )
 
     def _named(self, codes: np.ndarray) -> str:
         names = [repr(label) for label in self.classes_[codes[:10]].tolist()]
@@ -307,15 +307,17 @@ class PKPlan:
         p, k = self.classes_per_batch, self.samples_per_class
         kept = int(self._sizes.sum())
         key = mix(self.seed, _CLASSES)
+        # The samples of each class that an epoch of coverage goes through.
+        self._limits = self._sizes
+        if self.max_per_class is not None:
+            self._limits = np.minimum(self._sizes, self.max_per_class)
         self._schedule: _schedule.Balanced | _schedule.Coverage
         if self.epoch_mode == "balanced":
             self._schedule = _schedule.Balanced(
                 self._group_sizes, p, batches_per_epoch or -(-kept // (p * k)), key
             )
             return self._schedule.batches
-        seen = self._sizes
-        if self.max_per_class is not None:
-            seen = np.minimum(seen, self.max_per_class)
+        seen = self._limits
         needed = -(-seen // k)
         self._schedule = _schedule.Coverage(self._group_sizes, needed, p, key)
         rows = self._schedule.batches * p * k
@@ -379,12 +381,10 @@ class PKPlan:
         columns = np.arange(index * share, (index + 1) * share)
         unit, draw = self._schedule.draws(epoch, steps, columns)
         unit, draw = unit[..., None], draw[..., None]
-        size = self._sizes[unit]
+        size = self._limits[unit]
         # Balanced cycles run on over the epochs; coverage begins them anew.
         cycles_since = epoch if self.epoch_mode == "coverage" else 0
         key = mix(self.seed, _SAMPLES, cycles_since, unit)
-        if self.max_per_class is not None:
-            size = np.minimum(size, self.max_per_class)
         # A class too small for K rows gives all of its samples as often as they
         # fit; the rows left over go round in cycles, as in a larger class.
         k = self.samples_per_class
@@ -400,10 +400,9 @@ class PKPlan:
         )
         item = np.where(whole, row % size, item)
         if self.max_per_class is not None:
-            limit = np.minimum(self._sizes[unit], self.max_per_class)
             key = mix(self.seed, _LIMIT, unit)
             item = _permutation.cycle(
-                np.full_like(unit, epoch), item, self._sizes[unit], limit, key
+                np.full_like(unit, epoch), item, self._sizes[unit], size, key
             )
         rows = self._order[self._starts[unit] + item]
         return rows.reshape(len(steps), -1).astype(np.int64)
@@ -447,12 +446,9 @@ class PKPlan:
     def report(self) -> SamplingReport:
         """What the plan keeps, leaves out and repeats: a table when printed."""
         draws = self._schedule.draws_per_class(0)
-        limit = self._sizes
-        if self.max_per_class is not None:
-            limit = np.minimum(limit, self.max_per_class)
         # Epoch 0 begins at the start of a cycle: no sample comes twice before
         # all of the class have come.
-        seen = int(np.minimum(limit, draws * self.samples_per_class).sum())
+        seen = int(np.minimum(self._limits, draws * self.samples_per_class).sum())
         rows = len(self) * self.classes_per_batch * self.samples_per_class
         least, most = int(draws.argmin()), int(draws.argmax())
         label = [self.classes_[self._codes_of_units[unit]] for unit in (least, most)]
@@ -509,13 +505,13 @@ def split_classes(
         held_out = present[order[: count[0]]]
     else:
         if np.ndim(test) != 1:
-            raise TypeError(
-                _checks.message("test", "a share, a number or a list of labels", test)
+            raise _checks.type_error(
+                "test", "a share, a number or a list of labels", test
             )
         held_out = np.unique(table.encode(test, "test"))
         if len(held_out) == len(present):
-            raise ValueError(
-                _checks.message("test", "some of the classes, not all of them", test)
+            raise _checks.value_error(
+                "test", "some of the classes, not all of them", test
             )
     in_test = np.isin(table.codes, held_out)
     return np.flatnonzero(~in_test), np.flatnonzero(in_test)
@@ -554,13 +550,11 @@ def split_samples(
     starts = np.cumsum(sizes) - sizes
     if (sizes < 2).any():
         alone = table.classes[code[starts[sizes < 2]]]
-        raise ValueError(
-            _checks.message(
-                "labels",
-                "at least 2 samples of every class, one for each part",
-                _checks.Told(f"{len(alone)} classes with one sample"),
-                f"The first is {alone.tolist()[0]!r}.",
-            )
+        raise _checks.value_error(
+            "labels",
+            "at least 2 samples of every class, one for each part",
+            _checks.Told(f"{len(alone)} classes with one sample"),
+            f"The first is {alone.tolist()[0]!r}.",
         )
     count = _share("test", test, sizes, "samples of the smallest class")
     at = np.arange(len(order)) - starts[unit]
@@ -575,16 +569,14 @@ def _share(name: str, value: Any, sizes: np.ndarray, what: str) -> np.ndarray:
     least = int(sizes.min())
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         if not 0 < value < least:
-            raise ValueError(
-                _checks.message(
-                    name, f"an integer in 1..{least - 1} (of {least} {what})", value
-                )
+            raise _checks.value_error(
+                name, f"an integer in 1..{least - 1} (of {least} {what})", value
             )
         return np.full_like(sizes, value)
     fraction = _checks.number(name, value, above=0, below=1)
     if least < 2:
-        raise ValueError(
-            _checks.message(name, f"at least 2 {what} to split", _checks.Told(least))
+        raise _checks.value_error(
+            name, f"at least 2 {what} to split", _checks.Told(least)
         )
     return np.clip(np.rint(fraction * sizes).astype(np.int64), 1, sizes - 1)
 
@@ -593,22 +585,20 @@ def _checked_shard(shard: Any, classes_per_batch: int) -> tuple[int, int]:
     try:
         index, count = shard
     except (TypeError, ValueError):
-        raise TypeError(_checks.message("shard", "(index, count)", shard)) from None
+        raise _checks.type_error("shard", "(index, count)", shard) from None
     index = _checks.integer("shard", index, 0)
     count = _checks.integer("shard", count, 1)
     if index >= count:
-        raise ValueError(
-            _checks.message("shard", f"an index in 0..{count - 1}", (index, count))
+        raise _checks.value_error(
+            "shard", f"an index in 0..{count - 1}", (index, count)
         )
     if classes_per_batch % count:
         nearest = max(round(classes_per_batch / count), 1) * count
-        raise ValueError(
-            _checks.message(
-                "shard",
-                f"a count that divides classes_per_batch={classes_per_batch}",
-                (index, count),
-                f"classes_per_batch={nearest} would do.",
-            )
+        raise _checks.value_error(
+            "shard",
+            f"a count that divides classes_per_batch={classes_per_batch}",
+            (index, count),
+            f"classes_per_batch={nearest} would do.",
         )
     return index, count
 
@@ -622,13 +612,11 @@ def _group_codes(groups: Any, table: _labels.LabelTable) -> np.ndarray | None:
         return codes
     if len(codes) == len(table.classes):
         return codes[table.codes]
-    raise ValueError(
-        _checks.message(
-            "groups",
-            f"one group for each of {len(table.codes)} samples or of "
-            f"{len(table.classes)} classes",
-            _checks.Told(f"{len(codes)} groups"),
-        )
+    raise _checks.value_error(
+        "groups",
+        f"one group for each of {len(table.codes)} samples or of "
+        f"{len(table.classes)} classes",
+        _checks.Told(f"{len(codes)} groups"),
     )
 
 

@@ -21,6 +21,7 @@ from kerastrip import _checks
 from kerastrip._outputs import embedding_output
 from kerastrip.distances import DISTANCES
 from kerastrip.inference import (
+    batches_of,
     is_batches,
     is_sampler,
     row_distances,
@@ -85,8 +86,8 @@ def recalibrate(
     batches = _checks.integer("batches", batches, 1)
     batch_size = _checks.integer("batch_size", batch_size, 2)
     if not getattr(model, "built", False):
-        raise ValueError(
-            _checks.message("model", "a built Keras model", model, "Train it first.")
+        raise _checks.value_error(
+            "model", "a built Keras model", model, "Train it first."
         )
     inputs = itertools.islice(_inputs(x, batches, batch_size), batches)
     averages = moving_averages(model)
@@ -94,7 +95,7 @@ def recalibrate(
         fresh = _statistics(model, inputs, averages)
     if not all(value is None or np.isfinite(value).all() for value in fresh):
         told = _checks.Told("NaN or infinity in what reaches a layer")
-        raise ValueError(_checks.message("x", "finite statistics", told))
+        raise _checks.value_error("x", "finite statistics", told)
     moved: dict[str, dict[str, tuple]] = {}
     for variable, value in zip(averages, fresh, strict=True):
         if value is not None:
@@ -189,13 +190,11 @@ def _restored(model: Any) -> Iterator[None]:
 
 def _inputs(x: Any, batches: int, batch_size: int) -> Iterator[Any]:
     """The inputs of the batches of x."""
-    found: Any
+    found: Iterator[Any]
     if is_sampler(x):
         found = map(x.batch, range(len(x)))
-    elif hasattr(x, "as_numpy_iterator"):
-        found = x.as_numpy_iterator()
     elif is_batches(x):
-        found = (x[i] for i in range(len(x)))
+        found = batches_of(x)
     else:
         source = source_of(x)
         count = min(batches, math.ceil(len(source) / batch_size))
@@ -203,7 +202,7 @@ def _inputs(x: Any, batches: int, batch_size: int) -> Iterator[Any]:
         rows = np.random.default_rng(0).permutation(len(source))[: count * batch_size]
         found = ((source.take(part),) for part in np.array_split(rows, max(count, 1)))
     for batch in found:
-        yield batch[0] if isinstance(batch, tuple) else batch
+        yield batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def _statistics(
@@ -243,9 +242,7 @@ def _statistics(
         sums = [total + count * one for total, one in zip(sums, found, strict=True)]
         rows += count
     if not rows:
-        raise ValueError(
-            _checks.message("x", "at least one batch", _checks.Told("none"))
-        )
+        raise _checks.value_error("x", "at least one batch", _checks.Told("none"))
     return [
         None if share > _KEEPS_ALL else total / (rows * (1 - share))
         for total, share in zip(sums, kept, strict=True)

@@ -186,18 +186,16 @@ def verification_curve(
     _checks.one_of("distance", distance, DISTANCES)
     rows = embeddings_array("embeddings", embeddings)
     if (labels is None) == (is_same is None):
-        raise ValueError(
-            _checks.message(
-                "labels",
-                "either `labels`, or `pairs` with `is_same`",
-                _checks.Told("neither" if labels is None else "both"),
-            )
+        raise _checks.value_error(
+            "labels",
+            "either `labels`, or `pairs` with `is_same`",
+            _checks.Told("neither" if labels is None else "both"),
         )
     if labels is not None:
         codes = label_table("labels", labels, len(rows)).codes
     if pairs is None:
         if labels is None:
-            raise ValueError(_checks.message("pairs", "the pairs of `is_same`", pairs))
+            raise _checks.value_error("pairs", "the pairs of `is_same`", pairs)
         check_codes("labels", codes)
         return _curve_of_all(rows, codes, distance, verbose)
     pairs = pairs_array(pairs, len(rows))
@@ -401,26 +399,37 @@ def _curve_of_all(
     if len(rows) * (len(rows) - 1) // 2 <= _SORTED:
         values, same = (np.concatenate(part) for part in zip(*parts, strict=True))
         return _curve(space.distances(values), same)
-    # The bits of floats >= 0 are in the order of the floats: without the last six
-    # they number cells of a width in proportion to the value. Values under 2^-32
-    # of the largest possible one fall into the first cell.
-    largest = 5 * np.float32(space.left[:, -1].max()) if distance != "cosine" else 2.5
-    top = int(np.float32(largest).view(np.uint32)) >> _DROPPED_BITS
-    base = top - _CELLS + 1
+    largest = 5 * space.left[:, -1].max() if distance != "cosine" else 2.5
+    base = int(_cell_of(np.float32(largest))) - _CELLS + 1
     counts, counts_same = np.zeros(_CELLS, np.int64), np.zeros(_CELLS, np.int64)
     for values, same in parts:
-        cells = (np.abs(values).view(np.uint32) >> _DROPPED_BITS).astype(np.int64)
-        cells = np.maximum(cells - base, 0)
+        # Values under 2^-32 of the largest possible one fall into the first cell.
+        cells = np.maximum(_cell_of(np.abs(values)) - base, 0)
         np.add.at(counts, cells, 1)
         np.add.at(counts_same, cells[same], 1)
     filled = np.flatnonzero(counts)
-    bits = ((filled + base + 1) << _DROPPED_BITS) - 1
     same = np.cumsum(counts_same[filled])
     return _with_start(
-        space.distances(bits.astype(np.uint32).view(np.float32)),
+        space.distances(_largest_of(filled + base)),
         same,
         np.cumsum(counts[filled]) - same,
     )
+
+
+def _cell_of(values: Any) -> np.ndarray:
+    """The int64 cell of float32 values >= 0, larger values in no lower cells.
+
+    The bits of a float are its exponent over its mantissa, so that the bits of floats
+    >= 0 are integers in the order of the floats. Without the last of them they number
+    cells of a width in proportion to the value.
+    """
+    return (values.view(np.uint32) >> _DROPPED_BITS).astype(np.int64)
+
+
+def _largest_of(cells: np.ndarray) -> np.ndarray:
+    """The largest float32 in each cell."""
+    bits = ((cells + 1) << _DROPPED_BITS) - 1
+    return bits.astype(np.uint32).view(np.float32)
 
 
 def _all_pairs(
@@ -448,12 +457,10 @@ def check_codes(name: str, codes: np.ndarray) -> None:
 
 def _check_both(pairs: int, same: int, name: str) -> None:
     if same in (0, pairs):
-        raise ValueError(
-            _checks.message(
-                name,
-                "pairs of the same class and pairs of different classes",
-                _checks.Told(f"{same} same and {pairs - same} different pairs"),
-            )
+        raise _checks.value_error(
+            name,
+            "pairs of the same class and pairs of different classes",
+            _checks.Told(f"{same} same and {pairs - same} different pairs"),
         )
 
 
@@ -462,18 +469,14 @@ def pairs_array(value: Any, length: int) -> np.ndarray:
     _checks.refuse_masked("pairs", value)
     pairs = np.asarray(value)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
-        raise ValueError(
-            _checks.message("pairs", "an array of shape (pairs, 2)", pairs)
-        )
+        raise _checks.value_error("pairs", "an array of shape (pairs, 2)", pairs)
     if pairs.dtype.kind not in "iu":
-        raise TypeError(_checks.message("pairs", "row numbers", pairs))
+        raise _checks.type_error("pairs", "row numbers", pairs)
     if pairs.min() < 0 or pairs.max() >= length:
-        raise ValueError(
-            _checks.message(
-                "pairs",
-                f"rows 0 ... {length - 1}",
-                _checks.Told(f"rows {pairs.min()} ... {pairs.max()}"),
-            )
+        raise _checks.value_error(
+            "pairs",
+            f"rows 0 ... {length - 1}",
+            _checks.Told(f"rows {pairs.min()} ... {pairs.max()}"),
         )
     return pairs.astype(np.int64)
 
@@ -483,19 +486,17 @@ def flags_array(value: Any, length: int) -> np.ndarray:
     _checks.refuse_masked("is_same", value)
     flags = np.asarray(value)
     if flags.shape != (length,):
-        raise ValueError(_checks.message("is_same", f"{length} booleans", flags))
+        raise _checks.value_error("is_same", f"{length} booleans", flags)
     if flags.dtype == object:  # None and pandas' NA compare with nothing
         known = np.array([isinstance(one, _FLAGS) and one in (0, 1) for one in flags])
     else:
         known = np.isin(flags, (0, 1))
     if not known.all():
         first = int(np.argmin(known))
-        raise ValueError(
-            _checks.message(
-                "is_same",
-                "booleans, or 0 and 1",
-                _checks.Told(f"{flags[first]!r} at position {first}"),
-            )
+        raise _checks.value_error(
+            "is_same",
+            "booleans, or 0 and 1",
+            _checks.Told(f"{flags[first]!r} at position {first}"),
         )
     flags = flags.astype(bool)
     _check_both(length, int(flags.sum()), "is_same")
@@ -507,19 +508,15 @@ def _fold_of(folds: Any, is_same: np.ndarray) -> np.ndarray:
     if np.ndim(folds):
         table = label_table("folds", folds, len(is_same))
         if len(table.classes) < 2:
-            raise ValueError(
-                _checks.message("folds", "at least two different fold numbers", folds)
+            raise _checks.value_error(
+                "folds", "at least two different fold numbers", folds
             )
         return table.codes
     folds = _checks.integer("folds", folds, 2)
     fewest = int(min(is_same.sum(), (~is_same).sum()))
     if folds > fewest:
-        raise ValueError(
-            _checks.message(
-                "folds",
-                f"at most {fewest}, the pairs of the rarer kind",
-                folds,
-            )
+        raise _checks.value_error(
+            "folds", f"at most {fewest}, the pairs of the rarer kind", folds
         )
     fold_of = np.empty(len(is_same), np.int64)
     for kind in (is_same, ~is_same):
@@ -532,7 +529,7 @@ def check_metrics(metrics: Any) -> tuple[str, ...]:
     """The words of `verification_metrics`, else an error that names the wrong one."""
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if not metrics:
-        raise ValueError(_checks.message("metrics", "at least one word", metrics))
+        raise _checks.value_error("metrics", "at least one word", metrics)
     for word in metrics:
         if isinstance(word, str) and word.startswith("tar@"):
             try:
@@ -540,9 +537,7 @@ def check_metrics(metrics: Any) -> tuple[str, ...]:
             except ValueError:
                 far = -1.0
             if not 0.0 < far < 1.0:
-                raise ValueError(
-                    _checks.message("metrics", "'tar@f' with 0 < f < 1", word)
-                )
+                raise _checks.value_error("metrics", "'tar@f' with 0 < f < 1", word)
         else:
             _checks.one_of("metrics", word, METRICS)
     return metrics

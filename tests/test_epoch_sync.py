@@ -4,15 +4,18 @@ Trainings that are killed and resumed: see test_resume.py.
 """
 
 import copy
+import gc
 import pickle
 import types
 import warnings
+import weakref
 
 import keras
 import numpy as np
 import pytest
 
 from kerastrip.callbacks import EpochSync
+from kerastrip.callbacks.epoch_sync import sampler_beside
 from kerastrip.sampler import PKSampler
 
 LABELS = np.repeat(np.arange(6), 6)
@@ -77,6 +80,24 @@ def test_another_sampler_than_the_one_that_trains_is_told():
         warnings.filterwarnings("error", ".*gave no batch")
         sync = EpochSync(sampler(seed=1), train)
         model.fit(train, epochs=2, callbacks=[sync], shuffle=False, verbose=0)
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("order", [1, -1])
+def test_other_callbacks_of_a_fit_find_the_sampler(order):
+    model, train = small_model(), sampler()
+    sync, other = EpochSync(train), keras.callbacks.Callback()
+    assert sampler_beside(other) is None
+    keras.callbacks.CallbackList([sync, other][::order], model=model, epochs=1)
+    assert sampler_beside(other) is train
+    clone = copy.deepcopy(sync)  # is in no `fit` yet
+    assert sampler_beside(clone) is None
+    keras.callbacks.CallbackList([other], model=model, epochs=1)
+    assert sampler_beside(other) is None  # in the next `fit`
+    reference = weakref.ref(sync)
+    del sync
+    gc.collect()
+    assert reference() is None
 
 
 @pytest.mark.backend

@@ -280,6 +280,19 @@ class TestVerification:
             np.testing.assert_array_equal(sorted_.different[at - 1], counted.different)
         assert (np.diff(counted.thresholds) > 0).all()
 
+    def test_cells_of_floats_are_in_their_order(self, rng):
+        values = np.float32(10.0) ** np.float32(rng.uniform(-45, 38, size=2000))
+        values = np.sort(np.append(values, np.float32([0, 1e-45, 1, 2])))
+        cells = verification._cell_of(values)
+        assert (np.diff(cells) >= 0).all()
+        largest = verification._largest_of(cells)
+        assert (largest >= values).all()
+        normal = values > 1e-37
+        assert (largest[normal] <= values[normal] * (1 + 2.0**-17)).all()
+        np.testing.assert_array_equal(verification._cell_of(largest), cells)
+        beyond = np.nextafter(largest, np.float32(np.inf))
+        np.testing.assert_array_equal(verification._cell_of(beyond), cells + 1)
+
     @pytest.mark.parametrize("sorted_pairs", [0, 10**6])
     def test_collapsed_and_perfect(self, monkeypatch, sorted_pairs):
         monkeypatch.setattr(verification, "_SORTED", sorted_pairs)

@@ -1,6 +1,8 @@
 """recalibrate, and the alarm for moving averages that lag behind."""
 
+import gc
 import warnings
+import weakref
 
 import keras
 import numpy as np
@@ -45,6 +47,10 @@ def network(momentum=0.99, dropout=0.0, inside=layers.ReLU):
 
 def variables(model):
     return [np.array(numpy(v)) for v in model.variables]
+
+
+def fails(*arguments):
+    raise ZeroDivisionError
 
 
 def sampler(data, **options):
@@ -194,7 +200,7 @@ def test_averages_may_lag_at_first_but_not_in_the_last_epoch(data):
     assert watch.look(model, None, data, 4, last=True).startswith("Epoch 5: ")
     assert [alarm.epoch for alarm in watch.alarms] == [4]
     model.optimizer.iterations.assign(100)
-    watch.begin()
+    watch = _averages.AveragesWatch()
     said = [watch.look(model, None, data, e, last=False) for e in range(4)]
     assert [bool(text) for text in said] == [False, False, True, False]
     # What is saved is told again.
@@ -221,7 +227,7 @@ def test_rows_of_many_classes_are_chosen():
 
 
 def fitted(data, momentum, epochs=4, callbacks=(), steps=40):
-    """(model, warnings of a fit that shows its alarm)."""
+    """(model, sampler, warnings of the averages) of a fit; `callbacks` stand first."""
     keras.utils.set_random_seed(1)
     model = network(momentum, dropout=0.2)
     # It takes less time to trace than a triplet loss.
@@ -235,18 +241,28 @@ def fitted(data, momentum, epochs=4, callbacks=(), steps=40):
             epochs=epochs,
             shuffle=False,
             verbose=0,
-            callbacks=[EpochSync(train), *callbacks],
+            callbacks=[*callbacks, EpochSync(train)],
         )
     told = [w for w in caught if "moving averages" in str(w.message)]
     return model, train, told
 
 
-def test_averages_that_lag_are_told_and_recalibrate_mends_them(data, tmp_path):
+def test_averages_that_lag_are_told_and_recalibrate_mends_them(
+    data, tmp_path, monkeypatch
+):
     pytest.importorskip("matplotlib")
     x, y = data
     report = TrainingReport(tmp_path / "report.html", x, y, every=5)
-    callbacks = [RetrievalEvaluation(x, y), report]
-    model, train, told = fitted(data, 0.999, callbacks=callbacks)
+    evaluation, looks = RetrievalEvaluation(x, y), []
+
+    def compare(model, inputs, labels, **options):
+        looks.append(labels)
+        return compare_modes(model, inputs, labels, **options)
+
+    monkeypatch.setattr(_averages, "compare_modes", compare)
+    model, train, told = fitted(data, 0.999, callbacks=[report, evaluation])
+    assert len(looks) == 4  # one an epoch, for both callbacks
+    assert [alarm.epoch for alarm in evaluation._evaluation.alarms] == [2, 3]
     warning, last = told
     text = str(warning.message)
     assert text.startswith("Epoch 3: ")
@@ -274,5 +290,26 @@ def test_held_out_rows_serve_where_no_sampler_is_known(data):
     evaluation = RetrievalEvaluation(x, y)
     model = network(0.999)
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    sync, broken = EpochSync(sampler(data)), keras.callbacks.LambdaCallback(fails)
+    with pytest.raises(ZeroDivisionError):
+        model.fit(x, y, verbose=0, callbacks=[sync, evaluation, broken])
+    # The `EpochSync` that the exception has left behind is none of this training.
     with pytest.warns(UserWarning, match="Epoch 1: .*of the same 60 rows"):
         model.fit(x, y, batch_size=96, verbose=0, callbacks=[evaluation])
+
+
+def test_a_watch_is_shared_by_the_callbacks_of_one_training(data):
+    model, other = network(), network()
+    model.compile("sgd", "mse")
+    watch = _averages.watch_of(model, None)
+    assert _averages.watch_of(model, 0) is watch  # the same output
+    assert _averages.watch_of(other, None) is not watch
+    watch.look(model, None, data, epoch=0, last=True)
+    assert watch.alarms
+    again = _averages.watch_of(model, None)
+    assert again is not watch
+    assert not again.alarms
+    reference = weakref.ref(other)
+    del other
+    gc.collect()
+    assert reference() is None

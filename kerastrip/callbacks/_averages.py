@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
 from typing import Any
 
 import keras
 import numpy as np
 
+from kerastrip._outputs import embedding_output
 from kerastrip.callbacks.collapse import Alarm
-from kerastrip.callbacks.epoch_sync import EpochSync
+from kerastrip.callbacks.epoch_sync import sampler_beside
 from kerastrip.recalibration import Figures, compare_modes
 
 # Rows that are looked at, about; and the fewest classes of held-out rows whose own mean
@@ -26,24 +27,25 @@ _PATIENCE, _STEPS = 3, 100
 class AveragesWatch:
     """Compares the embeddings of one set of rows, after epochs that are evaluated.
 
+    There is one for each output of a model in a `fit`, see `watch_of`.
+
     Attributes:
         alarms: of this `fit`: one when the averages have lagged behind in three such
             epochs in a row and after 100 steps, another only after they had recovered,
             and one if they lag behind in the last epoch.
+        epoch: the last epoch that was looked at, None before the first look.
     """
 
     def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        """Forgets the last `fit`."""
         self.alarms: list[Alarm] = []
+        self.epoch: int | None = None
         self._streak, self._told = 0, False
 
     def look(
         self, model: Any, output: Any, rows: tuple[Any, Any], epoch: int, last: bool
     ) -> str:
         """The alarm of this epoch, "" without one; `rows` are inputs and labels."""
+        self.epoch = epoch
         found = compare_modes(model, *rows, output=output)
         if found is None or not lags(*found):
             self._streak, self._told = 0, False
@@ -76,20 +78,39 @@ def lags(seen: Figures, used: Figures) -> bool:
     return not 1 / _SPREAD <= factor <= _SPREAD or ratios[1] > _RATIO * ratios[0]
 
 
-def training_rows(listed: Sequence[Any], epoch: int) -> tuple[Any, np.ndarray] | None:
+_watches: weakref.WeakKeyDictionary[Any, dict[tuple, AveragesWatch]]
+_watches = weakref.WeakKeyDictionary()  # by model and output
+
+
+def watch_of(model: Any, output: Any) -> AveragesWatch:
+    """The watch of a training that begins, shared by all callbacks that ask for it.
+
+    So its alarms are given once. When a training begins, all callbacks are told so
+    before any of them looks: a watch that has looked is of an earlier training.
+    """
+    chosen = embedding_output(model, output)
+    watches = _watches.setdefault(model, {})
+    watch = watches.get((chosen.index, chosen.name))
+    if watch is None or watch.epoch is not None:
+        watch = watches[chosen.index, chosen.name] = AveragesWatch()
+    return watch
+
+
+def training_rows(
+    callback: keras.callbacks.Callback, epoch: int
+) -> tuple[Any, np.ndarray] | None:
     """Inputs and labels of the first batches of the sampler that `EpochSync` drives."""
-    for other in listed:
-        sampler: Any = other.samplers[0] if isinstance(other, EpochSync) else None
-        if not (hasattr(sampler, "batch") and hasattr(sampler, "plan")):
-            continue
-        size = len(sampler.plan.indices(epoch, 0))
-        steps = range(min(-(-_ROWS // size), len(sampler)))
-        inputs = [sampler.batch(step, epoch)[0] for step in steps]
-        rows = [sampler.plan.indices(epoch, step) for step in steps]
-        labels = sampler.labels[np.concatenate(rows)]
-        if len(np.unique(labels)) > 1:
-            return keras.tree.map_structure(_joined, *inputs), labels
-    return None
+    sampler = sampler_beside(callback)
+    if not (hasattr(sampler, "batch") and hasattr(sampler, "plan")):
+        return None
+    size = len(sampler.plan.indices(epoch, 0))
+    steps = range(min(-(-_ROWS // size), len(sampler)))
+    inputs = [sampler.batch(step, epoch)[0] for step in steps]
+    rows = [sampler.plan.indices(epoch, step) for step in steps]
+    labels = sampler.labels[np.concatenate(rows)]
+    if len(np.unique(labels)) < 2:
+        return None
+    return keras.tree.map_structure(_joined, *inputs), labels
 
 
 def _joined(*parts: Any) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,12 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._labels import LabelTable
 from kerastrip._outputs import embedding_output
-from kerastrip.callbacks._averages import AveragesWatch, some_rows, training_rows
+from kerastrip.callbacks._averages import (
+    AveragesWatch,
+    some_rows,
+    training_rows,
+    watch_of,
+)
 from kerastrip.callbacks.collapse import Alarm
 from kerastrip.distances import DISTANCES
 from kerastrip.evaluation import label_table, shared_rows
@@ -54,10 +58,8 @@ class HeldOut:
         if is_batches(x):
             self._x = x
             if y is not None:
-                raise ValueError(
-                    _checks.message(
-                        names[1], "None for a dataset, which has its own targets", y
-                    )
+                raise _checks.value_error(
+                    names[1], "None for a dataset, which has its own targets", y
                 )
             return
         self._x = source_of(x)
@@ -67,7 +69,7 @@ class HeldOut:
         if y is not None:
             self.table = label_table(names[1], y, self.length)
         elif labelled:
-            raise ValueError(_checks.message(names[1], "one label per sample", y))
+            raise _checks.value_error(names[1], "one label per sample", y)
 
     def __deepcopy__(self, memo: Any) -> HeldOut:
         return self
@@ -96,10 +98,10 @@ class HeldOut:
 
     def some(self) -> tuple[Any, np.ndarray] | None:
         """The inputs of some samples and their labels; None of datasets, or few classes."""
-        rows = None if self.table is None else some_rows(self.table.codes)
-        if rows is None or self.table is None or self.length is None:
+        if self.table is None:
             return None
-        return self._x.take(rows), self.table.codes[rows]
+        rows = some_rows(self.table.codes)
+        return None if rows is None else (self._x.take(rows), self.table.codes[rows])
 
     def embed(self, model: Any, **options: Any) -> tuple[np.ndarray, Any]:
         """(n, dim) embeddings by the model, and (n,) labels if there are any."""
@@ -110,8 +112,8 @@ class HeldOut:
                 targets = targets[:, 0]
             table = label_table(self._names[0], targets, len(embeddings))
         elif table is None and self._labelled:
-            raise ValueError(
-                _checks.message(self._names[0], "batches of (inputs, targets)", self._x)
+            raise _checks.value_error(
+                self._names[0], "batches of (inputs, targets)", self._x
             )
         return embeddings, None if table is None else table.decode(table.codes)
 
@@ -167,27 +169,20 @@ class EpochEvaluation:
         if distance is not None:
             _checks.one_of("distance", distance, DISTANCES)
         self._distance = distance
+        self._used_distance = "euclidean"
         self._every = _checks.integer("every", every, 1)
         self._output = output
         self._batch_size = _checks.integer("batch_size", batch_size, 1)
         if not (verbose is None or isinstance(verbose, bool)):
-            raise TypeError(_checks.message("verbose", "True, False or None", verbose))
+            raise _checks.type_error("verbose", "True, False or None", verbose)
         self._verbose = verbose
 
     def begin(self) -> None:
-        """Looks for what would fail, or be missed, at the end of the first epoch."""
+        """Looks for what would fail at the end of the first epoch."""
         self._latest = None
         self._begun = self._told_of_nan = self._told_of_keys = False
-        self._watch.begin()
-        self._warn_of_assumed_distance()
-        names = set(self._keys.values())
-        for other in _listed_before(self._callback):
-            if getattr(other, "monitor", None) in names:
-                _checks.warn(
-                    f"{type(other).__name__}(monitor={other.monitor!r}) is listed "
-                    f"before {self._name} and will not see that "
-                    "key. List it after."
-                )
+        self._watch = watch_of(self._callback.model, self._output)
+        self._used_distance = self._distance_to_use()
 
     def begin_epoch(self, epoch: int) -> None:
         """Forgets, in the first epoch of a `fit`, what it does not resume."""
@@ -213,34 +208,30 @@ class EpochEvaluation:
         return self._watch.alarms
 
     def _watch_averages(self, epoch: int, last: bool) -> None:
-        model, listed = self._callback.model, _listed_before(self._callback)
-        if not moving_averages(model):
-            return
-        rows = training_rows(listed, epoch) or self._data[0].some()
+        model = self._callback.model
+        if self._watch.epoch == epoch or not moving_averages(model):
+            return  # another callback has looked, or there is nothing to look at
+        rows = training_rows(self._callback, epoch) or self._data[0].some()
         if rows is None:
             return
         alarm = self._watch.look(model, self._output, rows, epoch, last)
-        others = [getattr(other, "_evaluation", None) for other in listed]
-        if alarm and not any(isinstance(one, EpochEvaluation) for one in others):
+        if alarm:
             _checks.warn(alarm)
 
     @property
     def _name(self) -> str:
         return type(self._callback).__name__
 
-    def _distance_of_loss(self) -> Any:
+    def _distance_to_use(self) -> str:
+        """The distance that was given, or that of the loss; warns if one is assumed."""
         loss = embedding_output(self._callback.model, self._output).loss
-        return getattr(loss, "distance", None)
-
-    def _warn_of_assumed_distance(self) -> None:
-        loss = embedding_output(self._callback.model, self._output).loss
-        word = getattr(loss, "distance", None)
-        if self._distance is not None or word in DISTANCES:
-            return
+        word = self._distance or getattr(loss, "distance", None)
+        if word in DISTANCES:
+            return word
         if word is not None:
             fact = f"has the distance {word!r}, which {self._name} does not know"
         elif loss is None or isinstance(loss, str) or _is_known(loss):
-            return  # of these losses everyone knows that they have no distance
+            return "euclidean"  # of such a loss everyone knows that it has no distance
         else:
             kind = getattr(loss, "__name__", type(loss).__name__)
             fact = f"{kind!r} tells no `distance`"
@@ -248,6 +239,7 @@ class EpochEvaluation:
             f"The loss {fact}, so {self._name} measures by the euclidean distance. "
             f"Give it distance=, one of {DISTANCES}."
         )
+        return "euclidean"
 
     def _warn_of_taken_keys(self, logs: dict[str, Any]) -> None:
         taken = sorted(set(self._keys.values()) & set(logs))
@@ -260,7 +252,6 @@ class EpochEvaluation:
             )
 
     def _evaluate(self, epoch: int) -> dict[str, float]:
-        distance = self._distance or self._distance_of_loss()
         verbose = self._verbose
         if verbose is None:
             verbose = (self._callback.params or {}).get("verbose") == 1
@@ -288,7 +279,7 @@ class EpochEvaluation:
             arguments += [embeddings, labels]
         return self._measure(
             *arguments,
-            distance=distance if distance in DISTANCES else "euclidean",
+            distance=self._used_distance,
             verbose=verbose,
         )
 
@@ -307,30 +298,13 @@ def _log_keys(
     if not isinstance(names, Mapping) or not all(
         isinstance(name, str) and name for name in names.values()
     ):
-        raise TypeError(_checks.message("names", "a dict from metrics to names", names))
+        raise _checks.type_error("names", "a dict from metrics to names", names)
     for word in names:
         _checks.one_of("names", word, words)
     keys = {word: f"{prefix}{names.get(word, word)}" for word in words}
     for word, key in keys.items():
         if list(keys.values()).count(key) > 1:
-            raise ValueError(
-                _checks.message(
-                    "names", "a name of its own for every metric", names.get(word, word)
-                )
+            raise _checks.value_error(
+                "names", "a name of its own for every metric", names.get(word, word)
             )
     return keys
-
-
-def _listed_before(callback: keras.callbacks.Callback) -> list[Any]:
-    """The callbacks before this one in the list that is calling it.
-
-    Keras does not tell a callback of the others: the list is a few frames up.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, keras.callbacks.CallbackList):
-            listed = list(caller.callbacks)
-            return listed[: listed.index(callback)] if callback in listed else []
-        frame = frame.f_back
-    return []

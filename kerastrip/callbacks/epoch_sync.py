@@ -1,7 +1,8 @@
-"""EpochSync: the samplers of a training follow the epoch number of `fit`."""
+"""EpochSync: samplers and random layers follow the epoch number of `fit`."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import keras
@@ -10,24 +11,32 @@ from kerastrip import _checks
 
 # Places between two epochs in a stream of random numbers: more than one epoch uses.
 _DRAWS = 2**20
+# Every living EpochSync that has been in a `fit`, in the order of their first.
+_living: weakref.WeakKeyDictionary[EpochSync, None] = weakref.WeakKeyDictionary()
 
 
 class EpochSync(keras.callbacks.Callback):
-    """Sets the epoch of samplers to the number that `fit` passes.
+    """Sets samplers and random layers to the epoch that `fit` passes.
 
     With it, `fit(initial_epoch=k)` and a training resumed by
     `BackupAndRestore(save_freq="epoch")` see, from the next epoch on, the batches of
-    the training that was not interrupted (with `shuffle=False`). It also
+    the training that was not interrupted (with `shuffle=False`). When an epoch begins,
+    it sets
 
-    - sets the random numbers of Dropout and similar layers to a place that depends on
+    - the epoch of its samplers, which decides their batches and augmentations;
+    - the random numbers of Dropout and similar layers to a place that depends on
       the epoch, as Keras does not save how far they have come (on PyTorch they come
-      from a generator of its own, left alone);
-    - warns if restored weights have gone beyond the beginning of the epoch: then the
+      from a generator of its own, left alone).
+
+    It also looks for what would break that promise:
+
+    - when training begins, it checks that the replicas of the model's distribution
+      strategy get whole classes;
+    - it warns if restored weights have gone beyond the beginning of the epoch: then the
       process was killed between the two files of a backup, which Keras cannot see
       (nor while it deletes them after the last epoch: `delete_checkpoint=False`
       leaves them to you);
-    - checks that the replicas of the model's distribution strategy get whole classes;
-    - warns if none of its samplers gave the first batch of the training: then `fit`
+    - it warns if none of its samplers gave the first batch of the training: then `fit`
       trains on another sampler, for example on a copy.
 
     A copy of this callback (`copy.deepcopy`, as tuners make them) drives the same
@@ -60,20 +69,18 @@ class EpochSync(keras.callbacks.Callback):
     def __init__(self, *samplers: Any):
         super().__init__()
         if not samplers:
-            raise TypeError(_checks.message("samplers", "at least one sampler", ()))
+            raise _checks.type_error("samplers", "at least one sampler", ())
         for sampler in samplers:
             if not hasattr(sampler, "set_epoch"):
-                raise TypeError(
-                    _checks.message("samplers", "samplers with `set_epoch`", sampler)
+                raise _checks.type_error(
+                    "samplers", "samplers with `set_epoch`", sampler
                 )
             if getattr(sampler, "fixed", False):
-                raise ValueError(
-                    _checks.message(
-                        "samplers",
-                        "samplers that follow the epochs",
-                        sampler,
-                        "One with `fixed=True` stays at epoch 0: leave it out.",
-                    )
+                raise _checks.value_error(
+                    "samplers",
+                    "samplers that follow the epochs",
+                    sampler,
+                    "One with `fixed=True` stays at epoch 0: leave it out.",
                 )
         self.samplers = samplers
         self._taken: int | None = None
@@ -92,6 +99,7 @@ class EpochSync(keras.callbacks.Callback):
     def set_model(self, model: Any) -> None:
         super().set_model(model)
         self._taken = self._iterations()
+        _living[self] = None
 
     def _iterations(self) -> int:
         """Steps that the optimizer has taken."""
@@ -114,12 +122,9 @@ class EpochSync(keras.callbacks.Callback):
         if self._taken is not None:
             self._check_restored(epoch, self._iterations() - self._taken)
             self._taken = None
-        for variable in getattr(self.model, "non_trainable_variables", ()):
-            if variable.name == "seed_generator_state":
-                seed = int((variable + 0)[0])
-                variable.assign([seed, epoch * _DRAWS % 2**31])
         for sampler in self.samplers:
             sampler.set_epoch(epoch)
+        _set_random_layers(self.model, epoch)
         if self._asked is None:
             self._asked = self._calls()
 
@@ -149,3 +154,31 @@ class EpochSync(keras.callbacks.Callback):
                 "double_checkpoint=True)` keeps the backup before: rename its `*.bkp` "
                 "files."
             )
+
+
+def _set_random_layers(model: Any, epoch: int) -> None:
+    """Sets the random numbers of Dropout and similar layers to the place of an epoch.
+
+    Each such layer has a `keras.random.SeedGenerator`, whose state is a variable (seed,
+    place). Layers keep it under different names; the name of the variable is the same.
+    """
+    for variable in getattr(model, "non_trainable_variables", ()):
+        if variable.name == "seed_generator_state":
+            seed = int((variable + 0)[0])
+            variable.assign([seed, epoch * _DRAWS % 2**31])
+
+
+def sampler_beside(callback: keras.callbacks.Callback) -> Any:
+    """The first sampler that an `EpochSync` drives in the `fit` of a callback, or None.
+
+    Keras does not tell a callback of the others, but it gives one dict `params` to all
+    callbacks of a `fit`, and another one in the next `fit`. So an `EpochSync` that an
+    exception has left behind is not taken for one of this training.
+    """
+    for reference in _living.keyrefs():
+        sync = reference()
+        if sync is None or sync.model is not callback.model:
+            continue
+        if sync.params is callback.params:
+            return sync.samplers[0]
+    return None

@@ -27,7 +27,8 @@ class RetrievalEvaluation(keras.callbacks.Callback):
 
     After an epoch every sample is embedded once, and looked up among all others, or
     in a gallery (`kerastrip.evaluation.retrieval_metrics`). Callbacks that monitor these keys
-    stand *after* this one in the list; one that stands before it is warned of:
+    stand *after* this one in the list, because Keras calls callbacks in its order (and
+    warns of a key that a monitor does not find):
 
         callbacks=[RetrievalEvaluation(x_val, y_val),
                    ModelCheckpoint("best.keras", monitor="val_recall@1",
@@ -119,8 +120,8 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         if gallery is not None:
             data.append(HeldOut(gallery, gallery_labels, ("gallery", "gallery_labels")))
         elif gallery_labels is not None:
-            raise ValueError(
-                _checks.message("gallery_labels", "`gallery` with it", gallery_labels)
+            raise _checks.value_error(
+                "gallery_labels", "`gallery` with it", gallery_labels
             )
         self._own = None if gallery is None else data[0].rows_in(data[1])
         self._told = False
@@ -140,13 +141,11 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         own, others = data[0].table, data[-1].table
         if gallery is None:
             if own is not None and len(np.unique(own.codes)) == len(own.codes):
-                raise ValueError(_checks.message("y", "a label that occurs twice", y))
+                raise _checks.value_error("y", "a label that occurs twice", y)
         elif own is None or others is None:
             return
         elif not np.isin(*common_codes(own, others)).any():
-            raise ValueError(
-                _checks.message("gallery_labels", "a label of y", gallery_labels)
-            )
+            raise _checks.value_error("gallery_labels", "a label of y", gallery_labels)
 
     def __getstate__(self) -> dict[str, Any]:
         return without_model(self)

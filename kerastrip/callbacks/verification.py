@@ -88,10 +88,8 @@ class VerificationEvaluation(keras.callbacks.Callback):
         super().__init__()
         self._metrics = check_metrics(metrics)
         if is_same is not None and (pairs is None or y is not None):
-            raise ValueError(
-                _checks.message(
-                    "is_same", "`pairs` with it, and y=None in its place", is_same
-                )
+            raise _checks.value_error(
+                "is_same", "`pairs` with it, and y=None in its place", is_same
             )
         data = HeldOut(x, y, labelled=is_same is None)
         if pairs is None:
