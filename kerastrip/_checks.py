@@ -53,8 +53,8 @@ def message(name: str, expected: str, received: Any, advice: str = "") -> str:
         advice: a sentence on what would work.
     """
     told = received if isinstance(received, Told) else describe(received)
-    text = f"Invalid value for `{name}`: expected {expected}, received {told}."
-    return f"{text} {advice}" if advice else text
+    words = f"Invalid value for `{name}`: expected {expected}, received {told}."
+    return f"{words} {advice}" if advice else words
 
 
 class Told(str):
@@ -77,6 +77,13 @@ def boolean(name: str, value: Any) -> bool:
     """`value` if it is True or False; TypeError for anything else."""
     if not isinstance(value, bool):
         raise TypeError(message(name, "True or False", value))
+    return value
+
+
+def text(name: str, value: Any, advice: str = "") -> str:
+    """`value` if it is a str; TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError(message(name, "a str", value, advice))
     return value
 
 
@@ -170,7 +177,7 @@ def native(array: np.ndarray) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("="))
 
 
-def warn(text: str) -> None:
+def warn(words: str) -> None:
     """A `UserWarning` that shows the line of the user's program which led to it.
 
     In a thread of ours there is none: then no line is shown.
@@ -178,7 +185,7 @@ def warn(text: str) -> None:
     frame, level = inspect.currentframe(), 1
     while frame is not None and _package(frame) in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
+    warnings.warn(words, stacklevel=level)
 
 
 def _package(frame: types.FrameType) -> str:
