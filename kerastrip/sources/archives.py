@@ -28,7 +28,6 @@ def ZipImages(
     size: int | tuple[int, int],
     label_from: str | Callable[[str], Any] | None = None,
     color: str = "rgb",
-    reduce: str = "auto",
     cache: str | os.PathLike[str] | None = None,
     on_error: str = "raise",
     bits: int | None = None,
@@ -49,7 +48,6 @@ def ZipImages(
         label_from: None (default), "parent", "top", "path" or a callable, as for
             `ImageFolder`.
         color: "rgb" (default) or "gray".
-        reduce: "auto" (default) or "never", as for `ImageFiles`.
         cache: None (default), "memory" or a path, as for `ImageFiles`.
         on_error: "raise" (default) or "skip", as for `ImageFiles`.
         bits: None (default) or 9 ... 16, as for `ImageFiles`.
@@ -95,7 +93,6 @@ def ZipImages(
         labels,
         size=size,
         color=color,
-        reduce=reduce,
         cache=cache,
         on_error=on_error,
         read=archive,
