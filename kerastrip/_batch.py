@@ -135,15 +135,18 @@ class Inputs:
         first, x = rows.read(self._take, 0, 0)
         if isinstance(x, (Mapping, tuple)) and from_data_set(source):
             self._warn_of_labels(x, plan, rows)
-        self._augment, self._images = _augmentations(augment, x), None
-        if isinstance(self._augment, Augmentation) and type(source) in _IN_MEMORY:
-            self._images = source.array if source.array.dtype.isnative else None
+        self._augment = _augmentations(augment, x)
+        self._in_place = (
+            isinstance(self._augment, Augmentation)
+            and type(source) in _IN_MEMORY
+            and source.array.dtype.isnative
+        )
+        self._example = self._augmented(x, (0, 0), 0)
         self._at_once = len(first)
-        if self._augment is not None and self._images is None:
-            whole = sum(np.asarray(part).nbytes for part in keras.tree.flatten(x))
-            count = _AT_ONCE * len(first) // max(whole, 1)
+        if self._augment is not None:
+            passing = keras.tree.flatten(self._example if self._in_place else x)
+            count = _AT_ONCE * len(first) // max(sum(map(_size, passing)), 1)
             self._at_once = min(max(count, 1), len(first))
-        self._example = self._augmented(x, 0, 0)
         arrays = keras.tree.flatten(self._example)
         for array in arrays:
             if not isinstance(array, np.ndarray):
@@ -207,32 +210,29 @@ class Inputs:
                 )
             )
 
-    def _augmented(
-        self,
-        x: Any,
-        epoch: int,
-        step: int,
-        at: int = 0,
-        rows: np.ndarray | None = None,
-        out: Any = None,
-    ) -> Any:
-        """`x` augmented, the samples of the batch from position `at` on.
+    def _read(self, rows: np.ndarray, step: tuple[int, int], at: int) -> Any:
+        """Some samples of a batch, augmented.
 
         Args:
-            x: samples, fresh arrays; or with `rows` an array that stays as it is.
-            epoch, step: of the batch.
-            at: position of the first of them.
-            rows: which of `x` they are. Default: all.
-            out: what to write one input's views into, where there is one input.
+            rows: which.
+            step: (epoch, step) of the batch.
+            at: position in it of the first of them.
         """
-        key, first = (self._key, epoch, step), self._first + at
+        if not self._in_place:
+            return self._augmented(self._source.take(rows), step, at)
+        if isinstance(self._source, CachedImages):
+            self._source.check(rows)
+        # Gathered first, large images would go through memory once more.
+        key, first = (self._key, *step), self._first + at
+        return self._augment.batch(self._source.array, *key, first=first, rows=rows)
+
+    def _augmented(self, x: Any, step: tuple[int, int], at: int) -> Any:
+        """`x`, fresh arrays, augmented; the arguments are those of `_read`."""
+        key, first = (self._key, *step), self._first + at
         if self._augment is None:
             return x
         if isinstance(self._augment, Augmentation):
-            copy = rows is not None
-            return self._augment.batch(
-                x, *key, first=first, rows=rows, out=out, copy=copy
-            )
+            return self._augment.batch(x, *key, first=first, copy=False)
         parts = {
             name: self._augment[name].batch(part, *key, first=first, copy=False)
             if name in self._augment
@@ -255,44 +255,19 @@ class Inputs:
             epoch, step: of the batch.
             out: arrays of `layout` to write into. Default: fresh ones.
         """
-        if out is None:
-            if self._augment is None:
-                arrays = keras.tree.flatten(self._source.take(rows))
-                self._check(arrays, 0, epoch, step)
-                return arrays
-            out = [np.empty(shape, dtype) for shape, dtype in self.layout]
-        for at in range(0, len(rows), self._at_once):
-            part = slice(at, at + self._at_once)
-            targets = [array[part] for array in out]
-            x = self._part(rows[part], epoch, step, at, targets)
-            arrays = keras.tree.flatten(x)
-            self._check(arrays, len(rows) - len(rows[part]), epoch, step)
-            for array, target in zip(arrays, targets, strict=True):
-                if array is not target:
-                    target[...] = array
-        return out
-
-    def _part(
-        self,
-        rows: np.ndarray,
-        epoch: int,
-        step: int,
-        at: int,
-        targets: Sequence[np.ndarray],
-    ) -> Any:
-        """The samples of a part of a batch, which may be written into `targets`."""
-        if self._images is None:
-            make = partial(self._augmented, self._source.take(rows), epoch, step, at)
-        else:  # gathered first, they would go through memory once more
-            if isinstance(self._source, CachedImages):
-                self._source.check(rows)
-            make = partial(self._augmented, self._images, epoch, step, at, rows)
-        if not isinstance(self._example, np.ndarray):
-            return make()
-        try:
-            return make(out=targets[0])
-        except ValueError:  # if they do not fit, `_check` tells what does not
-            return make()
+        # Where neither samples nor results have to be moved, all are made at once.
+        count = len(rows) if self._in_place and out is None else self._at_once
+        for at in range(0, len(rows), count):
+            some = rows[at : at + count]
+            arrays = keras.tree.flatten(self._read(some, (epoch, step), at))
+            self._check(arrays, len(rows) - len(some), epoch, step)
+            if out is None:
+                if len(some) == len(rows):
+                    return arrays
+                out = [np.empty(shape, dtype) for shape, dtype in self.layout]
+            for array, target in zip(arrays, out, strict=True):
+                target[at : at + len(some)] = array
+        return out or []
 
     def _check(
         self, arrays: Sequence[np.ndarray], others: int, epoch: int, step: int
@@ -318,6 +293,10 @@ class Inputs:
                 for array in arrays
             ]
         return keras.tree.pack_sequence_as(self._example, arrays)
+
+
+def _size(array: Any) -> int:
+    return int(np.asarray(array).nbytes)
 
 
 def _tells_class(part: Any, codes: np.ndarray) -> bool:

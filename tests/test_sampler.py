@@ -116,6 +116,29 @@ def test_large_images_are_read_in_parts_and_the_batch_is_the_same(
     equal(whole, parts)
 
 
+@pytest.mark.parametrize("source", [np.asarray, list], ids=["in place", "gathered"])
+def test_a_pipeline_that_fails_runs_once_and_one_that_changes_size_is_told(
+    images, labels, source
+):
+    calls, faults = [], []
+
+    def pipeline(image, rng):
+        calls.append(1)
+        if "error" in faults:
+            raise ValueError("what the user wrote")
+        return image[:-1] if "size" in faults else image
+
+    sampler = PKSampler(source(images), labels, **SHAPE, augment=pipeline, workers=0)
+    faults.append("size")
+    with pytest.raises(ValueError, match=r"inputs of step 1 of epoch 0 differ from"):
+        sampler.batch(1)
+    faults.append("error")
+    calls.clear()
+    with pytest.raises(ValueError, match="what the user wrote"):
+        sampler.batch(1)
+    assert len(calls) == 1
+
+
 @backend
 def test_batches_are_p_classes_of_k_rows_side_by_side(images, labels):
     sampler = PKSampler(images, labels, **SHAPE)
