@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kerastrip._checks import Told, describe, message
-from kerastrip._keyed import integer64
+from kerastrip._checks import Told, describe, integer64, message
 
 _KEYS = {"kerastrip", "scheme", "seed", "versions", "transform"}
 _NAME = "__class_fullname__"

@@ -97,6 +97,16 @@ def integer(name: str, value: Any, minimum: int | None = None, advice: str = "")
     return int(value)
 
 
+def integer64(name: str, value: Any, advice: str = "") -> int:
+    """`value` as int, if 64 bits hold it with its sign."""
+    number = integer(name, value, advice=advice)
+    if not -(2**63) <= number < 2**63:
+        expected = "an integer of 64 bits, from -2**63 to 2**63 - 1"
+        advice = advice or f"{name} % 2**63 is such an integer."
+        raise ValueError(message(name, expected, value, advice))
+    return number
+
+
 def number(
     name: str,
     value: Any,

@@ -440,6 +440,8 @@ def test_a_batch_unlike_the_first_is_refused(images, labels):
         ({"batches_per_epoch": 0}, ValueError, "batches_per_epoch"),
         ({"seed": 2**63}, ValueError, "`seed`.*64 bits.*received 9223372036854775808"),
         ({"seed": "a"}, TypeError, "`seed`.*an integer"),
+        ({"fixed": 1}, TypeError, "`fixed`.*True or False"),
+        ({"use_multiprocessing": "no"}, TypeError, "`use_multiprocessing`.*True"),
         ({"epoch_mode": "cover"}, ValueError, "epoch_mode.*coverage"),
         ({"shard": (2, 2)}, ValueError, "shard"),
         ({"shard": (0, 3)}, ValueError, "shard|classes_per_batch"),

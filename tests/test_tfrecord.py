@@ -483,6 +483,8 @@ def test_a_broken_record_is_named(paths):
         ({"shape": (5, 4)}, ValueError, "Record 0 of .*reshape"),
         ({"color": "bgr"}, ValueError, "'rgb', 'gray'"),
         ({"parse": "image"}, TypeError, "parse"),
+        ({"feature": 3}, TypeError, "`feature`: expected a str, received 3"),
+        ({"label": 3}, TypeError, "`label`: expected a str, received 3"),
         ({"label": lambda record: 0.5}, TypeError, "integer or one string.*float"),
     ],
 )

@@ -89,6 +89,7 @@ def cache_images(
     source, path = as_source(source, "source"), pathlib.Path(path)
     labels = getattr(source, "labels", None)
     labels = None if labels is None else np.asarray(labels)
+    boolean("verbose", verbose)
     boolean("verify", verify)
     # Before a sample is read: what is changed from now on is found out later.
     stamps = _stamps(source)

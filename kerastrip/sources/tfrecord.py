@@ -140,6 +140,9 @@ class TFRecordSource:
         files = [pathlib.Path(path) for path in paths]
         if not files:
             raise ValueError(message("paths", "at least one file", paths))
+        _checks.text("feature", feature)
+        if label is not None and not callable(label):
+            _checks.text("label", label)
         self.reading: dict[str, Any] | None = None
         size = None if size is None else checked_size(size)
         reading = checked_reading(size, color, bits, max_pixels)
