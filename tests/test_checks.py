@@ -26,7 +26,7 @@ def test_a_check_gives_the_value_back_or_names_the_argument(
     for value in accepted:
         assert check("size", value) == value
     for value in refused:
-        with pytest.raises(error, match="Invalid value for `size`: expected .* rece"):
+        with pytest.raises(error, match=r"Invalid value for `size`: expected .* rece"):
             check("size", value)
 
 
