@@ -14,54 +14,20 @@ from kerastrip import _checks
 from kerastrip._checks import Told, message
 from kerastrip._labels import label_array
 
-# By the encoder that OpenCV must have been built with, where it may be missing.
+# Endings of images, by the encoder that OpenCV must have been built with, where it may
+# be missing.
 EXTENSIONS = {
-    "": [
-        "bmp",
-        "dib",
-        "jfif",
-        "jpe",
-        "jpeg",
-        "jpg",
-        "pbm",
-        "pgm",
-        "png",
-        "pnm",
-        "ppm",
-        "tif",
-        "tiff",
-        "webp",
-    ],
-    ".avif": ["avif"],
-    ".gif": ["gif"],
-    ".jp2": ["j2k", "jp2"],
+    "": "bmp dib jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp",
+    ".avif": "avif",
+    ".gif": "gif",
+    ".jp2": "j2k jp2",
 }
-# What lies beside images without being one. Of other files it is told that they are
-# left out.
-NO_IMAGES = [
-    "cfg",
-    "csv",
-    "db",
-    "htm",
-    "html",
-    "ini",
-    "json",
-    "jsonl",
-    "lnk",
-    "lock",
-    "log",
-    "md",
-    "py",
-    "sh",
-    "toml",
-    "tsv",
-    "txt",
-    "url",
-    "xml",
-    "yaml",
-    "yml",
-    "zip",
-]
+# Endings of files that lie beside images without being images. A warning tells of all
+# other files that are left out.
+NO_IMAGES = (
+    "cfg csv db htm html ini json jsonl lnk lock log md py sh toml tsv txt url xml yaml "
+    "yml zip"
+)
 LABEL_FROM = ("parent", "top", "path")
 
 
@@ -120,7 +86,8 @@ def files_below(root: str) -> tuple[list[str], list[str]]:
             else:
                 found.visit(target, name + "/")
     reached: set[str] = set()
-    real_folder = functools.cache(os.path.realpath)  # asks for every part of a path
+    # It asks the system for every part of a path, so once for each folder of targets.
+    real_folder = functools.cache(os.path.realpath)
     for name, path in sorted(to_files):
         if not is_image(name):
             continue
@@ -207,10 +174,11 @@ def labelled_images(
 
 def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
     """Words on files in class folders that may be images but are not read."""
+    known = {*NO_IMAGES.split()}
     left = [
         path
         for path in set(paths).difference(images)
-        if "/" in path and not _is_hidden(path) and _ending(path) not in NO_IMAGES
+        if "/" in path and not _is_hidden(path) and _ending(path) not in known
     ]
     if not left:
         return []
@@ -268,7 +236,7 @@ def _extensions() -> frozenset[str]:
         extension
         for encoder, group in EXTENSIONS.items()
         if not encoder or cv2.haveImageWriter(encoder)
-        for extension in group
+        for extension in group.split()
     )
 
 
