@@ -387,28 +387,21 @@ def weights(sample_weight: Any, targets: Any, samples: int) -> Any:
     """Readers of the weights, in a structure that Keras accepts, or None."""
     if sample_weight is None:
         return None
-    if isinstance(sample_weight, (tuple, Mapping)):
-        if isinstance(sample_weight, tuple):
-            fits = isinstance(targets, (tuple, Mapping)) and (
-                len(sample_weight) == len(targets)
-            )
-        else:
-            fits = isinstance(targets, Mapping) and (
-                sample_weight.keys() == targets.keys()
-            )
-        if not fits:
-            raise ValueError(
-                _checks.message(
-                    "sample_weight",
-                    "one array for all outputs, a tuple of one per output, in their "
-                    "order, or for a model whose outputs are a dict a dict with the "
-                    "names that `targets` has",
-                    _checks.Told(
-                        f"{_entries(sample_weight)} for targets={_entries(targets)}"
-                    ),
-                )
-            )
-
+    if isinstance(sample_weight, tuple):
+        kinds = (tuple, Mapping)
+        fits = isinstance(targets, kinds) and len(sample_weight) == len(targets)
+    elif isinstance(sample_weight, Mapping):
+        fits = isinstance(targets, Mapping) and sample_weight.keys() == targets.keys()
+    else:
+        fits = True
+    if not fits:
+        expected = (
+            "one array for all outputs, a tuple of one per output, in their order, or "
+            "for a model whose outputs are a dict a dict with the names that `targets` "
+            "has"
+        )
+        told = f"{_entries(sample_weight)} for targets={_entries(targets)}"
+        raise ValueError(_checks.message("sample_weight", expected, _checks.Told(told)))
     return _per_output("sample_weight", sample_weight, partial(_weight, samples))
 
 

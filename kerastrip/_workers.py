@@ -55,6 +55,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from multiprocessing.connection import wait
 from typing import Any
@@ -75,9 +76,6 @@ _SILENCE = 10.0  # seconds without a word and without processor time: it hangs
 _FORKS = 3  # of a worker that hangs
 _REST = 2.0  # seconds without a call, after which workers may make room for others
 _PDEATHSIG = 1  # of prctl(2)
-# A worker answers in order. If an answer is missing, Ctrl-C struck between its receipt
-# and its entry here.
-_LOST = RuntimeError("A batch was lost to an interrupt."), ""
 _START = "fork" if sys.platform.startswith("linux") else "spawn"
 
 
@@ -193,15 +191,12 @@ class WorkerPool:
         return sorted(self._workers, key=_Worker.load)
 
     def _result(self, worker: _Worker, task: _Task) -> list[np.ndarray]:
-        if not task.done:
+        if not task.done():
             with self._alive():
                 if worker not in self._workers:
                     return self(*task.args)  # the worker rested before it was done
-                worker.wait(lambda: task.done)
-        if task.failure is not None:
-            raised, told = task.failure
-            raise raised from _InWorker(told)
-        return task.arrays
+                worker.wait(task.done)
+        return task.result()
 
     @contextlib.contextmanager
     def _alive(self) -> Iterator[None]:
@@ -233,14 +228,12 @@ class WorkerPool:
             worker.process.kill()
 
 
-class _Task:
-    """What a worker was asked for, and what came of it."""
+class _Task(Future):
+    """What a worker was asked for; its result are the arrays."""
 
     def __init__(self, place: int, args: Sequence[Any]):
+        super().__init__()
         self.place, self.args = place, args
-        self.done = False
-        self.arrays: list[np.ndarray] = []
-        self.failure: tuple[Exception, str] | None = None  # and its traceback
 
 
 class _Worker:
@@ -352,16 +345,17 @@ class _Worker:
             number, failure = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise self._died() from error
-        # The tasks up to this number: the answers to all but the last one were lost. (The
-        # list is made in one step, as other threads add tasks.)
+        # A worker answers in order: if the answer to an earlier task is missing, Ctrl-C
+        # struck after its receipt. (`list` is one step, as other threads add tasks.)
         for each in [each for each in list(self._tasks) if each <= number]:
             task = self._tasks.pop(each)
-            task.failure = _unpacked(failure) if each == number else _LOST
-            if task.failure is None:
-                task.arrays = self._arrays(task.place)
+            if each == number and failure is None:
+                task.set_result(self._arrays(task.place))
             else:
+                lost = RuntimeError("A batch was lost to an interrupt.")
                 self._spare.append(task.place)
-            task.done = self._has_worked = True
+                task.set_exception(_unpacked(*failure) if each == number else lost)
+            self._has_worked = True
 
     def _ready(self) -> Sequence:
         """The pipe, if there is a word in it, or the end of the process; or nothing."""
@@ -508,17 +502,15 @@ def _packed(error: BaseException) -> tuple[bytes, str, str]:
     return packed, repr(error), traceback.format_exc()
 
 
-def _unpacked(
-    failure: tuple[bytes, str, str] | None,
-) -> tuple[Exception, str] | None:
+def _unpacked(packed: bytes, words: str, told: str) -> Exception:
     """The error, if it survives pickling and ends no thread in silence."""
-    if failure is None:
-        return None
-    packed, words, told = failure
+    error: Any = None
     with contextlib.suppress(Exception):
-        if isinstance(error := pickle.loads(packed), Exception):
-            return error, told
-    return RuntimeError(f"A worker process of the sampler failed: {words}"), told
+        error = pickle.loads(packed)
+    if not isinstance(error, Exception):
+        error = RuntimeError(f"A worker process of the sampler failed: {words}")
+    error.__cause__ = _InWorker(told)
+    return error
 
 
 def _leave_with_parent() -> None:

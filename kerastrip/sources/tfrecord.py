@@ -396,14 +396,7 @@ def _label_array(path: pathlib.Path, labels: Sequence[Any]) -> np.ndarray:
     array = np.array(labels)
     if len(kinds) > 1 or (labels and (array.ndim > 1 or array.dtype.kind not in "iuU")):
         told = ", ".join(f"{kind} (record {place})" for kind, place in kinds.items())
-        raise TypeError(
-            message(
-                "label",
-                "one integer or one string for each record",
-                Told(f"{told} in {path}"),
-                "A function label= makes labels of one kind.",
-            )
-        )
+        raise _no_labels(f"{told} in {path}")
     return array
 
 
@@ -414,10 +407,14 @@ def _joined(files: Sequence[pathlib.Path], labels: Sequence[np.ndarray]) -> np.n
         if len(some)
     }
     if len(kinds) > 1:
-        told = ", ".join(f"{kind} in {path}" for kind, path in kinds.items())
-        advice = "A function label= makes labels of one kind."
-        raise TypeError(message("label", "integers or strings", Told(told), advice))
+        raise _no_labels(", ".join(f"{kind} in {path}" for kind, path in kinds.items()))
     return np.concatenate([some for some in labels if len(some)])
+
+
+def _no_labels(told: str) -> TypeError:
+    expected = "one integer or one string for each record, of one kind"
+    advice = "A function label= makes labels of one kind."
+    return TypeError(message("label", expected, Told(told), advice))
 
 
 # -- what is in a record ---------------------------------------------------------
