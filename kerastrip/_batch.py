@@ -150,25 +150,20 @@ class Inputs:
         arrays = keras.tree.flatten(self._example)
         for array in arrays:
             if not isinstance(array, np.ndarray):
-                raise TypeError(
-                    _checks.message(
-                        "augment" if augment is not None else "x",
-                        "arrays that stack to a batch",
-                        array,
-                    )
-                )
+                name = "x" if augment is None else "augment"
+                expected = "arrays that stack to a batch"
+                raise TypeError(_checks.message(name, expected, array))
         self.layout = [(array.shape, array.dtype) for array in arrays]
         self._texts = any(dtype.kind in _TEXTS for _, dtype in self.layout)
         if self._texts and keras.backend.backend() != "tensorflow":
-            raise TypeError(
-                _checks.message(
-                    "x",
-                    f"numbers, as a model on {keras.backend.backend()} takes no texts",
-                    next(array for array in arrays if array.dtype.kind in _TEXTS),
-                    "Encode them first: arrays of tokens go in. On TensorFlow a model "
-                    "may begin with TextVectorization.",
-                )
+            backend = keras.backend.backend()
+            expected = f"numbers, as a model on {backend} takes no texts"
+            told = next(array for array in arrays if array.dtype.kind in _TEXTS)
+            advice = (
+                "Encode them first: arrays of tokens go in. On TensorFlow a model may "
+                "begin with TextVectorization."
             )
+            raise TypeError(_checks.message("x", expected, told, advice))
 
     def _take(self, rows: np.ndarray, *_: int) -> Any:
         return self._source.take(rows)
@@ -201,14 +196,12 @@ class Inputs:
     def check_fixed_size(self) -> None:
         """Raises TypeError if samples cannot be handed on by worker processes."""
         if any(dtype.hasobject for _, dtype in self.layout):
-            raise TypeError(
-                _checks.message(
-                    "use_multiprocessing",
-                    "False for texts, which differ in length",
-                    True,
-                    "Threads read them; np.array(texts, str) has one length for all.",
-                )
+            name, expected = (
+                "use_multiprocessing",
+                "False for texts, whose lengths differ",
             )
+            advice = "Threads read them; np.array(texts, str) has one length for all."
+            raise TypeError(_checks.message(name, expected, True, advice))
 
     def _read(self, rows: np.ndarray, step: tuple[int, int], at: int) -> Any:
         """Some samples of a batch, augmented.
@@ -318,14 +311,11 @@ def gather(readers: Any, rows: np.ndarray) -> Any:
 def _per_output(name: str, value: Any, reader: Callable[[str, Any], Reader]) -> Any:
     """One reader, or a tuple or dict of them by output."""
     if isinstance(value, list):
-        raise TypeError(
-            _checks.message(
-                name,
-                "one entry, a tuple in the order of the outputs or a dict by output name",
-                value,
-                "Keras takes no lists here: write a tuple, or np.asarray for values.",
-            )
+        expected = (
+            "one entry, a tuple in the order of the outputs or a dict by output name"
         )
+        advice = "Keras takes no lists here: write a tuple, or np.asarray for values."
+        raise TypeError(_checks.message(name, expected, value, advice))
     if isinstance(value, (tuple, Mapping)):
         if not value:
             raise ValueError(_checks.message(name, "at least one entry", value))
@@ -352,14 +342,11 @@ def _target(plan: PKPlan, name: str, value: Any) -> Reader:
             return plan.codes.__getitem__
         return partial(_one_hot, plan.codes, len(plan.classes_))
     if isinstance(value, (list, tuple, Mapping)) or not hasattr(value, "__len__"):
-        raise TypeError(
-            _checks.message(
-                name,
-                "'label', 'one_hot', an array of one row per sample, or a tuple or "
-                "dict of those by output",
-                value,
-            )
+        expected = (
+            "'label', 'one_hot', an array of one row per sample, or a tuple or dict of "
+            "such entries by output"
         )
+        raise TypeError(_checks.message(name, expected, value))
     source = as_source(value, name)
     with contextlib.suppress(BrokenSamples):  # told when it is drawn
         first = keras.tree.flatten(source.take([0]))
@@ -367,13 +354,9 @@ def _target(plan: PKPlan, name: str, value: Any) -> Reader:
             words = "numbers, or one of the words 'label' and 'one_hot'"
             raise TypeError(_checks.message(name, words, value))
     if len(source) != len(plan.codes):
-        raise ValueError(
-            _checks.message(
-                name,
-                f"{len(plan.codes)} rows, one per sample",
-                _checks.Told(f"{len(source)} rows"),
-            )
-        )
+        expected = f"{len(plan.codes)} rows, one per sample"
+        told = _checks.Told(f"{len(source)} rows")
+        raise ValueError(_checks.message(name, expected, told))
     return source.take
 
 
@@ -407,11 +390,8 @@ def weights(sample_weight: Any, targets: Any, samples: int) -> Any:
 
 def _weight(samples: int, name: str, value: Any) -> Reader:
     if value is None:
-        raise ValueError(
-            _checks.message(
-                name, "an array", value, "For an output without weights: np.ones."
-            )
-        )
+        advice = "For an output without weights: np.ones."
+        raise ValueError(_checks.message(name, "an array", value, advice))
     _checks.refuse_masked(name, value)
     array = np.array(value)
     if array.dtype.kind == "O":

@@ -368,13 +368,9 @@ class PKSampler(keras.utils.PyDataset):
         arrays = keras.tree.flatten(self.batch(step, epoch)[0])
         images = [array for array in arrays if array.ndim in (3, 4)]
         if not images:
-            raise ValueError(
-                _checks.message(
-                    "x",
-                    "an input of images, (rows, height, width[, channels])",
-                    _checks.Told(f"shapes {[array.shape for array in arrays]}"),
-                )
-            )
+            expected = "an input of images, (rows, height, width[, channels])"
+            told = _checks.Told(f"shapes {[array.shape for array in arrays]}")
+            raise ValueError(_checks.message("x", expected, told))
         codes = self.labels[self.plan.indices(epoch, step)]
         names = self.decode(codes[:: self.plan.samples_per_class])
         return plot_batch(
@@ -396,9 +392,8 @@ class PKSampler(keras.utils.PyDataset):
         """
         epoch = _checks.integer("epoch", epoch, minimum=0)
         if self.fixed and epoch != 0:
-            raise ValueError(
-                _checks.message("epoch", "0, as the sampler has `fixed=True`", epoch)
-            )
+            expected = "0, as the sampler has `fixed=True`"
+            raise ValueError(_checks.message("epoch", expected, epoch))
         self._epoch = epoch
 
     # Keras ends an epoch before the first one and twice round a validation, so only one
@@ -475,15 +470,13 @@ class PKSampler(keras.utils.PyDataset):
         if classes % (replicas * hosts):
             near = max(round(classes / (replicas * hosts)), 1) * replicas * hosts
             host = f" on each of {hosts} hosts" if hosts > 1 else ""
-            raise ValueError(
-                _checks.message(
-                    "classes_per_batch",
-                    f"a multiple of the {replicas} replicas{host}, so that every "
-                    "replica gets whole classes",
-                    classes,
-                    f"The nearest that works is classes_per_batch={near}.",
-                )
+            expected = (
+                f"a multiple of the {replicas} replicas{host}, so that every replica "
+                "gets whole classes"
             )
+            advice = f"The nearest that works is classes_per_batch={near}."
+            name = "classes_per_batch"
+            raise ValueError(_checks.message(name, expected, classes, advice))
 
     def close(self) -> None:
         """Ends the worker processes; the sampler gives no more batches."""

@@ -158,15 +158,12 @@ def labelled_images(
         labels = [_folder_label(name, path, label_from) for path in images]
     checked = label_array(labels, "labels" if label_from is None else "label_from")
     if checked.ndim == 1 and (checked == checked[0]).all():
-        raise ValueError(
-            message(
-                name,
-                "at least two classes",
-                Told(f"one, {labels[0]!r}, with {len(labels)} images"),
-                "Give the folder above, or read images without classes with "
-                "ImageFiles(paths).",
-            )
+        told = Told(f"one, {labels[0]!r}, with {len(labels)} images")
+        advice = (
+            "Give the folder above, or read images without classes with "
+            "ImageFiles(paths)."
         )
+        raise ValueError(message(name, "at least two classes", told, advice))
     if notes:
         _checks.warn(f"`{name}` holds more than is read. Left out: {'; '.join(notes)}.")
     return images, checked
@@ -200,26 +197,18 @@ def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
 def _folder_label(name: str, path: str, word: str | None) -> str:
     *folders, _ = path.split("/")
     if not folders:
-        raise ValueError(
-            message(
-                name,
-                "every image in the folder of its class",
-                path,
-                "A callable label_from= makes labels of file names.",
-            )
-        )
+        expected = "every image in the folder of its class"
+        advice = "A callable label_from= makes labels of file names."
+        raise ValueError(message(name, expected, path, advice))
     if word == "path":
         return "/".join(folders)
     if word is None and len(folders) > 1:
-        raise ValueError(
-            message(
-                "label_from",
-                "a word, as folders lie within folders",
-                None,
-                f"For {path!r} the class is {folders[-1]!r} with 'parent', "
-                f"{folders[0]!r} with 'top', {'/'.join(folders)!r} with 'path'.",
-            )
+        expected = "a word, as folders lie within folders"
+        advice = (
+            f"For {path!r} the class is {folders[-1]!r} with 'parent', {folders[0]!r} "
+            f"with 'top', {'/'.join(folders)!r} with 'path'."
         )
+        raise ValueError(message("label_from", expected, None, advice))
     return folders[0] if word == "top" else folders[-1]
 
 

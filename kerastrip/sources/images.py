@@ -240,15 +240,11 @@ class ImageFiles:
 def _check_files(paths: Sequence[str]) -> None:
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        raise ValueError(
-            message(
-                "paths",
-                "paths of files",
-                missing[0],
-                f"{len(missing)} of {len(paths)} are not there. "
-                "on_error='skip' draws others of their class.",
-            )
+        advice = (
+            f"{len(missing)} of {len(paths)} are not there. on_error='skip' draws "
+            "others of their class."
         )
+        raise ValueError(message("paths", "paths of files", missing[0], advice))
 
 
 def _stamp(path: str) -> tuple[int, int]:

@@ -270,16 +270,11 @@ def _parsed(
 def _damaged(path: pathlib.Path, place: int, offset: int, what: str) -> ValueError:
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b" or path.suffix in (".gz", ".zlib")
-    return ValueError(
-        message(
-            "paths",
-            "whole TFRecord files",
-            Told(f"{path} with {what} (record {place}, at byte {offset})"),
-            "It is compressed, which leaves no random access: write it without."
-            if packed
-            else "Write it again, or leave it out.",
-        )
-    )
+    told = Told(f"{path} with {what} (record {place}, at byte {offset})")
+    advice = "Write it again, or leave it out."
+    if packed:
+        advice = "It is compressed, which leaves no random access: write it without."
+    return ValueError(message("paths", "whole TFRecord files", told, advice))
 
 
 # -- the index -------------------------------------------------------------------
