@@ -1,6 +1,10 @@
 """What a batch is made of: inputs, targets and sample weights.
 
-Each is read by the rows of the plan. Nothing here refers to the sampler, so that
+    plan -> rows -> Inputs: source.take -> augmentation -> one array for each input
+             |
+             +----> readers of the targets and of the weights
+
+All of them are read by the rows of the plan. Nothing here refers to the sampler, so that
 worker processes can hold it and a sampler that is dropped is freed.
 """
 
@@ -29,25 +33,26 @@ _TEXTS = "OSU"  # kinds of dtype
 # Sources whose `take` gathers rows of an `array`, and does nothing else.
 _IN_MEMORY = (ArraySource, CachedImages)
 
-# Samples are read and augmented by so many bytes at a time: they stay in the cache and
-# in memory that is used again, which makes large images up to 1.6 times faster.
+# Samples are read and augmented in pieces of so many bytes. A piece stays in the cache of
+# the processor and its memory is used again, which makes large images up to 1.6 times
+# faster.
 _AT_ONCE = 2**21
 
 
 class Rows:
-    """The rows of a batch, with others of their class in place of broken ones.
+    """The rows of a batch, in which no sample is broken.
 
-    The place of a broken row takes the first of `PKPlan.substitutes` that is neither
-    broken nor in the batch already, or if there is none the first that is not broken.
-    This is done over until the batch can be read, so which of the broken ones were
-    known before makes no difference: the rows depend on the samples, the plan, epoch
-    and step alone.
+    A broken row is replaced by another sample of its class: the first substitute
+    (`PKPlan.substitutes`) that is neither broken nor in the batch already, or if there
+    is none the first that is not broken. This is repeated until the batch can be read.
+    So it makes no difference which broken samples were known before: the rows depend on
+    the samples, the plan, the epoch and the step alone.
 
     Args:
         plan: the plan.
 
     Attributes:
-        broken: sample -> what is wrong, for those met so far.
+        broken: sample -> what is wrong, for the broken samples met so far.
     """
 
     def __init__(self, plan: PKPlan):
@@ -66,8 +71,8 @@ class Rows:
         Args:
             make: reads them.
             epoch, step: of the batch.
-            begun: rows that were `planned`, and a function that gives what `make` is
-                about to give for them.
+            begun: rows that were `planned` earlier, and a function that waits for what
+                `make` gives for them, as worker processes do it already.
         """
         while True:
             if begun is None:
@@ -117,14 +122,14 @@ class Rows:
 class Inputs:
     """The model inputs of a batch, gathered and augmented.
 
-    Makes the first batch: what is wrong with samples or augmentation shows here, and
-    its shapes and dtypes are what every later batch must have.
+    The constructor makes the first batch: faults of samples or augmentation show there,
+    and every later batch must have its shapes and dtypes.
 
     Args:
         source: a source.
         augment: what `PKSampler(augment=)` takes.
         plan: gives the key of the augmentation.
-        rows: gives those of the first batch.
+        rows: gives the rows of the first batch.
 
     Attributes:
         layout: (shape, dtype) of each input.
@@ -136,6 +141,7 @@ class Inputs:
         if isinstance(x, (Mapping, tuple)) and from_data_set(source):
             self._warn_of_labels(x, plan, rows)
         self._augment = _augmentations(augment, x)
+        # Whether augmentation reads the samples where they lie, and gathers nothing.
         self._in_place = (
             isinstance(self._augment, Augmentation)
             and type(source) in _IN_MEMORY
@@ -169,10 +175,9 @@ class Inputs:
         return self._source.take(rows)
 
     def _warn_of_labels(self, x: Any, plan: PKPlan, rows: Rows) -> None:
-        """Tells of inputs that are the labels, where nobody named the inputs.
+        """Warns of inputs that are the labels, where nobody named the inputs.
 
-        One of a few batches could be in step with the classes by chance, so it must be
-        in step with them in several.
+        In a single batch an input may tell the classes by chance; the labels do in each.
         """
 
         def told(x: Any, chosen: np.ndarray) -> list:
@@ -207,9 +212,9 @@ class Inputs:
         """Some samples of a batch, augmented.
 
         Args:
-            rows: which.
+            rows: the samples.
             step: (epoch, step) of the batch.
-            at: position in it of the first of them.
+            at: position of the first of these samples in the batch.
         """
         if not self._in_place:
             return self._augmented(self._source.take(rows), step, at)
@@ -293,7 +298,7 @@ def _size(array: Any) -> int:
 
 
 def _tells_class(part: Any, codes: np.ndarray) -> bool:
-    """Whether there is one value for each class, and another one for each."""
+    """Whether an input has one value for each class, and no value for two classes."""
     if not isinstance(part, np.ndarray) or part.dtype.kind not in "biuOSU":
         return False
     if part.shape not in (codes.shape, (*codes.shape, 1)):

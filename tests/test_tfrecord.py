@@ -4,6 +4,9 @@ import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
+import textwrap
 import threading
 import zipfile
 from functools import partial
@@ -372,6 +375,25 @@ def test_a_damaged_index_is_made_anew(paths, images, rng):
         source = TFRecordSource(paths)
         assert source.labels.tolist() == [i // 3 for i in range(12)]
         np.testing.assert_array_equal(source.take(range(12)), images)
+
+
+@pytest.mark.slow  # a fresh interpreter
+def test_indexing_leaves_tensorflow_unused(paths):
+    """Its first operation takes hold of every GPU, and ends what may be configured."""
+    script = f"""
+        import tensorflow as tf
+        from kerastrip.sources import TFRecordSource
+        source = TFRecordSource({[str(path) for path in paths]}, index=False)
+        source.take([3])
+        halves = [tf.config.LogicalDeviceConfiguration()] * 2
+        device = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(device, halves)
+        print(len(source), len(tf.config.list_logical_devices("CPU")))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "12 2\n", done.stderr
+    assert "deprecated" not in done.stderr
 
 
 # -- what is wrong with a file

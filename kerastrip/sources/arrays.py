@@ -1,10 +1,10 @@
 """Sources over what is already an array, or behaves like a list of samples.
 
-A source is anything with `len(source)` and `source.take(indices)` that is neither
-indexed nor iterated (arrays and data sets have a `take` too): `take` returns fresh arrays, the rows in the order asked for, in the
-structure that the model gets (an array, a tuple or a dict of arrays). A source that
-knows the labels of its samples has them as `labels`. What cannot be read is a
-`BrokenSamples` error.
+A source has `__len__` and `take(indices)`, and neither `__getitem__` nor `__iter__`: so
+it is told from arrays and data sets, some of which have a `take` too. `take` returns
+fresh arrays, the rows in the order asked for, in the structure that the model gets (an
+array, a tuple or a dict of arrays). A source that knows the labels of its samples has
+them as `labels`. A sample that cannot be read is a `BrokenSamples` error.
 
 Arrays are read by any number of threads at once. What users bring may keep an open
 file, so threads take turns there, unless it has an attribute `thread_safe = True`.
