@@ -379,6 +379,8 @@ def _compare(
     rows = header["rows"]
     images, _, known = (_rows(path, name, about, rows) for name in _GROWING)
     changed = np.flatnonzero((known != stamps[:rows]).any(axis=1))
+    # A sample is read anew where its file may have changed, and a few for the case that
+    # the decoder or the code of the source is another.
     some = np.linspace(0, rows - 1, _COMPARED).astype(int)
     compared, paths = np.union1d(some, changed), getattr(source, "paths", None)
     for first in range(0, len(compared), _step(about)):

@@ -218,11 +218,13 @@ def decode_image(
     data = data if isinstance(data, bytes) else bytes(memoryview(data))
     header = _checked_header(data, max_pixels)
     jpeg = data.startswith(b"\xff\xd8")
+    # Only the decoder of JPEG can leave out pixels while it decodes.
     factor = _reduction(header, max(size)) if jpeg and size else 1
     kind = "GRAYSCALE" if color == "gray" else "COLOR"
     word = f"IMREAD_REDUCED_{kind}_{factor}" if factor > 1 else f"IMREAD_{kind}"
     flags = getattr(cv2, word) | (cv2.IMREAD_ANYDEPTH if header.deep else 0)
     image = _eight_bits(_decoded(data, flags, header), bits, header.top)
+    # OpenCV drops transparency: of a drawing in one colour nothing would be left.
     if not jpeg and _is_flat(image):
         image = _from_alpha(data, image)
     if size and image.shape[:2] != size:

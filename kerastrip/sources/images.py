@@ -186,14 +186,15 @@ class ImageFiles:
             return self._file.take(indices)
         rows = np.asarray(indices).tolist()
         images = np.empty((len(rows), *self._shape), np.uint8)
-        first: dict[int, int] = {}
+        # A class of few samples repeats them in a batch: each is read once and copied.
+        first: dict[int, int] = {}  # row -> its first place in the batch
         broken = {}
         for place, row in enumerate(rows):
             if row in first:
                 images[place] = images[first[row]]
             elif why := self._load(row, images[place]):
                 broken[row] = why
-                if not self._skip:
+                if not self._skip:  # a sampler that skips wants to know all of them
                     break
             first.setdefault(row, place)
         if broken:

@@ -355,8 +355,8 @@ def _walked(path: pathlib.Path, read_label: Callable[[bytes], Any] | None) -> _I
     """The index of a file from the file itself, its checksums checked."""
     import tensorflow as tf
 
-    # Unwrapped, it does not say that tf.data should be used, whose operations would take
-    # hold of every GPU.
+    # The first operation of TensorFlow, of tf.data for example, takes hold of every GPU.
+    # This reader is no operation. Without `unwrap` it says that it is deprecated.
     read = inspect.unwrap(tf.compat.v1.io.tf_record_iterator)
     records = read(os.fsencode(path))
     offsets, size = [0], path.stat().st_size
@@ -367,7 +367,8 @@ def _walked(path: pathlib.Path, read_label: Callable[[bytes], Any] | None) -> _I
             place = len(checks)
             file.seek(start)
             length = int.from_bytes(file.read(_LENGTH), "little")
-            # A length beyond all memory would end the process within TensorFlow.
+            # TensorFlow takes memory for a length before it looks whether the file is so
+            # long: a length of 2**62 would end the process.
             if start + length + _FRAME > size:
                 what = "a truncated record, or a damaged length"
                 raise _damaged(path, place, start, what)
