@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kerastrip._checks import Told, describe, message
-from kerastrip._keyed import integer64
+from kerastrip._checks import Told, describe, integer64, message
 
 _KEYS = {"kerastrip", "scheme", "seed", "versions", "transform"}
 _NAME = "__class_fullname__"
@@ -53,14 +52,9 @@ def read(text: Any) -> tuple[Any, int, dict[str, Any], Any]:
         versions, transform = dict(content["versions"]), content["transform"]
         unknown = sorted(content.keys() - _KEYS)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(
-            message(
-                "text",
-                "the JSON text of Augmentation.to_json()",
-                text,
-                "Use Augmentation.load(path) for a file.",
-            )
-        ) from None
+        expected = "the JSON text of Augmentation.to_json()"
+        advice = "Use Augmentation.load(path) for a file."
+        raise ValueError(message("text", expected, text, advice)) from None
     if unknown:
         raise ValueError(message("text", f"no keys but {sorted(_KEYS)}", unknown[0]))
     try:
@@ -85,9 +79,8 @@ def pipeline(node: Any, lambdas: Mapping[str, Any], place: str = "transform") ->
     if name in serialization.NON_SERIALIZABLE_REGISTRY:
         key = node.get("__name__")
         if not (isinstance(key, str) and key in lambdas):
-            raise ValueError(
-                message(place, f"one of `lambdas`, which are {sorted(lambdas)}", key)
-            )
+            expected = f"one of `lambdas`, which are {sorted(lambdas)}"
+            raise ValueError(message(place, expected, key))
         return lambdas[key]
     kind: Any = serialization.SERIALIZABLE_REGISTRY.get(
         serialization.shorten_class_name(name)
@@ -129,12 +122,7 @@ def _arguments(kind: Any, node: dict[str, Any], place: str) -> dict[str, Any]:
     }
     for key in given:
         if key not in known:
-            raise ValueError(
-                message(
-                    place,
-                    f"arguments that {kind.__name__} takes",
-                    key,
-                    "This version of albumentations may not know it.",
-                )
-            )
+            expected = f"arguments that {kind.__name__} takes"
+            advice = "This version of albumentations may not know it."
+            raise ValueError(message(place, expected, key, advice))
     return {key: value for key, value in given.items() if key in signature}

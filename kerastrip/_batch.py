@@ -1,6 +1,10 @@
 """What a batch is made of: inputs, targets and sample weights.
 
-Each is read by the rows of the plan. Nothing here refers to the sampler, so that
+    plan -> rows -> Inputs: source.take -> augmentation -> one array for each input
+             |
+             +----> readers of the targets and of the weights
+
+All of them are read by the rows of the plan. Nothing here refers to the sampler, so that
 worker processes can hold it and a sampler that is dropped is freed.
 """
 
@@ -29,25 +33,26 @@ _TEXTS = "OSU"  # kinds of dtype
 # Sources whose `take` gathers rows of an `array`, and does nothing else.
 _IN_MEMORY = (ArraySource, CachedImages)
 
-# Samples are read and augmented by so many bytes at a time: they stay in the cache and
-# in memory that is used again, which makes large images up to 1.6 times faster.
+# Samples are read and augmented in pieces of so many bytes. A piece stays in the cache of
+# the processor and its memory is used again, which makes large images up to 1.6 times
+# faster.
 _AT_ONCE = 2**21
 
 
 class Rows:
-    """The rows of a batch, with others of their class in place of broken ones.
+    """The rows of a batch, in which no sample is broken.
 
-    The place of a broken row takes the first of `PKPlan.substitutes` that is neither
-    broken nor in the batch already, or if there is none the first that is not broken.
-    This is done over until the batch can be read, so which of the broken ones were
-    known before makes no difference: the rows depend on the samples, the plan, epoch
-    and step alone.
+    A broken row is replaced by another sample of its class: the first substitute
+    (`PKPlan.substitutes`) that is neither broken nor in the batch already, or if there
+    is none the first that is not broken. This is repeated until the batch can be read.
+    So it makes no difference which broken samples were known before: the rows depend on
+    the samples, the plan, the epoch and the step alone.
 
     Args:
         plan: the plan.
 
     Attributes:
-        broken: sample -> what is wrong, for those met so far.
+        broken: sample -> what is wrong, for the broken samples met so far.
     """
 
     def __init__(self, plan: PKPlan):
@@ -66,8 +71,8 @@ class Rows:
         Args:
             make: reads them.
             epoch, step: of the batch.
-            begun: rows that were `planned`, and a function that gives what `make` is
-                about to give for them.
+            begun: rows that were `planned` earlier, and a function that waits for what
+                `make` gives for them, as worker processes do it already.
         """
         while True:
             if begun is None:
@@ -117,14 +122,14 @@ class Rows:
 class Inputs:
     """The model inputs of a batch, gathered and augmented.
 
-    Makes the first batch: what is wrong with samples or augmentation shows here, and
-    its shapes and dtypes are what every later batch must have.
+    The constructor makes the first batch: faults of samples or augmentation show there,
+    and every later batch must have its shapes and dtypes.
 
     Args:
         source: a source.
         augment: what `PKSampler(augment=)` takes.
         plan: gives the key of the augmentation.
-        rows: gives those of the first batch.
+        rows: gives the rows of the first batch.
 
     Attributes:
         layout: (shape, dtype) of each input.
@@ -135,46 +140,44 @@ class Inputs:
         first, x = rows.read(self._take, 0, 0)
         if isinstance(x, (Mapping, tuple)) and from_data_set(source):
             self._warn_of_labels(x, plan, rows)
-        self._augment, self._images = _augmentations(augment, x), None
-        if isinstance(self._augment, Augmentation) and type(source) in _IN_MEMORY:
-            self._images = source.array if source.array.dtype.isnative else None
+        self._augment = _augmentations(augment, x)
+        # Whether augmentation reads the samples where they lie, and gathers nothing.
+        self._in_place = (
+            isinstance(self._augment, Augmentation)
+            and type(source) in _IN_MEMORY
+            and source.array.dtype.isnative
+        )
+        self._example = self._augmented(x, (0, 0), 0)
         self._at_once = len(first)
-        if self._augment is not None and self._images is None:
-            whole = sum(np.asarray(part).nbytes for part in keras.tree.flatten(x))
-            count = _AT_ONCE * len(first) // max(whole, 1)
+        if self._augment is not None:
+            passing = keras.tree.flatten(self._example if self._in_place else x)
+            count = _AT_ONCE * len(first) // max(sum(map(_size, passing)), 1)
             self._at_once = min(max(count, 1), len(first))
-        self._example = self._augmented(x, 0, 0)
         arrays = keras.tree.flatten(self._example)
         for array in arrays:
             if not isinstance(array, np.ndarray):
-                raise TypeError(
-                    _checks.message(
-                        "augment" if augment is not None else "x",
-                        "arrays that stack to a batch",
-                        array,
-                    )
-                )
+                name = "x" if augment is None else "augment"
+                expected = "arrays that stack to a batch"
+                raise TypeError(_checks.message(name, expected, array))
         self.layout = [(array.shape, array.dtype) for array in arrays]
         self._texts = any(dtype.kind in _TEXTS for _, dtype in self.layout)
         if self._texts and keras.backend.backend() != "tensorflow":
-            raise TypeError(
-                _checks.message(
-                    "x",
-                    f"numbers, as a model on {keras.backend.backend()} takes no texts",
-                    next(array for array in arrays if array.dtype.kind in _TEXTS),
-                    "Encode them first: arrays of tokens go in. On TensorFlow a model "
-                    "may begin with TextVectorization.",
-                )
+            backend = keras.backend.backend()
+            expected = f"numbers, as a model on {backend} takes no texts"
+            told = next(array for array in arrays if array.dtype.kind in _TEXTS)
+            advice = (
+                "Encode them first: arrays of tokens go in. On TensorFlow a model may "
+                "begin with TextVectorization."
             )
+            raise TypeError(_checks.message("x", expected, told, advice))
 
     def _take(self, rows: np.ndarray, *_: int) -> Any:
         return self._source.take(rows)
 
     def _warn_of_labels(self, x: Any, plan: PKPlan, rows: Rows) -> None:
-        """Tells of inputs that are the labels, where nobody named the inputs.
+        """Warns of inputs that are the labels, where nobody named the inputs.
 
-        One of a few batches could be in step with the classes by chance, so it must be
-        in step with them in several.
+        In a single batch an input may tell the classes by chance; the labels do in each.
         """
 
         def told(x: Any, chosen: np.ndarray) -> list:
@@ -198,41 +201,36 @@ class Inputs:
     def check_fixed_size(self) -> None:
         """Raises TypeError if samples cannot be handed on by worker processes."""
         if any(dtype.hasobject for _, dtype in self.layout):
-            raise TypeError(
-                _checks.message(
-                    "use_multiprocessing",
-                    "False for texts, which differ in length",
-                    True,
-                    "Threads read them; np.array(texts, str) has one length for all.",
-                )
+            name, expected = (
+                "use_multiprocessing",
+                "False for texts, whose lengths differ",
             )
+            advice = "Threads read them; np.array(texts, str) has one length for all."
+            raise TypeError(_checks.message(name, expected, True, advice))
 
-    def _augmented(
-        self,
-        x: Any,
-        epoch: int,
-        step: int,
-        at: int = 0,
-        rows: np.ndarray | None = None,
-        out: Any = None,
-    ) -> Any:
-        """`x` augmented, the samples of the batch from position `at` on.
+    def _read(self, rows: np.ndarray, step: tuple[int, int], at: int) -> Any:
+        """Some samples of a batch, augmented.
 
         Args:
-            x: samples, fresh arrays; or with `rows` an array that stays as it is.
-            epoch, step: of the batch.
-            at: position of the first of them.
-            rows: which of `x` they are. Default: all.
-            out: what to write one input's views into, where there is one input.
+            rows: the samples.
+            step: (epoch, step) of the batch.
+            at: position of the first of these samples in the batch.
         """
-        key, first = (self._key, epoch, step), self._first + at
+        if not self._in_place:
+            return self._augmented(self._source.take(rows), step, at)
+        if isinstance(self._source, CachedImages):
+            self._source.check(rows)
+        # Gathered first, large images would go through memory once more.
+        key, first = (self._key, *step), self._first + at
+        return self._augment.batch(self._source.array, *key, first=first, rows=rows)
+
+    def _augmented(self, x: Any, step: tuple[int, int], at: int) -> Any:
+        """`x`, fresh arrays, augmented; the arguments are those of `_read`."""
+        key, first = (self._key, *step), self._first + at
         if self._augment is None:
             return x
         if isinstance(self._augment, Augmentation):
-            copy = rows is not None
-            return self._augment.batch(
-                x, *key, first=first, rows=rows, out=out, copy=copy
-            )
+            return self._augment.batch(x, *key, first=first, copy=False)
         parts = {
             name: self._augment[name].batch(part, *key, first=first, copy=False)
             if name in self._augment
@@ -255,44 +253,19 @@ class Inputs:
             epoch, step: of the batch.
             out: arrays of `layout` to write into. Default: fresh ones.
         """
-        if out is None:
-            if self._augment is None:
-                arrays = keras.tree.flatten(self._source.take(rows))
-                self._check(arrays, 0, epoch, step)
-                return arrays
-            out = [np.empty(shape, dtype) for shape, dtype in self.layout]
-        for at in range(0, len(rows), self._at_once):
-            part = slice(at, at + self._at_once)
-            targets = [array[part] for array in out]
-            x = self._part(rows[part], epoch, step, at, targets)
-            arrays = keras.tree.flatten(x)
-            self._check(arrays, len(rows) - len(rows[part]), epoch, step)
-            for array, target in zip(arrays, targets, strict=True):
-                if array is not target:
-                    target[...] = array
-        return out
-
-    def _part(
-        self,
-        rows: np.ndarray,
-        epoch: int,
-        step: int,
-        at: int,
-        targets: Sequence[np.ndarray],
-    ) -> Any:
-        """The samples of a part of a batch, which may be written into `targets`."""
-        if self._images is None:
-            make = partial(self._augmented, self._source.take(rows), epoch, step, at)
-        else:  # gathered first, they would go through memory once more
-            if isinstance(self._source, CachedImages):
-                self._source.check(rows)
-            make = partial(self._augmented, self._images, epoch, step, at, rows)
-        if not isinstance(self._example, np.ndarray):
-            return make()
-        try:
-            return make(out=targets[0])
-        except ValueError:  # if they do not fit, `_check` tells what does not
-            return make()
+        # Where neither samples nor results have to be moved, all are made at once.
+        count = len(rows) if self._in_place and out is None else self._at_once
+        for at in range(0, len(rows), count):
+            some = rows[at : at + count]
+            arrays = keras.tree.flatten(self._read(some, (epoch, step), at))
+            self._check(arrays, len(rows) - len(some), epoch, step)
+            if out is None:
+                if len(some) == len(rows):
+                    return arrays
+                out = [np.empty(shape, dtype) for shape, dtype in self.layout]
+            for array, target in zip(arrays, out, strict=True):
+                target[at : at + len(some)] = array
+        return out or []
 
     def _check(
         self, arrays: Sequence[np.ndarray], others: int, epoch: int, step: int
@@ -320,8 +293,12 @@ class Inputs:
         return keras.tree.pack_sequence_as(self._example, arrays)
 
 
+def _size(array: Any) -> int:
+    return int(np.asarray(array).nbytes)
+
+
 def _tells_class(part: Any, codes: np.ndarray) -> bool:
-    """Whether there is one value for each class, and another one for each."""
+    """Whether an input has one value for each class, and no value for two classes."""
     if not isinstance(part, np.ndarray) or part.dtype.kind not in "biuOSU":
         return False
     if part.shape not in (codes.shape, (*codes.shape, 1)):
@@ -339,14 +316,11 @@ def gather(readers: Any, rows: np.ndarray) -> Any:
 def _per_output(name: str, value: Any, reader: Callable[[str, Any], Reader]) -> Any:
     """One reader, or a tuple or dict of them by output."""
     if isinstance(value, list):
-        raise TypeError(
-            _checks.message(
-                name,
-                "one entry, a tuple in the order of the outputs or a dict by output name",
-                value,
-                "Keras takes no lists here: write a tuple, or np.asarray for values.",
-            )
+        expected = (
+            "one entry, a tuple in the order of the outputs or a dict by output name"
         )
+        advice = "Keras takes no lists here: write a tuple, or np.asarray for values."
+        raise TypeError(_checks.message(name, expected, value, advice))
     if isinstance(value, (tuple, Mapping)):
         if not value:
             raise ValueError(_checks.message(name, "at least one entry", value))
@@ -373,14 +347,11 @@ def _target(plan: PKPlan, name: str, value: Any) -> Reader:
             return plan.codes.__getitem__
         return partial(_one_hot, plan.codes, len(plan.classes_))
     if isinstance(value, (list, tuple, Mapping)) or not hasattr(value, "__len__"):
-        raise TypeError(
-            _checks.message(
-                name,
-                "'label', 'one_hot', an array of one row per sample, or a tuple or "
-                "dict of those by output",
-                value,
-            )
+        expected = (
+            "'label', 'one_hot', an array of one row per sample, or a tuple or dict of "
+            "such entries by output"
         )
+        raise TypeError(_checks.message(name, expected, value))
     source = as_source(value, name)
     with contextlib.suppress(BrokenSamples):  # told when it is drawn
         first = keras.tree.flatten(source.take([0]))
@@ -388,13 +359,9 @@ def _target(plan: PKPlan, name: str, value: Any) -> Reader:
             words = "numbers, or one of the words 'label' and 'one_hot'"
             raise TypeError(_checks.message(name, words, value))
     if len(source) != len(plan.codes):
-        raise ValueError(
-            _checks.message(
-                name,
-                f"{len(plan.codes)} rows, one per sample",
-                _checks.Told(f"{len(source)} rows"),
-            )
-        )
+        expected = f"{len(plan.codes)} rows, one per sample"
+        told = _checks.Told(f"{len(source)} rows")
+        raise ValueError(_checks.message(name, expected, told))
     return source.take
 
 
@@ -408,38 +375,28 @@ def weights(sample_weight: Any, targets: Any, samples: int) -> Any:
     """Readers of the weights, in a structure that Keras accepts, or None."""
     if sample_weight is None:
         return None
-    if isinstance(sample_weight, (tuple, Mapping)):
-        if isinstance(sample_weight, tuple):
-            fits = isinstance(targets, (tuple, Mapping)) and (
-                len(sample_weight) == len(targets)
-            )
-        else:
-            fits = isinstance(targets, Mapping) and (
-                sample_weight.keys() == targets.keys()
-            )
-        if not fits:
-            raise ValueError(
-                _checks.message(
-                    "sample_weight",
-                    "one array for all outputs, a tuple of one per output, in their "
-                    "order, or for a model whose outputs are a dict a dict with the "
-                    "names that `targets` has",
-                    _checks.Told(
-                        f"{_entries(sample_weight)} for targets={_entries(targets)}"
-                    ),
-                )
-            )
-
+    if isinstance(sample_weight, tuple):
+        kinds = (tuple, Mapping)
+        fits = isinstance(targets, kinds) and len(sample_weight) == len(targets)
+    elif isinstance(sample_weight, Mapping):
+        fits = isinstance(targets, Mapping) and sample_weight.keys() == targets.keys()
+    else:
+        fits = True
+    if not fits:
+        expected = (
+            "one array for all outputs, a tuple of one per output, in their order, or "
+            "for a model whose outputs are a dict a dict with the names that `targets` "
+            "has"
+        )
+        told = f"{_entries(sample_weight)} for targets={_entries(targets)}"
+        raise ValueError(_checks.message("sample_weight", expected, _checks.Told(told)))
     return _per_output("sample_weight", sample_weight, partial(_weight, samples))
 
 
 def _weight(samples: int, name: str, value: Any) -> Reader:
     if value is None:
-        raise ValueError(
-            _checks.message(
-                name, "an array", value, "For an output without weights: np.ones."
-            )
-        )
+        advice = "For an output without weights: np.ones."
+        raise ValueError(_checks.message(name, "an array", value, advice))
     _checks.refuse_masked(name, value)
     array = np.array(value)
     if array.dtype.kind == "O":

@@ -53,8 +53,8 @@ def message(name: str, expected: str, received: Any, advice: str = "") -> str:
         advice: a sentence on what would work.
     """
     told = received if isinstance(received, Told) else describe(received)
-    text = f"Invalid value for `{name}`: expected {expected}, received {told}."
-    return f"{text} {advice}" if advice else text
+    words = f"Invalid value for `{name}`: expected {expected}, received {told}."
+    return f"{words} {advice}" if advice else words
 
 
 class Told(str):
@@ -107,6 +107,16 @@ def integer(name: str, value: Any, minimum: int | None = None, advice: str = "")
     if minimum is not None and value < minimum:
         raise ValueError(message(name, expected, value, advice))
     return int(value)
+
+
+def integer64(name: str, value: Any, advice: str = "") -> int:
+    """`value` as int, if 64 bits hold it with its sign."""
+    number = integer(name, value, advice=advice)
+    if not -(2**63) <= number < 2**63:
+        expected = "an integer of 64 bits, from -2**63 to 2**63 - 1"
+        advice = advice or f"{name} % 2**63 is such an integer."
+        raise ValueError(message(name, expected, value, advice))
+    return number
 
 
 def number(
@@ -189,7 +199,7 @@ def native(array: np.ndarray) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("="))
 
 
-def warn(text: str) -> None:
+def warn(words: str) -> None:
     """A `UserWarning` that shows the line of the user's program which led to it.
 
     In a thread of ours there is none: then no line is shown.
@@ -197,7 +207,7 @@ def warn(text: str) -> None:
     frame, level = inspect.currentframe(), 1
     while frame is not None and _package(frame) in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
+    warnings.warn(words, stacklevel=level)
 
 
 def _package(frame: types.FrameType) -> str:

@@ -44,8 +44,8 @@ class KeyedRandom:
     def draws(self, seed: int, key: tuple[int, ...], count: int) -> Iterator[tuple]:
         """What `set` takes for `count` keys, whose last integers run on from `key`'s."""
         advice = "Write aug(image, epoch, step, position)."
-        *rest, last = [integer64("key", value, advice) for value in key or (0,)]
-        integer64("key", last + count - 1)
+        *rest, last = [_checks.integer64("key", value, advice) for value in key or (0,)]
+        _checks.integer64("key", last + count - 1)
         packed = struct.pack(f"<{len(rest) + 2}q", seed, len(key), *rest)
         digest = hashlib.blake2b(packed, digest_size=16, person=_HASH_NAME).digest()
         counter = (last % 2**64 * (_WORDS // 4)).to_bytes(32, "little")
@@ -118,10 +118,3 @@ class PythonRandom(random.Random):
 
     def gauss(self, mu: float = 0.0, sigma: float = 1.0) -> float:
         return self.normalvariate(mu, sigma)  # the other keeps every second number
-
-
-def integer64(name: str, value: Any, advice: str = "") -> int:
-    value = _checks.integer(name, value, advice=advice)
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(_checks.message(name, "an integer of 64 bits", value))
-    return value

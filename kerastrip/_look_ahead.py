@@ -15,11 +15,12 @@ from concurrent.futures import Future
 from typing import Any
 
 _IDLE = 5.0  # seconds for which a thread waits for work
-inherited: weakref.WeakSet = weakref.WeakSet()  # what a fork must forget
+# Objects whose threads or processes stay with the parent when this process is forked.
+inherited: weakref.WeakSet = weakref.WeakSet()
 
 
 def _forget_parent() -> None:
-    """The threads and workers of the parent are not those of its fork."""
+    """In a fork: the threads and workers of the parent are not here."""
     for each in list(inherited):
         each.forget()
 
@@ -31,13 +32,14 @@ if hasattr(os, "register_at_fork"):
 class LookAhead:
     """Has the next batches begun while the caller works on the last one.
 
-    Keras' own threads stay for ever, with the batches in their queue, when
-    `stop_training` or an error ends an epoch early; on JAX and PyTorch they put the
-    first `fit` a batch ahead. Those of `in_thread` end when they have no work.
+    Keras has threads for that, but they stay for ever, with the batches in their queue,
+    when `stop_training` or an error ends an epoch early, and on JAX and PyTorch they put
+    the first `fit` a batch ahead. The threads of `in_thread` end when they have no work.
 
-    Keras shuffles the steps by the module `random`, straight after it has asked for
-    their number, so the order can be foreseen. Where it cannot, batches are made when
-    they are asked for: nothing but speed depends on it.
+    The order of the steps is known in two cases: they come one after the other, or Keras
+    has shuffled them. It shuffles by the module `random`, straight after it has asked
+    for their number, so the same shuffle can be made here. In any other order a batch is
+    made when it is asked for: only speed depends on it.
 
     Args:
         steps: length of an epoch.
@@ -47,14 +49,15 @@ class LookAhead:
 
     def __init__(self, steps: int, ahead: int, endless: bool):
         self._ahead, self._endless = ahead, endless
-        self._order: Sequence[int] = range(steps)
-        self._due = self._asked = 0
-        self._dice: Any = None
+        self._order: Sequence[int] = range(steps)  # of this epoch
+        self._due = 0  # the place in it whose step is expected next
+        self._asked = 0  # steps since Keras asked for their number
+        self._dice: Any = None  # the state of `random` when it asked
         self.forget()
         inherited.add(self)
 
     def forget(self) -> None:
-        """Begins with nothing under way: in a fork nobody works on it."""
+        """Begins with nothing under way: no thread of the parent works in a fork."""
         self._ready: dict[tuple[int, int], Any] = {}
         self._lock = threading.Lock()
 
@@ -88,30 +91,44 @@ class LookAhead:
             return self._ready.pop((step, epoch), None)
 
     def _run(self, step: int, epoch: int) -> list[tuple[int, int]]:
-        """This step and those that follow it, as far as can be told."""
-        steps, asked = len(self._order), self._asked
-        self._asked += 1
-        if step != self._order[self._due]:
-            if step == 0:
-                self._order, self._due = range(steps), 0
-            elif self._dice is not None and asked < steps:
-                shuffled, chance = list(range(steps)), random.Random()
-                chance.setstate(self._dice)
-                chance.shuffle(shuffled)
-                self._dice = None
-                if step != shuffled[asked]:
-                    return [(step, epoch)]
-                self._order, self._due = shuffled, asked
-            else:
-                return [(step, epoch)]
-        places = range(self._due, self._due + self._ahead + 1)
-        self._due = places[1] % steps
-        if isinstance(self._order, list):  # the next epoch is shuffled anew
-            places = range(places[0], min(places[-1] + 1, steps))
+        """This step and the steps that follow it, as far as they are known.
+
+        With 5 steps, two ahead, in order: step 3 of epoch 0 gives (3, 0), (4, 0), (0, 1).
+        In an epoch that is shuffled to 4 1 3 0 2, step 3 gives (3, 0), (0, 0), (2, 0),
+        and step 0 gives (0, 0), (2, 0), as the next epoch is shuffled anew.
+        """
+        steps, first = len(self._order), self._place(step)
+        if first is None:
+            return [(step, epoch)]
+        self._due = (first + 1) % steps
+        places = range(first, first + self._ahead + 1)
+        if isinstance(self._order, list):
+            places = range(first, min(places.stop, steps))
         return [
             (self._order[place % steps], epoch + place // steps * self._endless)
             for place in places
         ]
+
+    def _place(self, step: int) -> int | None:
+        """Where a step stands in the order of its epoch; None if that is not known."""
+        steps, asked = len(self._order), self._asked
+        self._asked += 1
+        if step == self._order[self._due]:
+            return self._due
+        if step == 0:  # an epoch in order begins
+            self._order = range(steps)
+            return 0
+        if self._dice is None or asked >= steps:
+            return None
+        # The same shuffle as Keras makes, from the state that it was about to use.
+        shuffled, chance = list(range(steps)), random.Random()
+        chance.setstate(self._dice)
+        chance.shuffle(shuffled)
+        self._dice = None
+        if step != shuffled[asked]:
+            return None
+        self._order = shuffled
+        return asked
 
 
 class _Threads:
@@ -143,13 +160,13 @@ class _Threads:
     def _work(self, tasks: queue.SimpleQueue) -> None:
         while True:
             try:
-                tasks.get(timeout=_IDLE)()  # kept nowhere: it holds a batch
+                tasks.get(timeout=_IDLE)()  # in no variable: a task holds its batch
             except queue.Empty:
                 with self._lock:
                     if tasks in self._free:
                         self._free.remove(tasks)
                         return
-                continue  # one is on its way
+                continue  # `run` has taken this thread: a task is on its way
             with self._lock:
                 self._free.append(tasks)
 

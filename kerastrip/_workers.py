@@ -3,22 +3,37 @@
 Processes are forked once, when the pool is made, and inherit what they work on; where
 there is no safe fork (macOS, Windows) they are spawned and it is pickled once. Results
 travel through shared memory that was laid out beforehand, which is several times
-cheaper than a pipe: the worker writes a batch there, and who asked for it gets it where
-it lies. The place is used again when the last array over it is gone.
+cheaper than a pipe: the worker writes a batch there, and the caller gets arrays over
+that very memory. Each worker has three places for a batch. A place is in one of three
+states, and these are all the ways between them:
 
-A worker is asked for its next batch before it has done the last, so that it need not
-wait for the process that trains, nor that one for a thread of its own.
+      ask()               receive(): the work is done
+    +--------> has a task ----------------------------> lent to the caller
+    |            |                                        |
+    |            | receive(): the work failed, or its     | the last array over
+    |            | answer was lost to Ctrl-C              | it has been freed
+    |            v                                        v
+    +--------- free <-------------------------------------+
 
-A fork copies one thread and the locks of all: what another thread holds at that moment
-is held for ever in the child. So the pool takes the locks that it knows (those of the
-handlers of `logging` and of NumPy's global generator) while it forks, the BLAS of a
-worker has one thread and needs no lock, and a worker that says nothing and uses no
-processor time is replaced by another fork. A batch is a pure function of its arguments,
-so nothing is lost but time.
+A result is lent only while another place is free; otherwise the caller gets a copy, and
+the place is free at once. So a caller that keeps every batch never stops a worker.
 
-    waiting for its first call -> workers run -> they rest -> workers run -> closed
+A worker is asked for its next batch before it has finished the last one. So it does not
+wait for the process that trains, and that process needs no thread to wait for it.
 
-A pool whose workers rest has none; the next call forks them again.
+A fork copies only the thread that forks, but the locks of all threads: a lock that
+another thread holds at that moment stays locked in the child for ever. Three things
+guard against that. The pool takes the locks that it knows (those of the handlers of
+`logging` and of NumPy's global generator) while it forks. The BLAS library of a worker
+has one thread and needs no lock. A worker that says nothing and uses no processor time
+is replaced by another fork; a batch is a pure function of its arguments, so only time is
+lost.
+
+The life of a pool (one whose workers rest has none; the next call forks them again):
+
+    waits for its first call -> workers run <-> workers rest
+                                     |               |
+                                     +---> closed <--+
 """
 
 from __future__ import annotations
@@ -40,6 +55,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from multiprocessing.connection import wait
 from typing import Any
@@ -54,14 +70,12 @@ Layout = Sequence[tuple[tuple[int, ...], np.dtype]]
 Work = Callable[..., Sequence[np.ndarray]]
 
 _ALIGN = 64
-_PLACES = 3  # of a worker for a batch: one lent, one written, one for the next
+_PLACES = 3  # of each worker: one is lent, one is written, one is for the next batch
 _PATIENCE = 60.0  # seconds of one batch, then a warning
 _SILENCE = 10.0  # seconds without a word and without processor time: it hangs
 _FORKS = 3  # of a worker that hangs
 _REST = 2.0  # seconds without a call, after which workers may make room for others
 _PDEATHSIG = 1  # of prctl(2)
-# Tasks are done in order, so one that was left out was received when Ctrl-C came.
-_LOST = RuntimeError("A batch was lost to an interrupt."), ""
 _START = "fork" if sys.platform.startswith("linux") else "spawn"
 
 
@@ -69,12 +83,12 @@ class WorkerPool:
     """Processes that run `work(*args, out=arrays)` and return the arrays.
 
     Calls may come from any number of threads; each goes to the worker with the least to
-    do. (The pools of the standard library join their workers when the process ends, and
-    so hang with a worker that hangs.)
+    do. (The pools of the standard library wait for their workers when the process ends,
+    so a worker that hangs would hang the process.)
 
-    Keras never frees a sampler that has been through `fit`, and so its pool. Workers
-    that have worked and rest therefore end when the workers of another pool start for
-    the first time, and come back with the next call.
+    Keras never frees a sampler that has been through `fit`, and so never its pool.
+    Therefore resting workers end when another pool starts its workers for the first
+    time; they are forked again with the next call.
 
     Args:
         work: writes into arrays of `layout`; inherited by forked workers, pickled for
@@ -99,14 +113,14 @@ class WorkerPool:
             self._start()
 
     def forget(self) -> None:
-        """Begins without workers: in a fork those of its parent are not its own."""
+        """Begins without workers: the workers of a parent do not belong to its fork."""
         for worker in self._workers:
-            # `multiprocessing` would end them when a fork by `os.fork` leaves.
+            # `multiprocessing` would end the parent's workers when this process ends.
             multiprocessing.process._children.discard(worker.process)  # type: ignore
         self._workers = []
-        self._death: _Died | None = None  # of any of them, after which all is over
+        self._death: _Died | None = None  # of any worker; all later calls raise it
         self._lock = threading.RLock()
-        self._calls = 0
+        self._calls = 0  # under way
         self._last_call: float | None = None
 
     def _start(self) -> None:
@@ -177,15 +191,12 @@ class WorkerPool:
         return sorted(self._workers, key=_Worker.load)
 
     def _result(self, worker: _Worker, task: _Task) -> list[np.ndarray]:
-        if not task.done:
+        if not task.done():
             with self._alive():
                 if worker not in self._workers:
-                    return self(*task.args)  # it ended before the result was wanted
-                worker.wait(lambda: task.done)
-        if task.failure is not None:
-            raised, told = task.failure
-            raise raised from _InWorker(told)
-        return task.arrays
+                    return self(*task.args)  # the worker rested before it was done
+                worker.wait(task.done)
+        return task.result()
 
     @contextlib.contextmanager
     def _alive(self) -> Iterator[None]:
@@ -217,14 +228,12 @@ class WorkerPool:
             worker.process.kill()
 
 
-class _Task:
-    """What a worker was asked for, and what came of it."""
+class _Task(Future):
+    """What a worker was asked for; its result are the arrays."""
 
     def __init__(self, place: int, args: Sequence[Any]):
+        super().__init__()
         self.place, self.args = place, args
-        self.done = False
-        self.arrays: list[np.ndarray] = []
-        self.failure: tuple[Exception, str] | None = None  # and its traceback
 
 
 class _Worker:
@@ -234,12 +243,13 @@ class _Worker:
         # Unnamed shared memory: nothing is left behind, however the process ends.
         self._context, self._work, self._layout = context, work, layout
         self._places = [context.RawArray("B", _size(layout)) for _ in range(_PLACES)]
-        # A place is here, has a task or is lent. There is always one here or with a
-        # task, so whoever wants one gets one.
+        # The states of a place are drawn above: here are the free places, and the tasks
+        # by their numbers. Not all places are ever lent, so whoever waits gets one.
         self._spare = list(range(_PLACES))
         self._tasks: dict[int, _Task] = {}
-        self._asked = self._forks = 0
+        self._asked = self._forks = 0  # how many tasks, and processes, there have been
         self._has_worked = False
+        # Who sends, and who receives, does so alone; the two may happen side by side.
         self._asking, self._waiting = threading.Lock(), threading.Lock()
         self._start()
 
@@ -263,7 +273,7 @@ class _Worker:
             self._send(number, task)
 
     def _send(self, number: int, task: _Task) -> None:
-        # If there is nobody to take it, who waits for it is told.
+        # The process may be gone. Whoever waits for the task finds out and is told.
         with contextlib.suppress(OSError):
             self._pipe.send((number, task.place, task.args))
 
@@ -295,12 +305,12 @@ class _Worker:
         """Receives what the process has done until `condition` holds; _Died if it ends."""
         while not condition():
             with self._waiting:
-                if not condition():  # after those who waited before
+                if not condition():  # threads before this one may have received it
                     self.receive()
 
     def collect(self) -> None:
         """Receives what the process has done already, needed or not."""
-        if self._waiting.acquire(blocking=False):  # else somebody is about to
+        if self._waiting.acquire(blocking=False):  # else another thread receives
             try:
                 while self._pipe.poll():
                     self.receive()
@@ -308,7 +318,9 @@ class _Worker:
                 self._waiting.release()
 
     def receive(self) -> None:
-        """Waits for one word of the process: that it can work, or what came of a task."""
+        """Waits for one answer: the process is ready to work, or has done a task."""
+        # `begun`: since when this call waits. `silent`: since when the process has used
+        # no processor time.
         begun = silent = time.monotonic()
         used = _processor_time(self.process)
         while not (ready := self._ready()):
@@ -333,16 +345,17 @@ class _Worker:
             number, failure = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise self._died() from error
-        for each in list(self._tasks):
-            if each > number:
-                break
+        # A worker answers in order: if the answer to an earlier task is missing, Ctrl-C
+        # struck after its receipt. (`list` is one step, as other threads add tasks.)
+        for each in [each for each in list(self._tasks) if each <= number]:
             task = self._tasks.pop(each)
-            task.failure = _unpacked(failure) if each == number else _LOST
-            if task.failure is None:
-                task.arrays = self._arrays(task.place)
+            if each == number and failure is None:
+                task.set_result(self._arrays(task.place))
             else:
+                lost = RuntimeError("A batch was lost to an interrupt.")
                 self._spare.append(task.place)
-            task.done = self._has_worked = True
+                task.set_exception(_unpacked(*failure) if each == number else lost)
+            self._has_worked = True
 
     def _ready(self) -> Sequence:
         """The pipe, if there is a word in it, or the end of the process; or nothing."""
@@ -350,7 +363,7 @@ class _Worker:
         return wait([self._pipe, self.process.sentinel], seconds)
 
     def _replace(self) -> None:
-        """Forks a process in place of one that hangs, as another lock may be free now."""
+        """Forks a process in place of one that hangs: the lock may be free by now."""
         if self._forks < _FORKS:
             with self._asking:
                 self.end()
@@ -364,10 +377,11 @@ class _Worker:
             )
 
     def _arrays(self, place: int) -> list[np.ndarray]:
-        """What was written, lent if there is another place to write, or copied."""
+        """What the process wrote: lent if another place is free, otherwise copied."""
         memory = np.frombuffer(self._places[place], np.uint8)
         views = _views(memory, self._layout)
-        # Every array over the memory keeps `memory` alive.
+        # Every view, and every view of a view, keeps `memory` alive. When the last one is
+        # gone the place is free again.
         weakref.finalize(memory, self._spare.append, place).atexit = False
         return views if self._spare else [view.copy() for view in views]
 
@@ -444,13 +458,15 @@ def _serve(
     # Ctrl-C reaches the whole process group; the parent decides what ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if watched and sys.platform.startswith("linux"):
-        # The thread below does nothing while the process is stopped.
+        # The kernel ends this process with its parent even while this one is stopped
+        # (SIGSTOP), when the thread below does not run.
         with contextlib.suppress(Exception):
             ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     with contextlib.suppress(RuntimeError):  # spawned: it is not held
         _lock_of_numpy().release()
     _have_one_thread()
+    # The number 0 belongs to no task: it says that this process is ready.
     outs = [_views(np.frombuffer(place, np.uint8), layout) for place in places]
     number, failure = 0, None
     while True:
@@ -486,17 +502,15 @@ def _packed(error: BaseException) -> tuple[bytes, str, str]:
     return packed, repr(error), traceback.format_exc()
 
 
-def _unpacked(
-    failure: tuple[bytes, str, str] | None,
-) -> tuple[Exception, str] | None:
+def _unpacked(packed: bytes, words: str, told: str) -> Exception:
     """The error, if it survives pickling and ends no thread in silence."""
-    if failure is None:
-        return None
-    packed, words, told = failure
+    error: Any = None
     with contextlib.suppress(Exception):
-        if isinstance(error := pickle.loads(packed), Exception):
-            return error, told
-    return RuntimeError(f"A worker process of the sampler failed: {words}"), told
+        error = pickle.loads(packed)
+    if not isinstance(error, Exception):
+        error = RuntimeError(f"A worker process of the sampler failed: {words}")
+    error.__cause__ = _InWorker(told)
+    return error
 
 
 def _leave_with_parent() -> None:

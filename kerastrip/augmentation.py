@@ -24,7 +24,7 @@ import numpy as np
 
 from kerastrip import _augmentation_json, _checks, _targets
 from kerastrip._files import refuse_devices, write_whole
-from kerastrip._keyed import SCHEME, KeyedRandom, integer64
+from kerastrip._keyed import SCHEME, KeyedRandom
 from kerastrip._version import __version__
 
 # albumentations asks the network for a newer version in every process that
@@ -116,7 +116,7 @@ class Augmentation:
     """
 
     def __init__(self, pipeline: Any, seed: int = 0):
-        self.seed = integer64("seed", seed)
+        self.seed = _checks.integer64("seed", seed)
         self._seedable = hasattr(pipeline, "set_random_state")
         if self._seedable:
             pipeline = deepcopy(pipeline)

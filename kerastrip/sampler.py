@@ -146,23 +146,8 @@ class PKSampler(keras.utils.PyDataset):
         max_queue_size: int = 10,
     ):
         self.source = as_source(x)
-        if y is None:
-            y = getattr(self.source, "labels", None)
-            if y is None:
-                raise ValueError(
-                    _checks.message(
-                        "y",
-                        "labels, as `x` has none of its own",
-                        None,
-                        "Pass PKSampler(x, y).",
-                    )
-                )
-        if not -(2**63) <= _checks.integer("seed", seed) < 2**63:
-            expected = "an integer of 64 bits, from -2**63 to 2**63 - 1"
-            advice = "seed % 2**63 is such an integer."
-            raise ValueError(_checks.message("seed", expected, seed, advice))
         self.plan = PKPlan(
-            y,
+            _labels_of(self.source) if y is None else y,
             classes_per_batch=classes_per_batch,
             samples_per_class=samples_per_class,
             classes=classes,
@@ -173,31 +158,23 @@ class PKSampler(keras.utils.PyDataset):
             max_per_class=max_per_class,
             groups=groups,
             shard=shard,
-            seed=seed,
+            seed=_checks.integer64("seed", seed),
         )
         self.labels = self.plan.codes
         self.classes_ = self.plan.classes_
         if len(self.source) != len(self.labels):
-            raise ValueError(
-                _checks.message(
-                    "x",
-                    f"{len(self.labels)} samples, as many as labels",
-                    _checks.Told(f"{len(self.source)} samples"),
-                    "Several inputs go in as a tuple or a dict, not as a list."
-                    if isinstance(x, list)
-                    else "",
-                )
-            )
-        if workers is None:
-            workers = 2 if keras.backend.backend() == "tensorflow" else 1
-        workers = _checks.integer("workers", workers, minimum=int(use_multiprocessing))
+            expected = f"{len(self.labels)} samples, as many as labels"
+            told = _checks.Told(f"{len(self.source)} samples")
+            advice = "Several inputs go in as a tuple or a dict, not as a list."
+            advice = advice if isinstance(x, list) else ""
+            raise ValueError(_checks.message("x", expected, told, advice))
+        self._threads, self._processes = _employees(
+            workers, use_multiprocessing, max_queue_size
+        )
         # Keras gets none: its processes repeat random numbers and hang when one dies,
         # and its threads outlive a `fit` that was stopped.
         super().__init__(workers=0)
-        ahead = _checks.integer("max_queue_size", max_queue_size, minimum=1)
-        # One more than there are processes, so that none waits for the next.
-        ahead = min(ahead, workers + bool(use_multiprocessing))
-        self.fixed = bool(fixed)
+        self.fixed = _checks.boolean("fixed", fixed)
         self.check_replicas(replicas)
         self._targets = _batch.targets(targets, self.plan)
         self._weights = _batch.weights(sample_weight, targets, len(self.labels))
@@ -205,10 +182,8 @@ class PKSampler(keras.utils.PyDataset):
         self._epoch, self._due, self._begun, self._closed = 0, 0, False, False
         self._rows = _batch.Rows(self.plan)
         self._inputs = _batch.Inputs(self.source, augment, self.plan, self._rows)
-        if use_multiprocessing:
+        if self._processes:
             self._inputs.check_fixed_size()
-        self._threads = ahead
-        self._processes = workers if use_multiprocessing else 0
         self._employ(start=True)
 
     def _employ(self, *, start: bool) -> None:
@@ -393,13 +368,9 @@ class PKSampler(keras.utils.PyDataset):
         arrays = keras.tree.flatten(self.batch(step, epoch)[0])
         images = [array for array in arrays if array.ndim in (3, 4)]
         if not images:
-            raise ValueError(
-                _checks.message(
-                    "x",
-                    "an input of images, (rows, height, width[, channels])",
-                    _checks.Told(f"shapes {[array.shape for array in arrays]}"),
-                )
-            )
+            expected = "an input of images, (rows, height, width[, channels])"
+            told = _checks.Told(f"shapes {[array.shape for array in arrays]}")
+            raise ValueError(_checks.message("x", expected, told))
         codes = self.labels[self.plan.indices(epoch, step)]
         names = self.decode(codes[:: self.plan.samples_per_class])
         return plot_batch(
@@ -421,9 +392,8 @@ class PKSampler(keras.utils.PyDataset):
         """
         epoch = _checks.integer("epoch", epoch, minimum=0)
         if self.fixed and epoch != 0:
-            raise ValueError(
-                _checks.message("epoch", "0, as the sampler has `fixed=True`", epoch)
-            )
+            expected = "0, as the sampler has `fixed=True`"
+            raise ValueError(_checks.message("epoch", expected, epoch))
         self._epoch = epoch
 
     # Keras ends an epoch before the first one and twice round a validation, so only one
@@ -500,15 +470,13 @@ class PKSampler(keras.utils.PyDataset):
         if classes % (replicas * hosts):
             near = max(round(classes / (replicas * hosts)), 1) * replicas * hosts
             host = f" on each of {hosts} hosts" if hosts > 1 else ""
-            raise ValueError(
-                _checks.message(
-                    "classes_per_batch",
-                    f"a multiple of the {replicas} replicas{host}, so that every "
-                    "replica gets whole classes",
-                    classes,
-                    f"The nearest that works is classes_per_batch={near}.",
-                )
+            expected = (
+                f"a multiple of the {replicas} replicas{host}, so that every replica "
+                "gets whole classes"
             )
+            advice = f"The nearest that works is classes_per_batch={near}."
+            name = "classes_per_batch"
+            raise ValueError(_checks.message(name, expected, classes, advice))
 
     def close(self) -> None:
         """Ends the worker processes; the sampler gives no more batches."""
@@ -524,3 +492,25 @@ class PKSampler(keras.utils.PyDataset):
             f"samples, {len(self)} batches per epoch, {len(self.labels)} samples in "
             f"{len(self.classes_)} classes, epoch={self.epoch}{shard})"
         )
+
+
+def _labels_of(source: Any) -> Any:
+    """The labels that a source has of its own samples."""
+    labels = getattr(source, "labels", None)
+    if labels is None:
+        expected, advice = "labels, as `x` has none of its own", "Pass PKSampler(x, y)."
+        raise ValueError(_checks.message("y", expected, None, advice))
+    return labels
+
+
+def _employees(
+    workers: int | None, use_multiprocessing: bool, max_queue_size: int
+) -> tuple[int, int]:
+    """How many batches are made ahead, each by a thread, and by how many processes."""
+    processes = _checks.boolean("use_multiprocessing", use_multiprocessing)
+    if workers is None:
+        workers = 2 if keras.backend.backend() == "tensorflow" else 1
+    workers = _checks.integer("workers", workers, minimum=int(processes))
+    ahead = _checks.integer("max_queue_size", max_queue_size, minimum=1)
+    # One more than there are processes, so that none waits for the next.
+    return min(ahead, workers + processes), workers if processes else 0

@@ -110,6 +110,29 @@ def test_large_images_are_read_in_parts_and_the_batch_is_the_same(
     equal(whole, parts)
 
 
+@pytest.mark.parametrize("source", [np.asarray, list], ids=["in place", "gathered"])
+def test_a_pipeline_that_fails_runs_once_and_one_that_changes_size_is_told(
+    images, labels, source
+):
+    calls, faults = [], []
+
+    def pipeline(image, rng):
+        calls.append(1)
+        if "error" in faults:
+            raise ValueError("what the user wrote")
+        return image[:-1] if "size" in faults else image
+
+    sampler = PKSampler(source(images), labels, **SHAPE, augment=pipeline, workers=0)
+    faults.append("size")
+    with pytest.raises(ValueError, match=r"inputs of step 1 of epoch 0 differ from"):
+        sampler.batch(1)
+    faults.append("error")
+    calls.clear()
+    with pytest.raises(ValueError, match="what the user wrote"):
+        sampler.batch(1)
+    assert len(calls) == 1
+
+
 @backend
 def test_batches_are_p_classes_of_k_rows_side_by_side(images, labels):
     sampler = PKSampler(images, labels, **SHAPE)
@@ -411,6 +434,8 @@ def test_a_batch_unlike_the_first_is_refused(images, labels):
         ({"batches_per_epoch": 0}, ValueError, "batches_per_epoch"),
         ({"seed": 2**63}, ValueError, "`seed`.*64 bits.*received 9223372036854775808"),
         ({"seed": "a"}, TypeError, "`seed`.*an integer"),
+        ({"fixed": 1}, TypeError, "`fixed`.*True or False"),
+        ({"use_multiprocessing": "no"}, TypeError, "`use_multiprocessing`.*True"),
         ({"epoch_mode": "cover"}, ValueError, "epoch_mode.*coverage"),
         ({"shard": (2, 2)}, ValueError, "shard"),
         ({"shard": (0, 3)}, ValueError, "shard|classes_per_batch"),

@@ -4,6 +4,9 @@ import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
+import textwrap
 import threading
 import zipfile
 from functools import partial
@@ -61,13 +64,6 @@ def paths(tmp_path, images):
         write(tmp_path / "b.tfrecord", []),
         write(tmp_path / "c.tfrecord", records[7:]),
     ]
-
-
-@pytest.mark.parametrize("size", [0, 3, 8, 255, 256, 257, 5000])
-def test_the_checksum_is_that_of_tensorflow(tmp_path, rng, size):
-    data = rng.bytes(size)
-    written = write(tmp_path / "x", [data]).read_bytes()
-    assert struct.unpack("<I", written[-4:])[0] == tfrecord._masked_crc(data)
 
 
 def test_fresh_rows_and_labels_in_the_order_asked_for(paths, images):
@@ -381,7 +377,45 @@ def test_a_damaged_index_is_made_anew(paths, images, rng):
         np.testing.assert_array_equal(source.take(range(12)), images)
 
 
+@pytest.mark.slow  # a fresh interpreter
+def test_indexing_leaves_tensorflow_unused(paths):
+    """Its first operation takes hold of every GPU, and ends what may be configured."""
+    script = f"""
+        import tensorflow as tf
+        from kerastrip.sources import TFRecordSource
+        source = TFRecordSource({[str(path) for path in paths]}, index=False)
+        source.take([3])
+        halves = [tf.config.LogicalDeviceConfiguration()] * 2
+        device = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(device, halves)
+        print(len(source), len(tf.config.list_logical_devices("CPU")))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "12 2\n", done.stderr
+    assert "deprecated" not in done.stderr
+
+
 # -- what is wrong with a file
+
+
+def masked_crc(data):
+    """The masked CRC-32C of some bytes, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (crc & 1) * 0x82F63B78
+    crc ^= 0xFFFFFFFF
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    return struct.pack("<I", masked)
+
+
+def test_the_checksums_of_these_tests_are_those_of_tensorflow(tmp_path, rng):
+    data = rng.bytes(5000)
+    written = write(tmp_path / "x", [data]).read_bytes()
+    assert written[8:12] == masked_crc(written[:8])
+    assert written[-4:] == masked_crc(data)
 
 
 def test_no_damage_goes_unnoticed(paths, rng):
@@ -393,9 +427,8 @@ def test_no_damage_goes_unnoticed(paths, rng):
         elif case % 3 == 1:
             data[rng.integers(len(data))] ^= 1 << rng.integers(8)
         else:
-            length = struct.pack("<Q", int(rng.integers(2**63)))
-            check = struct.pack("<I", tfrecord._masked_crc(length))
-            data[:12] = length + check  # huge, with its checksum
+            length = struct.pack("<Q", 1 << int(rng.integers(20, 64)))
+            data[:12] = length + masked_crc(length)  # huge, with its checksum
         paths[0].write_bytes(data)
         with pytest.raises(ValueError, match=r"a\.tfrecord with .* \(record \d"):
             TFRecordSource(paths, index=False)
@@ -424,14 +457,18 @@ def test_records_that_are_no_examples_are_refused(tmp_path, rng):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda data: data[:-1], "truncated record .record 6,"),
+        (lambda data: data[:-1], "truncated record, or .* .record 6,"),
         (lambda data: data[: len(data) // 7 * 2 + 5], "truncated record"),
         (
             lambda data: data[:3] + b"\x01" + data[4:],
-            "damaged length .record 0, at byte 0",
+            "truncated record, or a damaged length .record 0, at byte 0",
         ),
-        (lambda data: data[:30] + b"?" + data[31:], "damaged data .record 0"),
-        (lambda data: b"\x1f\x8b" + data, "damaged length .*compressed"),
+        (
+            lambda data: bytes([data[0] - 1]) + data[1:],
+            "damaged record .record 0, at byte 0",
+        ),
+        (lambda data: data[:30] + b"?" + data[31:], "damaged record .record 0"),
+        (lambda data: b"\x1f\x8b" + data, "truncated record, .*compressed"),
     ],
 )
 def test_damage_is_found_when_the_index_is_built(paths, change, words):
@@ -468,6 +505,8 @@ def test_a_broken_record_is_named(paths):
         ({"shape": (5, 4)}, ValueError, "Record 0 of .*reshape"),
         ({"color": "bgr"}, ValueError, "'rgb', 'gray'"),
         ({"parse": "image"}, TypeError, "parse"),
+        ({"feature": 3}, TypeError, "`feature`: expected a str, received 3"),
+        ({"label": 3}, TypeError, "`label`: expected a str, received 3"),
         ({"label": lambda record: 0.5}, TypeError, "integer or one string.*float"),
     ],
 )

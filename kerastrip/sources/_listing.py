@@ -14,54 +14,20 @@ from kerastrip import _checks
 from kerastrip._checks import Told, message
 from kerastrip._labels import label_array
 
-# By the encoder that OpenCV must have been built with, where it may be missing.
+# Endings of images, by the encoder that OpenCV must have been built with, where it may
+# be missing.
 EXTENSIONS = {
-    "": [
-        "bmp",
-        "dib",
-        "jfif",
-        "jpe",
-        "jpeg",
-        "jpg",
-        "pbm",
-        "pgm",
-        "png",
-        "pnm",
-        "ppm",
-        "tif",
-        "tiff",
-        "webp",
-    ],
-    ".avif": ["avif"],
-    ".gif": ["gif"],
-    ".jp2": ["j2k", "jp2"],
+    "": "bmp dib jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp",
+    ".avif": "avif",
+    ".gif": "gif",
+    ".jp2": "j2k jp2",
 }
-# What lies beside images without being one. Of other files it is told that they are
-# left out.
-NO_IMAGES = [
-    "cfg",
-    "csv",
-    "db",
-    "htm",
-    "html",
-    "ini",
-    "json",
-    "jsonl",
-    "lnk",
-    "lock",
-    "log",
-    "md",
-    "py",
-    "sh",
-    "toml",
-    "tsv",
-    "txt",
-    "url",
-    "xml",
-    "yaml",
-    "yml",
-    "zip",
-]
+# Endings of files that lie beside images without being images. A warning tells of all
+# other files that are left out.
+NO_IMAGES = (
+    "cfg csv db htm html ini json jsonl lnk lock log md py sh toml tsv txt url xml yaml "
+    "yml zip"
+)
 LABEL_FROM = ("parent", "top", "path")
 
 
@@ -120,7 +86,8 @@ def files_below(root: str) -> tuple[list[str], list[str]]:
             else:
                 found.visit(target, name + "/")
     reached: set[str] = set()
-    real_folder = functools.cache(os.path.realpath)  # asks for every part of a path
+    # It asks the system for every part of a path, so once for each folder of targets.
+    real_folder = functools.cache(os.path.realpath)
     for name, path in sorted(to_files):
         if not is_image(name):
             continue
@@ -191,15 +158,12 @@ def labelled_images(
         labels = [_folder_label(name, path, label_from) for path in images]
     checked = label_array(labels, "labels" if label_from is None else "label_from")
     if checked.ndim == 1 and (checked == checked[0]).all():
-        raise ValueError(
-            message(
-                name,
-                "at least two classes",
-                Told(f"one, {labels[0]!r}, with {len(labels)} images"),
-                "Give the folder above, or read images without classes with "
-                "ImageFiles(paths).",
-            )
+        told = Told(f"one, {labels[0]!r}, with {len(labels)} images")
+        advice = (
+            "Give the folder above, or read images without classes with "
+            "ImageFiles(paths)."
         )
+        raise ValueError(message(name, "at least two classes", told, advice))
     if notes:
         _checks.warn(f"`{name}` holds more than is read. Left out: {'; '.join(notes)}.")
     return images, checked
@@ -207,10 +171,11 @@ def labelled_images(
 
 def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
     """Words on files in class folders that may be images but are not read."""
+    known = {*NO_IMAGES.split()}
     left = [
         path
         for path in set(paths).difference(images)
-        if "/" in path and not _is_hidden(path) and _ending(path) not in NO_IMAGES
+        if "/" in path and not _is_hidden(path) and _ending(path) not in known
     ]
     if not left:
         return []
@@ -232,26 +197,18 @@ def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
 def _folder_label(name: str, path: str, word: str | None) -> str:
     *folders, _ = path.split("/")
     if not folders:
-        raise ValueError(
-            message(
-                name,
-                "every image in the folder of its class",
-                path,
-                "A callable label_from= makes labels of file names.",
-            )
-        )
+        expected = "every image in the folder of its class"
+        advice = "A callable label_from= makes labels of file names."
+        raise ValueError(message(name, expected, path, advice))
     if word == "path":
         return "/".join(folders)
     if word is None and len(folders) > 1:
-        raise ValueError(
-            message(
-                "label_from",
-                "a word, as folders lie within folders",
-                None,
-                f"For {path!r} the class is {folders[-1]!r} with 'parent', "
-                f"{folders[0]!r} with 'top', {'/'.join(folders)!r} with 'path'.",
-            )
+        expected = "a word, as folders lie within folders"
+        advice = (
+            f"For {path!r} the class is {folders[-1]!r} with 'parent', {folders[0]!r} "
+            f"with 'top', {'/'.join(folders)!r} with 'path'."
         )
+        raise ValueError(message("label_from", expected, None, advice))
     return folders[0] if word == "top" else folders[-1]
 
 
@@ -268,7 +225,7 @@ def _extensions() -> frozenset[str]:
         extension
         for encoder, group in EXTENSIONS.items()
         if not encoder or cv2.haveImageWriter(encoder)
-        for extension in group
+        for extension in group.split()
     )
 
 

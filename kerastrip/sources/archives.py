@@ -28,7 +28,6 @@ def ZipImages(
     size: int | tuple[int, int],
     label_from: str | Callable[[str], Any] | None = None,
     color: str = "rgb",
-    reduce: str = "auto",
     cache: str | os.PathLike[str] | None = None,
     on_error: str = "raise",
     bits: int | None = None,
@@ -49,7 +48,6 @@ def ZipImages(
         label_from: None (default), "parent", "top", "path" or a callable, as for
             `ImageFolder`.
         color: "rgb" (default) or "gray".
-        reduce: "auto" (default) or "never", as for `ImageFiles`.
         cache: None (default), "memory" or a path, as for `ImageFiles`.
         on_error: "raise" (default) or "skip", as for `ImageFiles`.
         bits: None (default) or 9 ... 16, as for `ImageFiles`.
@@ -95,7 +93,6 @@ def ZipImages(
         labels,
         size=size,
         color=color,
-        reduce=reduce,
         cache=cache,
         on_error=on_error,
         read=archive,
@@ -124,9 +121,8 @@ class _Archive:
             of_the_moment = isinstance(error, OSError) and not is_wrong_with_file(error)
             if of_the_moment or isinstance(error, MemoryError):
                 raise
-            raise ValueError(
-                message("path", "a zip archive", path, f"{error}.")
-            ) from error
+            told = message("path", "a zip archive", path, f"{error}.")
+            raise ValueError(told) from error
 
     def check(self, names: Sequence[str]) -> None:
         """Keeps these members; ValueError names one that is packed another way."""
@@ -135,14 +131,9 @@ class _Archive:
             encrypted = info.flag_bits & 1
             if encrypted or info.compress_type not in _STORED_OR_DEFLATED:
                 way = "encrypted" if encrypted else f"method {info.compress_type}"
-                raise ValueError(
-                    message(
-                        "path",
-                        "an archive of stored or deflated members",
-                        Told(f"{name!r} ({way})"),
-                        "Pack it anew.",
-                    )
-                )
+                expected = "an archive of stored or deflated members"
+                told = Told(f"{name!r} ({way})")
+                raise ValueError(message("path", expected, told, "Pack it anew."))
 
     def stamps(self, paths: Sequence[str]) -> list[tuple[int, int]]:
         """Size and checksum of the members, as the archive tells them."""

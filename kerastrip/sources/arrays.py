@@ -1,10 +1,10 @@
 """Sources over what is already an array, or behaves like a list of samples.
 
-A source is anything with `len(source)` and `source.take(indices)` that is neither
-indexed nor iterated (arrays and data sets have a `take` too): `take` returns fresh arrays, the rows in the order asked for, in the
-structure that the model gets (an array, a tuple or a dict of arrays). A source that
-knows the labels of its samples has them as `labels`. What cannot be read is a
-`BrokenSamples` error.
+A source has `__len__` and `take(indices)`, and neither `__getitem__` nor `__iter__`: so
+it is told from arrays and data sets, some of which have a `take` too. `take` returns
+fresh arrays, the rows in the order asked for, in the structure that the model gets (an
+array, a tuple or a dict of arrays). A source that knows the labels of its samples has
+them as `labels`. A sample that cannot be read is a `BrokenSamples` error.
 
 Arrays are read by any number of threads at once. What users bring may keep an open
 file, so threads take turns there, unless it has an attribute `thread_safe = True`.
@@ -104,15 +104,12 @@ def as_source(x: Any, name: str = "x") -> Any:
         return LazyArraySource(x, name)
     if _has(x, "__len__", "__getitem__") and not isinstance(x, (str, bytes)):
         return RowSource(x, name)
-    raise TypeError(
-        message(
-            name,
-            "samples with random access: an array, np.memmap, anything with `__len__` "
-            "and `__getitem__`, a kerastrip source, or a dict or tuple of those",
-            x,
-            _FILES if isinstance(x, (str, os.PathLike)) else "",
-        )
+    expected = (
+        "samples with random access: an array, np.memmap, anything with `__len__` and "
+        "`__getitem__`, a kerastrip source, or a dict or tuple of these"
     )
+    advice = _FILES if isinstance(x, (str, os.PathLike)) else ""
+    raise TypeError(message(name, expected, x, advice))
 
 
 class ArraySource:
@@ -175,16 +172,11 @@ class LazyArraySource:
         if np.ma.isMaskedArray(read):  # as netCDF4 returns them
             for row, sample in zip(rows, read, strict=True):
                 refuse_masked(f"{self._name}[{row}]", sample)
-        expected = (len(rows), *self._array.shape[1:])
-        if got.shape != expected or got.dtype.kind in _NO_NUMBERS:
-            raise TypeError(
-                message(
-                    self._name,
-                    f"an array that returns shape {expected} for {len(rows)} rows",
-                    got,
-                    "Convert it to a NumPy array first.",
-                )
-            )
+        shape = (len(rows), *self._array.shape[1:])
+        if got.shape != shape or got.dtype.kind in _NO_NUMBERS:
+            expected = f"an array that returns shape {shape} for {len(rows)} rows"
+            advice = "Convert it to a NumPy array first."
+            raise TypeError(message(self._name, expected, got, advice))
         return _native(got[inverse])
 
 
@@ -314,9 +306,8 @@ class StructureSource:
         lengths = {key: len(part) for key, part in self._parts.items()}
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{key!r}: {size}" for key, size in lengths.items())
-            raise ValueError(
-                message(name, "parts of one length", Told(f"lengths {{{told}}}"))
-            )
+            told = f"lengths {{{told}}}"
+            raise ValueError(message(name, "parts of one length", Told(told)))
 
     def __len__(self) -> int:
         return len(next(iter(self._parts.values())))
@@ -511,16 +502,8 @@ def _check_array(array: Any, name: str, refused: str = _NO_NUMBERS) -> None:
         raise ValueError(message(name, "an array with a first axis", array))
     dtype = np.dtype(array.dtype)
     if dtype.kind in refused or dtype.names is not None:
-        raise TypeError(
-            message(
-                name,
-                "numbers",
-                array,
-                "A structured array goes in as a dict of its fields."
-                if dtype.names
-                else "",
-            )
-        )
+        advice = "A structured array goes in as a dict of its fields."
+        raise TypeError(message(name, "numbers", array, advice if dtype.names else ""))
     _check_length(array.shape[0], array, name)
     refuse_masked(name, array)
 
@@ -574,16 +557,12 @@ def _put(
         array = _shown(row, name, place)
         shape, dtype = taken.shape[1:], taken.dtype
         if array.shape != shape or not np.can_cast(array.dtype, dtype):
-            raise ValueError(
-                message(
-                    f"{name}[{place}]",
-                    f"a sample of shape {shape} and dtype {dtype.name}, as {name}[0]",
-                    Told(f"shape {array.shape} and dtype {array.dtype.name}"),
-                    "Batches need one shape: resize, crop or pad the samples."
-                    if array.shape[:2] != shape[:2] or not hasattr(row, "convert")
-                    else "Images become alike with `.convert('RGB')`.",
-                )
-            )
+            expected = f"a sample of shape {shape} and dtype {dtype.name}, as {name}[0]"
+            told = Told(f"shape {array.shape} and dtype {array.dtype.name}")
+            advice = "Batches need one shape: resize, crop or pad the samples."
+            if array.shape[:2] == shape[:2] and hasattr(row, "convert"):
+                advice = "Images become alike with `.convert('RGB')`."
+            raise ValueError(message(f"{name}[{place}]", expected, told, advice))
     for position in positions:
         taken[position] = array
 

@@ -89,6 +89,7 @@ def cache_images(
     source, path = as_source(source, "source"), pathlib.Path(path)
     labels = getattr(source, "labels", None)
     labels = None if labels is None else np.asarray(labels)
+    boolean("verbose", verbose)
     boolean("verify", verify)
     # Before a sample is read: what is changed from now on is found out later.
     stamps = _stamps(source)
@@ -211,14 +212,9 @@ def _about(source: Any, labels: np.ndarray | None) -> dict[str, Any]:
     """What a cache of the source is known by."""
     first = source.take([0])
     if not isinstance(first, np.ndarray) or first.dtype.kind not in "biufc":
-        raise TypeError(
-            message(
-                "source",
-                "samples that are arrays of numbers",
-                first,
-                "Cache the parts of a structure one by one.",
-            )
-        )
+        expected = "samples that are arrays of numbers"
+        advice = "Cache the parts of a structure one by one."
+        raise TypeError(message("source", expected, first, advice))
     if labels is not None and (
         labels.dtype.kind not in _LABELS or len(labels) != len(source)
     ):
@@ -247,11 +243,8 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _refused(path: pathlib.Path, received: str, advice: str = _AGAIN) -> ValueError:
-    return ValueError(
-        message(
-            "path", "a whole cache of images", Told(f"{received} in {path}"), advice
-        )
-    )
+    told = Told(f"{received} in {path}")
+    return ValueError(message("path", "a whole cache of images", told, advice))
 
 
 # -- the header ------------------------------------------------------------------
@@ -386,6 +379,8 @@ def _compare(
     rows = header["rows"]
     images, _, known = (_rows(path, name, about, rows) for name in _GROWING)
     changed = np.flatnonzero((known != stamps[:rows]).any(axis=1))
+    # A sample is read anew where its file may have changed, and a few for the case that
+    # the decoder or the code of the source is another.
     some = np.linspace(0, rows - 1, _COMPARED).astype(int)
     compared, paths = np.union1d(some, changed), getattr(source, "paths", None)
     for first in range(0, len(compared), _step(about)):
@@ -473,16 +468,13 @@ def _append(
     about: dict[str, Any],
 ) -> None:
     """Write some samples, their checksums and stamps into files of these."""
-    expected = (len(rows), *about["shape"])
-    if images.shape != expected or images.dtype != about["dtype"]:
-        raise ValueError(
-            message(
-                "source",
-                f"samples of shape {expected[1:]} and dtype {about['dtype']} in rows "
-                f"{rows[0]} ... {rows[-1]}",
-                images,
-            )
+    shape = (len(rows), *about["shape"])
+    if images.shape != shape or images.dtype != about["dtype"]:
+        expected = (
+            f"samples of shape {shape[1:]} and dtype {about['dtype']} in rows "
+            f"{rows[0]} ... {rows[-1]}"
         )
+        raise ValueError(message("source", expected, images))
     images = np.ascontiguousarray(images)
     checksums = [zlib.crc32(image.tobytes()) for image in images]
     for file, array in zip(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,9 @@ from kerastrip._checks import message
 from kerastrip.sources._headers import Header, is_known, read_header
 
 CHANNELS = {"rgb": 3, "gray": 1}
-REDUCE = ("auto", "never")
 MAX_PIXELS = 200_000_000
+# A `reading` names them, so that one that is stored says all, and other ways may come.
+_WAYS = {"reduce": ("auto",), "resize": ("stretch",), "turn": ("exif",)}
 _DAMAGED = (
     "it is cut short, damaged, or no image that is read here (AVIF, BMP, GIF, JPEG, "
     "JPEG 2000, PGM, PNG, PPM, TIFF, WebP)"
@@ -32,9 +33,9 @@ def read_image(
     *,
     size: int | tuple[int, int],
     color: str = "rgb",
-    reduce: str = "auto",
     bits: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    reduce: str = "auto",
     resize: str = "stretch",
     turn: str = "exif",
 ) -> np.ndarray:
@@ -48,9 +49,10 @@ def read_image(
         image: path of the file, or its bytes.
         size: (height, width) of the result, or one integer for both.
         color: "rgb" (default) or "gray".
-        reduce: "auto" (default) or "never", as for `ImageFiles`.
         bits: None (default) or 9 ... 16, as for `ImageFiles`.
         max_pixels: the largest image that is decoded, as for `ImageFiles`.
+        reduce: "auto", the one way there is: a large JPEG may be decoded at a
+            fraction of its size, as by `ImageFiles`.
         resize: "stretch", the one way there is: the whole image goes to `size`,
             pixels are averaged where it shrinks, and bilinear where it grows.
         turn: "exif", the one way there is: upright, as the EXIF orientation says.
@@ -73,22 +75,69 @@ def read_image(
         >>> read_image(path, **json.loads(text)).shape
         (48, 32, 3)
     """
-    _checks.one_of("resize", resize, ("stretch",))
-    _checks.one_of("turn", turn, ("exif",))
-    _checks.one_of("color", color, tuple(CHANNELS))
-    limit = _checks.integer("max_pixels", max_pixels, 1)
-    data = image if isinstance(image, bytes) else read_file(os.fspath(image), limit)
-    options: dict[str, Any] = {
-        "color": color,
-        "reduce": _checks.one_of("reduce", reduce, REDUCE) == "auto",
-        "bits": checked_bits(bits),
-        "max_pixels": limit,
-    }
+    check_ways(reduce, resize, turn)
+    reading = checked_reading(checked_size(size), color, bits, max_pixels)
+    name, data = "its bytes", image
+    if not isinstance(data, bytes):
+        path = os.fspath(data)
+        name, data = repr(path), read_file(path, reading.max_pixels)
     try:
-        return decode_image(data, checked_size(size), **options)
+        return reading.decode(data)
     except ValueError as error:
-        name = "its bytes" if isinstance(image, bytes) else repr(os.fspath(image))
         raise ValueError(f"The image cannot be read from {name}: {error}") from error
+
+
+class Reading(NamedTuple):
+    """How a source reads every picture: arguments that have been checked.
+
+    Attributes:
+        size: (height, width) of the results, or None for that of each image.
+        color: "rgb" or "gray".
+        bits: how many bits of 16 hold the picture, or None.
+        max_pixels: the largest image that is decoded.
+    """
+
+    size: tuple[int, int] | None
+    color: str
+    bits: int | None
+    max_pixels: int
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """An encoded image as `decode_image` reads it."""
+        return decode_image(data, **self._asdict())
+
+    def told(self) -> dict[str, Any]:
+        """What goes to JSON beside the model and to `read_image`."""
+        ways = {name: way for name, (way,) in _WAYS.items()}
+        size = self.size and list(self.size)
+        return {"size": size, "color": self.color, "bits": self.bits, **ways}
+
+
+def checked_reading(
+    size: tuple[int, int] | None, color: Any, bits: Any, max_pixels: Any
+) -> Reading:
+    """The `Reading` of arguments that are checked here, but for a `checked_size`."""
+    _checks.one_of("color", color, tuple(CHANNELS))
+    if bits is not None and _checks.integer("bits", bits, 9) > 16:
+        raise ValueError(message("bits", "None or an integer from 9 to 16", bits))
+    limit = _checks.integer("max_pixels", max_pixels, 1)
+    return Reading(size, color, bits, limit)
+
+
+def checked_size(size: Any) -> tuple[int, int]:
+    """(height, width) of what `size=` got: such a pair, or one integer for both."""
+    if isinstance(size, (tuple, list)) and len(size) == 2:
+        height, width = (_checks.integer("size", side, 1) for side in size)
+        return height, width
+    advice = "(height, width) is two of them."
+    side = _checks.integer("size", size, 1, advice)
+    return side, side
+
+
+def check_ways(reduce: str, resize: str, turn: str) -> None:
+    """ValueError unless a `reading` that was stored names the ways that there are."""
+    for name, way in (("reduce", reduce), ("resize", resize), ("turn", turn)):
+        _checks.one_of(name, way, _WAYS[name])
 
 
 def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
@@ -145,7 +194,6 @@ def decode_image(
     size: tuple[int, int] | None,
     *,
     color: str = "rgb",
-    reduce: bool = True,
     bits: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
@@ -155,7 +203,6 @@ def decode_image(
         data: the bytes of the file.
         size: (height, width) of the result, or None for that of the image.
         color: "rgb" (default) or "gray".
-        reduce: whether large JPEGs may be decoded at a fraction of their size.
         bits: how many bits of files with 16 per channel hold the picture.
         max_pixels: the largest image that is decoded.
 
@@ -171,11 +218,13 @@ def decode_image(
     data = data if isinstance(data, bytes) else bytes(memoryview(data))
     header = _checked_header(data, max_pixels)
     jpeg = data.startswith(b"\xff\xd8")
-    factor = _reduction(header, max(size)) if jpeg and size and reduce else 1
+    # Only the decoder of JPEG can leave out pixels while it decodes.
+    factor = _reduction(header, max(size)) if jpeg and size else 1
     kind = "GRAYSCALE" if color == "gray" else "COLOR"
     word = f"IMREAD_REDUCED_{kind}_{factor}" if factor > 1 else f"IMREAD_{kind}"
     flags = getattr(cv2, word) | (cv2.IMREAD_ANYDEPTH if header.deep else 0)
     image = _eight_bits(_decoded(data, flags, header), bits, header.top)
+    # OpenCV drops transparency: of a drawing in one colour nothing would be left.
     if not jpeg and _is_flat(image):
         image = _from_alpha(data, image)
     if size and image.shape[:2] != size:
@@ -286,20 +335,3 @@ def _from_alpha(data: bytes, image: np.ndarray) -> np.ndarray:
     paper = 255 if ink.mean() < 128 else 0
     mixed = paper + (ink - paper) * (alpha if image.ndim == 2 else alpha[..., None])
     return np.rint(mixed).astype(np.uint8)
-
-
-def checked_bits(bits: Any) -> int | None:
-    """What `bits=` got: None, or an integer from 9 to 16."""
-    if bits is not None and _checks.integer("bits", bits, 9) > 16:
-        raise ValueError(message("bits", "None or an integer from 9 to 16", bits))
-    return bits
-
-
-def checked_size(size: Any) -> tuple[int, int]:
-    """(height, width) of what `size=` got: such a pair, or one integer for both."""
-    if isinstance(size, (tuple, list)) and len(size) == 2:
-        height, width = (_checks.integer("size", side, 1) for side in size)
-        return height, width
-    advice = "(height, width) is two of them."
-    side = _checks.integer("size", size, 1, advice)
-    return side, side

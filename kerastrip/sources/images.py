@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,9 @@ from kerastrip.sources.arrays import BrokenSamples
 from kerastrip.sources.decoding import (
     CHANNELS,
     MAX_PIXELS,
-    REDUCE,
-    checked_bits,
+    check_ways,
+    checked_reading,
     checked_size,
-    decode_image,
     read_file,
 )
 
@@ -46,8 +46,10 @@ class ImageFiles:
 
     Files are read when a batch asks for them, in the thread or process that does; what
     they hold counts, not the ending of their name. What an image goes through: the
-    bytes are decoded to 8 bits per channel (the upper ones of 16, see `bits`), turned
-    upright as its EXIF orientation says (JPEG, PNG, TIFF, WebP), resized to `size`
+    bytes are decoded to 8 bits per channel (the upper ones of 16, see `bits`; a large
+    JPEG at 1/2, 1/4 or 1/8 of its size, as long as its shorter side remains at least
+    the longer one of `size`, which is faster and changes pixels by a few grey levels),
+    turned upright as its EXIF orientation says (JPEG, PNG, TIFF, WebP), resized to `size`
     (averaging pixels where it shrinks, bilinear where it grows; the aspect ratio
     is not kept) and put in the order red, green, blue. Transparency is dropped, unless
     the whole image has one colour: then it is a drawing in that colour, and put on
@@ -69,10 +71,6 @@ class ImageFiles:
         labels: one per path, as for `PKSampler`. Default None.
         size: (height, width) of the rows, or one integer for both.
         color: "rgb" (default) or "gray".
-        reduce: "auto": a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size as
-            long as its shorter side remains at least the longer one of `size`,
-            which is faster; pixels differ by a few grey levels. "never": always in
-            full.
         cache: where decoded rows are kept. None (default): nowhere. "memory": in
             an array that fills up as they are read; threads share it, each process
             has its own, and a file that changes afterwards is not read again. A path:
@@ -90,8 +88,8 @@ class ImageFiles:
         max_pixels: the largest image, height x width, that is decoded; checked before
             memory is taken for it. A larger one is broken. Default 200 million: those
             of the largest phone cameras.
-        resize, turn: the one way there is, as for `read_image`; so `reading` of another
-            source may be given: `ImageFiles(paths, **photos.reading)`.
+        reduce, resize, turn: the one way there is, as for `read_image`; so `reading`
+            of another source may be given: `ImageFiles(paths, **photos.reading)`.
 
     Attributes:
         paths: list of the paths, as text.
@@ -121,12 +119,12 @@ class ImageFiles:
         *,
         size: int | tuple[int, int],
         color: str = "rgb",
-        reduce: str = "auto",
         cache: str | os.PathLike[str] | None = None,
         on_error: str = "raise",
         read: Callable[[str], bytes] | None = None,
         bits: int | None = None,
         max_pixels: int = MAX_PIXELS,
+        reduce: str = "auto",
         resize: str = "stretch",
         turn: str = "exif",
     ):
@@ -140,18 +138,15 @@ class ImageFiles:
         if self.labels is not None and len(self.labels) != len(self.paths):
             expected = f"{len(self.paths)} labels, one per path"
             raise ValueError(message("labels", expected, self.labels))
-        self._size = checked_size(size)
-        self._color = _checks.one_of("color", color, tuple(CHANNELS))
-        self._reduce = _checks.one_of("reduce", reduce, REDUCE)
-        self._bits = checked_bits(bits)
-        _checks.one_of("resize", resize, ("stretch",))
-        _checks.one_of("turn", turn, ("exif",))
-        self._max_pixels = _checks.integer("max_pixels", max_pixels, 1)
+        check_ways(reduce, resize, turn)
+        self._reading = checked_reading(checked_size(size), color, bits, max_pixels)
+        self.reading = self._reading.told()
         self._skip = _checks.one_of("on_error", on_error, ON_ERROR) == "skip"
         if read is None and not self._skip:
             _check_files(self.paths)
-        self._own = read is not None and read is not read_file
-        self._read = alone(read or read_file)
+        self._own = read not in (None, read_file)
+        own = partial(read_file, max_pixels=self._reading.max_pixels)
+        self._read: Callable[[str], bytes] = alone(read) if read and self._own else own
         self._memory: _Memory | None = None
         self._file: Any = None
         if cache == "memory":
@@ -163,18 +158,8 @@ class ImageFiles:
 
     @property
     def _shape(self) -> tuple[int, int, int]:
-        return (*self._size, CHANNELS[self._color])
-
-    @property
-    def reading(self) -> dict[str, Any]:
-        return {
-            "size": list(self._size),
-            "color": self._color,
-            "reduce": self._reduce,
-            "bits": self._bits,
-            "resize": "stretch",
-            "turn": "exif",
-        }
+        height, width = self.reading["size"]
+        return height, width, CHANNELS[self._reading.color]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -201,14 +186,15 @@ class ImageFiles:
             return self._file.take(indices)
         rows = np.asarray(indices).tolist()
         images = np.empty((len(rows), *self._shape), np.uint8)
-        first: dict[int, int] = {}
+        # A class of few samples repeats them in a batch: each is read once and copied.
+        first: dict[int, int] = {}  # row -> its first place in the batch
         broken = {}
         for place, row in enumerate(rows):
             if row in first:
                 images[place] = images[first[row]]
             elif why := self._load(row, images[place]):
                 broken[row] = why
-                if not self._skip:
+                if not self._skip:  # a sampler that skips wants to know all of them
                     break
             first.setdefault(row, place)
         if broken:
@@ -221,17 +207,9 @@ class ImageFiles:
         if memory is not None and memory.filled[row]:
             out[...] = memory.rows[row]
             return ""
-        path, limit = self.paths[row], self._max_pixels
+        path = self.paths[row]
         try:
-            data = self._read(path) if self._own else read_file(path, limit)
-            out[...] = decode_image(
-                data,
-                self._size,
-                color=self._color,
-                reduce=self._reduce == "auto",
-                bits=self._bits,
-                max_pixels=limit,
-            )
+            out[...] = self._reading.decode(self._read(path))
         except (OSError, ValueError) as error:
             if not is_wrong_with_file(error):
                 raise
@@ -254,7 +232,7 @@ class ImageFiles:
 
     def __repr__(self) -> str:
         height, width, _ = self._shape
-        told = f"{len(self)} images, {height}x{width} {self._color}"
+        told = f"{len(self)} images, {height}x{width} {self._reading.color}"
         if self.labels is not None:
             told += f", {len(np.unique(self.labels))} classes"
         return f"ImageFiles({told})"
@@ -263,15 +241,11 @@ class ImageFiles:
 def _check_files(paths: Sequence[str]) -> None:
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        raise ValueError(
-            message(
-                "paths",
-                "paths of files",
-                missing[0],
-                f"{len(missing)} of {len(paths)} are not there. "
-                "on_error='skip' draws others of their class.",
-            )
+        advice = (
+            f"{len(missing)} of {len(paths)} are not there. on_error='skip' draws "
+            "others of their class."
         )
+        raise ValueError(message("paths", "paths of files", missing[0], advice))
 
 
 def _stamp(path: str) -> tuple[int, int]:
@@ -317,7 +291,6 @@ def ImageFolder(
     size: int | tuple[int, int],
     label_from: str | Callable[[str], Any] | None = None,
     color: str = "rgb",
-    reduce: str = "auto",
     cache: str | os.PathLike[str] | None = None,
     on_error: str = "raise",
     bits: int | None = None,
@@ -345,7 +318,6 @@ def ImageFolder(
             callable relative path ("Greek/character01/0394_01.png") -> label, or
             None to leave the image out.
         color: "rgb" (default) or "gray".
-        reduce: "auto" (default) or "never", as for `ImageFiles`.
         cache: None (default), "memory" or a path, as for `ImageFiles`.
         on_error: "raise" (default) or "skip", as for `ImageFiles`.
         bits: None (default) or 9 ... 16, as for `ImageFiles`.
@@ -378,7 +350,6 @@ def ImageFolder(
         labels,
         size=size,
         color=color,
-        reduce=reduce,
         cache=cache,
         on_error=on_error,
         read=read_file,  # they were there a moment ago

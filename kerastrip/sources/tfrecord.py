@@ -2,21 +2,22 @@
 
 A record is framed by its length (8 bytes, little-endian), the masked CRC-32C of the
 length, the data, and the masked CRC-32C of the data. Nothing says where the next but
-one begins, so every file is read once from end to end, and its checksums compared.
-Where its records lie, their labels, and a CRC-32 of each, which is faster to make than a
-CRC-32C, are kept in a file beside it; the CRC-32 is compared when a record is first
+one begins, so TensorFlow reads every file once from end to end, and compares its
+checksums. Where its records lie, their labels, and a CRC-32 of each, which Python makes
+by itself, are kept in a file beside it; the CRC-32 is compared when a record is first
 read.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import io
 import itertools
 import json
 import os
 import pathlib
 import re
-import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -26,19 +27,18 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip._checks import Told, message, one_of
+from kerastrip._checks import Told, message
 from kerastrip._files import refuse_devices, write_whole
 from kerastrip.sources.arrays import RowSource
 from kerastrip.sources.decoding import (
     MAX_PIXELS,
-    checked_bits,
+    Reading,
+    checked_reading,
     checked_size,
-    decode_image,
 )
 
 _VERSION = 2
-_HEAD, _FOOT = 12, 4  # bytes before and after the data
-_FRAME = _HEAD + _FOOT
+_LENGTH, _HEAD, _FRAME = 8, 12, 16  # bytes: a length, all before the data, and round it
 _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")  # in no text
 
 
@@ -61,7 +61,8 @@ class TFRecordSource:
     first read. Files must not be compressed: those have no random access.
 
     Safe in threads and processes: files are opened for one `take` only, and
-    TensorFlow is used for its message classes, none of its operations.
+    of TensorFlow its reader of files and its message classes are used, none of its
+    operations.
 
     Args:
         paths: a TFRecord file or a sequence of them; their records are numbered in
@@ -134,24 +135,24 @@ class TFRecordSource:
         max_pixels: int = MAX_PIXELS,
         index: bool | str | os.PathLike[str] = True,
     ):
-        one_of("color", color, ("rgb", "gray"))
         if isinstance(paths, (str, os.PathLike)):
             paths = [paths]
         files = [pathlib.Path(path) for path in paths]
         if not files:
             raise ValueError(message("paths", "at least one file", paths))
+        _checks.text("feature", feature)
+        if label is not None and not callable(label):
+            _checks.text("label", label)
         self.reading: dict[str, Any] | None = None
+        size = None if size is None else checked_size(size)
+        reading = checked_reading(size, color, bits, max_pixels)
         if parse is None:
-            size = None if size is None else checked_size(size)
-            options: dict[str, Any] = {"color": color, "bits": checked_bits(bits)}
-            if size is not None and shape is None:
-                always = {"reduce": "auto", "resize": "stretch", "turn": "exif"}
-                self.reading = {"size": list(size), **options, **always}
-            limit = _checks.integer("max_pixels", max_pixels, 1)
-            parse = partial(_picture, feature, size=size, max_pixels=limit, **options)
             if shape is not None:
                 kind = None if dtype is None else np.dtype(dtype)
                 parse = partial(_numbers, feature, shape, kind)
+            else:
+                parse = partial(_picture, feature, reading)
+                self.reading = reading.told() if size else None
         elif not callable(parse):
             raise TypeError(message("parse", "a function of bytes", parse))
         indices = list(map(partial(_indexed, label=label, index=index), files))
@@ -269,16 +270,11 @@ def _parsed(
 def _damaged(path: pathlib.Path, place: int, offset: int, what: str) -> ValueError:
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b" or path.suffix in (".gz", ".zlib")
-    return ValueError(
-        message(
-            "paths",
-            "whole TFRecord files",
-            Told(f"{path} with {what} (record {place}, at byte {offset})"),
-            "It is compressed, which leaves no random access: write it without."
-            if packed
-            else "Write it again, or leave it out.",
-        )
-    )
+    told = Told(f"{path} with {what} (record {place}, at byte {offset})")
+    advice = "Write it again, or leave it out."
+    if packed:
+        advice = "It is compressed, which leaves no random access: write it without."
+    return ValueError(message("paths", "whole TFRecord files", told, advice))
 
 
 # -- the index -------------------------------------------------------------------
@@ -306,7 +302,8 @@ def _index_path(path: pathlib.Path, index: Any) -> pathlib.Path:
     if index is True:
         return path.with_name(name)
     # Files of one name from several directories must not share an index.
-    return pathlib.Path(index, f"{_crc32c(os.fsencode(path.resolve())):08x}-{name}")
+    place = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=8).hexdigest()
+    return pathlib.Path(index, f"{place}-{name}")
 
 
 def _loaded(
@@ -356,21 +353,30 @@ def _save(beside: pathlib.Path, about: str, index: _Index) -> None:
 
 def _walked(path: pathlib.Path, read_label: Callable[[bytes], Any] | None) -> _Index:
     """The index of a file from the file itself, its checksums checked."""
-    offsets, checks, labels, size = [0], [], [], path.stat().st_size
-    with open(path, "rb") as file:
-        while head := file.read(_HEAD):
-            place, start = len(offsets) - 1, offsets[-1]
-            if len(head) < _HEAD:
-                raise _damaged(path, place, start, "a truncated record")
-            length, check = struct.unpack("<QI", head)
-            if _masked_crc(head[:8]) != check:
-                raise _damaged(path, place, start, "a damaged length")
-            offsets.append(start + length + _FRAME)
-            if offsets[-1] > size:
-                raise _damaged(path, place, start, "a truncated record")
-            data, foot = file.read(length), file.read(_FOOT)
-            if _masked_crc(data).to_bytes(_FOOT, "little") != foot:
-                raise _damaged(path, place, start, "damaged data")
+    import tensorflow as tf
+
+    # The first operation of TensorFlow, of tf.data for example, takes hold of every GPU.
+    # This reader is no operation. Without `unwrap` it says that it is deprecated.
+    read = inspect.unwrap(tf.compat.v1.io.tf_record_iterator)
+    records = read(os.fsencode(path))
+    offsets, size = [0], path.stat().st_size
+    checks: list[int] = []
+    labels: list[Any] = []
+    with open(path, "rb", buffering=0) as file:
+        while (start := offsets[-1]) < size:
+            place = len(checks)
+            file.seek(start)
+            length = int.from_bytes(file.read(_LENGTH), "little")
+            # TensorFlow takes memory for a length before it looks whether the file is so
+            # long: a length of 2**62 would end the process.
+            if start + length + _FRAME > size:
+                what = "a truncated record, or a damaged length"
+                raise _damaged(path, place, start, what)
+            try:
+                data = next(records)
+            except (tf.errors.OpError, StopIteration) as error:
+                raise _damaged(path, place, start, "a damaged record") from error
+            offsets.append(start + len(data) + _FRAME)
             checks.append(zlib.crc32(data))
             if read_label is not None:
                 labels.append(_parsed(read_label, data, path, place))
@@ -386,14 +392,7 @@ def _label_array(path: pathlib.Path, labels: Sequence[Any]) -> np.ndarray:
     array = np.array(labels)
     if len(kinds) > 1 or (labels and (array.ndim > 1 or array.dtype.kind not in "iuU")):
         told = ", ".join(f"{kind} (record {place})" for kind, place in kinds.items())
-        raise TypeError(
-            message(
-                "label",
-                "one integer or one string for each record",
-                Told(f"{told} in {path}"),
-                "A function label= makes labels of one kind.",
-            )
-        )
+        raise _no_labels(f"{told} in {path}")
     return array
 
 
@@ -404,51 +403,14 @@ def _joined(files: Sequence[pathlib.Path], labels: Sequence[np.ndarray]) -> np.n
         if len(some)
     }
     if len(kinds) > 1:
-        told = ", ".join(f"{kind} in {path}" for kind, path in kinds.items())
-        advice = "A function label= makes labels of one kind."
-        raise TypeError(message("label", "integers or strings", Told(told), advice))
+        raise _no_labels(", ".join(f"{kind} in {path}" for kind, path in kinds.items()))
     return np.concatenate([some for some in labels if len(some)])
 
 
-def _tables() -> np.ndarray:
-    """(256, 256) uint32: the CRC of byte b with i bytes of zero after it."""
-    table: Any = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = table >> 1 ^ (table & 1) * np.uint32(0x82F63B78)
-    tables = [table]
-    for _ in range(255):
-        tables.append(tables[-1] >> 8 ^ table[tables[-1] & 255])
-    return np.stack(tables)
-
-
-_TABLES = _tables()
-_BYTE = _TABLES[0].tolist()
-_FIRST = _TABLES[:-5:-1].tolist()  # for the four bytes of the state, over 256 bytes
-_PLACES = 256 * np.arange(255, -1, -1)
-
-
-def _crc32c(data: bytes) -> int:
-    """The CRC is linear: blocks of 256 bytes are summed up by table, then joined."""
-    state, head = 0xFFFFFFFF, len(data) % 256
-    for byte in data[:head]:
-        state = state >> 8 ^ _BYTE[(state ^ byte) & 255]
-    blocks = np.frombuffer(data, np.uint8, offset=head).reshape(-1, 256)
-    sums = np.bitwise_xor.reduce(_TABLES.ravel()[blocks + _PLACES], axis=1)
-    first, second, third, fourth = _FIRST
-    for block in sums.tolist():
-        state = (
-            first[state & 255]
-            ^ second[state >> 8 & 255]
-            ^ third[state >> 16 & 255]
-            ^ fourth[state >> 24]
-            ^ block
-        )
-    return state ^ 0xFFFFFFFF
-
-
-def _masked_crc(data: bytes) -> int:
-    crc = _crc32c(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+def _no_labels(told: str) -> TypeError:
+    expected = "one integer or one string for each record, of one kind"
+    advice = "A function label= makes labels of one kind."
+    return TypeError(message("label", expected, Told(told), advice))
 
 
 # -- what is in a record ---------------------------------------------------------
@@ -528,14 +490,12 @@ def _converted(name: str, numbers: np.ndarray, dtype: np.dtype | None) -> np.nda
     return converted
 
 
-def _picture(
-    name: str, record: bytes, size: tuple[int, int] | None, **options: Any
-) -> np.ndarray:
+def _picture(name: str, reading: Reading, record: bytes) -> np.ndarray:
     data = _single(name, record)
     if not isinstance(data, bytes):
         raise ValueError(f"{name!r} is no picture but numbers: pass their shape=")
     try:
-        return decode_image(data, size, **options)
+        return reading.decode(data)
     except ValueError as error:
         raise ValueError(
             f"{name!r} is no picture: {error}. Raw pixels need shape=, and bytes of "
