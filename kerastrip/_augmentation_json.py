@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kerastrip._checks import Told, describe, integer64, message
+from kerastrip import _checks
 
 _KEYS = {"kerastrip", "scheme", "seed", "versions", "transform"}
 _NAME = "__class_fullname__"
@@ -40,7 +40,7 @@ def plain(value: Any) -> Any:
         return value.tolist()
     raise TypeError(
         f"The pipeline holds a {type(value).__name__}, which cannot be written as JSON: "
-        f"{describe(value)}. Pickle the Augmentation instead."
+        f"{_checks.describe(value)}. Pickle the Augmentation instead."
     )
 
 
@@ -54,11 +54,11 @@ def read(text: Any) -> tuple[Any, int, dict[str, Any], Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         expected = "the JSON text of Augmentation.to_json()"
         advice = "Use Augmentation.load(path) for a file."
-        raise ValueError(message("text", expected, text, advice)) from None
+        raise _checks.value_error("text", expected, text, advice) from None
     if unknown:
-        raise ValueError(message("text", f"no keys but {sorted(_KEYS)}", unknown[0]))
+        raise _checks.value_error("text", f"no keys but {sorted(_KEYS)}", unknown[0])
     try:
-        return scheme, integer64("seed", seed), versions, transform
+        return scheme, _checks.integer64("seed", seed), versions, transform
     except TypeError as error:
         raise ValueError(str(error)) from None
 
@@ -75,12 +75,12 @@ def pipeline(node: Any, lambdas: Mapping[str, Any], place: str = "transform") ->
 
     name = node.get(_NAME) if isinstance(node, dict) else None
     if not isinstance(name, str):
-        raise ValueError(message(place, f"a transform with the key {_NAME!r}", node))
+        raise _checks.value_error(place, f"a transform with the key {_NAME!r}", node)
     if name in serialization.NON_SERIALIZABLE_REGISTRY:
         key = node.get("__name__")
         if not (isinstance(key, str) and key in lambdas):
             expected = f"one of `lambdas`, which are {sorted(lambdas)}"
-            raise ValueError(message(place, expected, key))
+            raise _checks.value_error(place, expected, key)
         return lambdas[key]
     kind: Any = serialization.SERIALIZABLE_REGISTRY.get(
         serialization.shorten_class_name(name)
@@ -96,8 +96,8 @@ def pipeline(node: Any, lambdas: Mapping[str, Any], place: str = "transform") ->
         parts = node["transforms"]
         if not isinstance(parts, list) or place.count("[") >= _DEEPEST:
             expected = f"a list of transforms, nested at most {_DEEPEST} deep"
-            told = parts if not isinstance(parts, list) else Told("more")
-            raise ValueError(message(f"{place}.transforms", expected, told))
+            told = parts if not isinstance(parts, list) else _checks.Told("more")
+            raise _checks.value_error(f"{place}.transforms", expected, told)
         arguments["transforms"] = [
             pipeline(part, lambdas, f"{place}.transforms[{i}]")
             for i, part in enumerate(parts)
@@ -124,5 +124,5 @@ def _arguments(kind: Any, node: dict[str, Any], place: str) -> dict[str, Any]:
         if key not in known:
             expected = f"arguments that {kind.__name__} takes"
             advice = "This version of albumentations may not know it."
-            raise ValueError(message(place, expected, key, advice))
+            raise _checks.value_error(place, expected, key, advice)
     return {key: value for key, value in given.items() if key in signature}

@@ -158,7 +158,7 @@ class Inputs:
             if not isinstance(array, np.ndarray):
                 name = "x" if augment is None else "augment"
                 expected = "arrays that stack to a batch"
-                raise TypeError(_checks.message(name, expected, array))
+                raise _checks.type_error(name, expected, array)
         self.layout = [(array.shape, array.dtype) for array in arrays]
         self._texts = any(dtype.kind in _TEXTS for _, dtype in self.layout)
         if self._texts and keras.backend.backend() != "tensorflow":
@@ -169,7 +169,7 @@ class Inputs:
                 "Encode them first: arrays of tokens go in. On TensorFlow a model may "
                 "begin with TextVectorization."
             )
-            raise TypeError(_checks.message("x", expected, told, advice))
+            raise _checks.type_error("x", expected, told, advice)
 
     def _take(self, rows: np.ndarray, *_: int) -> Any:
         return self._source.take(rows)
@@ -206,7 +206,7 @@ class Inputs:
                 "False for texts, whose lengths differ",
             )
             advice = "Threads read them; np.array(texts, str) has one length for all."
-            raise TypeError(_checks.message(name, expected, True, advice))
+            raise _checks.type_error(name, expected, True, advice)
 
     def _read(self, rows: np.ndarray, step: tuple[int, int], at: int) -> Any:
         """Some samples of a batch, augmented.
@@ -320,10 +320,10 @@ def _per_output(name: str, value: Any, reader: Callable[[str, Any], Reader]) -> 
             "one entry, a tuple in the order of the outputs or a dict by output name"
         )
         advice = "Keras takes no lists here: write a tuple, or np.asarray for values."
-        raise TypeError(_checks.message(name, expected, value, advice))
+        raise _checks.type_error(name, expected, value, advice)
     if isinstance(value, (tuple, Mapping)):
         if not value:
-            raise ValueError(_checks.message(name, "at least one entry", value))
+            raise _checks.value_error(name, "at least one entry", value)
         parts = {key: reader(f"{name}[{key!r}]", part) for key, part in _items(value)}
         return parts if isinstance(value, Mapping) else tuple(parts.values())
     return reader(name, value)
@@ -351,17 +351,17 @@ def _target(plan: PKPlan, name: str, value: Any) -> Reader:
             "'label', 'one_hot', an array of one row per sample, or a tuple or dict of "
             "such entries by output"
         )
-        raise TypeError(_checks.message(name, expected, value))
+        raise _checks.type_error(name, expected, value)
     source = as_source(value, name)
     with contextlib.suppress(BrokenSamples):  # told when it is drawn
         first = keras.tree.flatten(source.take([0]))
         if any(np.asarray(part).dtype.kind in _TEXTS for part in first):
             words = "numbers, or one of the words 'label' and 'one_hot'"
-            raise TypeError(_checks.message(name, words, value))
+            raise _checks.type_error(name, words, value)
     if len(source) != len(plan.codes):
         expected = f"{len(plan.codes)} rows, one per sample"
         told = _checks.Told(f"{len(source)} rows")
-        raise ValueError(_checks.message(name, expected, told))
+        raise _checks.value_error(name, expected, told)
     return source.take
 
 
@@ -389,31 +389,31 @@ def weights(sample_weight: Any, targets: Any, samples: int) -> Any:
             "has"
         )
         told = f"{_entries(sample_weight)} for targets={_entries(targets)}"
-        raise ValueError(_checks.message("sample_weight", expected, _checks.Told(told)))
+        raise _checks.value_error("sample_weight", expected, _checks.Told(told))
     return _per_output("sample_weight", sample_weight, partial(_weight, samples))
 
 
 def _weight(samples: int, name: str, value: Any) -> Reader:
     if value is None:
         advice = "For an output without weights: np.ones."
-        raise ValueError(_checks.message(name, "an array", value, advice))
+        raise _checks.value_error(name, "an array", value, advice)
     _checks.refuse_masked(name, value)
     array = np.array(value)
     if array.dtype.kind == "O":
         for sample, one in enumerate(array.reshape(-1)):
             if not isinstance(one, numbers.Real):
                 told = _checks.Told(f"{one} for sample {sample}")
-                raise TypeError(_checks.message(name, f"{samples} numbers", told))
+                raise _checks.type_error(name, f"{samples} numbers", told)
     if array.dtype.kind not in "biuf" or array.ndim == 0:
-        raise TypeError(_checks.message(name, f"{samples} numbers", value))
+        raise _checks.type_error(name, f"{samples} numbers", value)
     expected = f"{samples} finite weights >= 0, one per sample"
     if len(array) != samples:
-        raise ValueError(_checks.message(name, expected, value))
+        raise _checks.value_error(name, expected, value)
     usable = np.isfinite(array) & (array >= 0)
     if not usable.all():
         first = np.unravel_index(int(np.argmin(usable)), usable.shape)
         told = _checks.Told(f"{array[first]} for sample {first[0]}")
-        raise ValueError(_checks.message(name, expected, told))
+        raise _checks.value_error(name, expected, told)
     return array.astype(np.float32).__getitem__
 
 
@@ -443,7 +443,7 @@ def _augmentations(augment: Any, x: Any) -> Any:
             f"a {type(x).__name__} of augmentations for some of the inputs "
             f"{[key for key, _ in _items(x)]}"
         )
-    raise ValueError(_checks.message("augment", expected, augment))
+    raise _checks.value_error("augment", expected, augment)
 
 
 def _entries(value: Any) -> str:

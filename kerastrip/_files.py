@@ -7,7 +7,7 @@ import pathlib
 import secrets
 from typing import Any
 
-from kerastrip._checks import Told, message
+from kerastrip import _checks
 
 
 def readable(value: Any) -> str:
@@ -29,8 +29,8 @@ def refuse_devices(name: str, path: str | os.PathLike[str]) -> None:
         path: what came.
     """
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        told = Told(f"{str(path)!r}, a pipe or device")
-        raise ValueError(message(name, "the path of a file", told))
+        told = _checks.Told(f"{str(path)!r}, a pipe or device")
+        raise _checks.value_error(name, "the path of a file", told)
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:

@@ -37,21 +37,17 @@ class LabelTable:
         if classes is not None:
             given, rows = _label_values(classes, "classes")
             if rows is not None:
-                raise ValueError(
-                    _checks.message("classes", "a one-dimensional table", classes)
-                )
+                raise _checks.value_error("classes", "a one-dimensional table", classes)
             self.classes = _distinct(given)
         elif width is not None:
             self.classes = np.arange(width)
         else:
             self.classes = _distinct(values)
         if len(self.classes) > np.iinfo(np.int32).max:
-            raise ValueError(
-                _checks.message(
-                    name,
-                    "at most 2**31 - 1 distinct labels",
-                    _checks.Told(f"{len(self.classes)}"),
-                )
+            raise _checks.value_error(
+                name,
+                "at most 2**31 - 1 distinct labels",
+                _checks.Told(f"{len(self.classes)}"),
             )
         self.codes = self._codes(values, name)
 
@@ -74,7 +70,7 @@ class LabelTable:
         name = "class_weight"
         if not isinstance(weights, Mapping) or not weights:
             expected = "a dict of one weight for each label"
-            raise TypeError(_checks.message(name, expected, weights))
+            raise _checks.type_error(name, expected, weights)
         codes = self.encode(list(weights), name).tolist()
         return {
             code: _checks.number(f"{name}[{label!r}]", weight, minimum=0)
@@ -85,14 +81,12 @@ class LabelTable:
         """The labels of `codes`; ValueError for a code outside the table."""
         codes = np.asarray(codes)
         if codes.dtype.kind not in "iu":
-            raise TypeError(_checks.message("codes", "integers", codes))
+            raise _checks.type_error("codes", "integers", codes)
         if codes.size and not 0 <= codes.min() <= codes.max() < len(self.classes):
-            raise ValueError(
-                _checks.message(
-                    "codes",
-                    f"integers in 0..{len(self.classes) - 1}",
-                    _checks.Told(f"{codes.min()}..{codes.max()}"),
-                )
+            raise _checks.value_error(
+                "codes",
+                f"integers in 0..{len(self.classes) - 1}",
+                _checks.Told(f"{codes.min()}..{codes.max()}"),
             )
         return self.classes[codes]
 
@@ -105,13 +99,11 @@ class LabelTable:
             found, known = lookup(chunk)
             if not known.all():
                 first = int(np.argmin(known))
-                raise ValueError(
-                    _checks.message(
-                        name,
-                        f"labels among the {len(self.classes)} known ones",
-                        np.asarray(chunk[first]).item(),
-                        f"It stands at position {start + first}.",
-                    )
+                raise _checks.value_error(
+                    name,
+                    f"labels among the {len(self.classes)} known ones",
+                    np.asarray(chunk[first]).item(),
+                    f"It stands at position {start + first}.",
                 )
             codes[start : start + len(chunk)] = found
         return codes
@@ -177,18 +169,16 @@ def _label_values(labels: Any, name: str) -> tuple[np.ndarray, int | None]:
     if values.ndim == 2:
         return _from_one_hot(values, name), values.shape[1]
     if values.ndim != 1:
-        raise ValueError(
-            _checks.message(
-                name,
-                "shape (samples,) or (samples, classes)",
-                values,
-                f"Pass the `labels` of the {type(labels).__name__}."
-                if hasattr(labels, "labels")
-                else "",
-            )
+        raise _checks.value_error(
+            name,
+            "shape (samples,) or (samples, classes)",
+            values,
+            f"Pass the `labels` of the {type(labels).__name__}."
+            if hasattr(labels, "labels")
+            else "",
         )
     if len(values) == 0:
-        raise ValueError(_checks.message(name, "at least one label", values))
+        raise _checks.value_error(name, "at least one label", values)
     if not hasattr(labels, "dtype") and (
         values.dtype.kind in "fUS" or len({type(label) for label in labels}) > 1
     ):
@@ -199,19 +189,17 @@ def _label_values(labels: Any, name: str) -> tuple[np.ndarray, int | None]:
     if values.dtype.kind == "f":
         if (missing := np.isnan(values)).any():
             raise ValueError(_no_label(name, "NaN", int(np.argmax(missing))))
-        raise TypeError(
-            _checks.message(
-                name,
-                "integers, strings, bytes or one-hot rows",
-                values,
-                "Whole numbers become labels with `.astype(int)`.",
-            )
+        raise _checks.type_error(
+            name,
+            "integers, strings, bytes or one-hot rows",
+            values,
+            "Whole numbers become labels with `.astype(int)`.",
         )
     if values.dtype.kind == "b":
         values = values.astype(np.int64)
     if values.dtype.kind not in "iuUSO":
-        raise TypeError(
-            _checks.message(name, "integers, strings, bytes or one-hot rows", values)
+        raise _checks.type_error(
+            name, "integers, strings, bytes or one-hot rows", values
         )
     return values, None
 
@@ -224,17 +212,15 @@ def _from_one_hot(values: np.ndarray, name: str) -> np.ndarray:
         or not ((values == 0) | (values == 1)).all()
         or not (values.sum(axis=1) == 1).all()
     ):
-        raise ValueError(
-            _checks.message(
-                name,
-                "one label for each sample, or one-hot rows of 0 and a single 1",
-                values,
-                "A column of labels becomes a list of labels with `.ravel()`."
-                if values.shape[1] == 1
-                else "Choose the column of the classes that are to be told apart, such "
-                "as `labels[:, 0]`. Labels that were mixed or smoothed are needed as "
-                "they were before.",
-            )
+        raise _checks.value_error(
+            name,
+            "one label for each sample, or one-hot rows of 0 and a single 1",
+            values,
+            "A column of labels becomes a list of labels with `.ravel()`."
+            if values.shape[1] == 1
+            else "Choose the column of the classes that are to be told apart, such "
+            "as `labels[:, 0]`. Labels that were mixed or smoothed are needed as "
+            "they were before.",
         )
     return values.argmax(axis=1)
 
@@ -266,12 +252,10 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
         f"{kind} ({_checks.describe(values[first[kind]])} at position {first[kind]})"
         for kind in sorted(first)
     ]
-    raise TypeError(
-        _checks.message(
-            name,
-            "labels of one kind: integers, strings or bytes",
-            _checks.Told(", ".join(told)),
-        )
+    raise _checks.type_error(
+        name,
+        "labels of one kind: integers, strings or bytes",
+        _checks.Told(", ".join(told)),
     )
 
 

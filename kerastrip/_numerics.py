@@ -183,7 +183,7 @@ def as_given(name: str, labels: Any) -> Any:
             if not limits.min <= label <= limits.max:
                 expected = f"class ids that fit {dtype}, the widest integer at hand"
                 advice = "Number the classes from 0 on, as PKSampler does."
-                raise ValueError(_checks.message(name, expected, label, advice))
+                raise _checks.value_error(name, expected, label, advice)
     return tensor
 
 
@@ -212,7 +212,7 @@ def whole_numbers(name: str, labels: Any) -> tuple[Any, Any]:
         return labels, None
     if dtype not in _EXACT_BITS:
         told = _checks.Told(f"dtype {dtype}")
-        raise TypeError(_checks.message(name, "an integer dtype", told))
+        raise _checks.type_error(name, "an integer dtype", told)
     bits = _EXACT_BITS[dtype]
     whole = ops.equal(labels, ops.floor(labels)) & (ops.abs(labels) < 2.0**bits)
 
@@ -250,12 +250,10 @@ def integer_labels(labels: Any) -> tuple[Any, Any]:
     labels = as_given("labels", labels)
     rank = len(labels.shape)
     if rank not in (1, 2):
-        raise ValueError(
-            _checks.message(
-                "labels",
-                "shape (batch,), (batch, 1) or one-hot (batch, classes)",
-                _checks.Told(f"shape {tuple(labels.shape)}"),
-            )
+        raise _checks.value_error(
+            "labels",
+            "shape (batch,), (batch, 1) or one-hot (batch, classes)",
+            _checks.Told(f"shape {tuple(labels.shape)}"),
         )
     if rank == 2 and labels.shape[1] != 1:
         return ops.cast(ops.argmax(labels, axis=-1), "int32"), _one_hot(labels)

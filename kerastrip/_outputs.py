@@ -48,10 +48,8 @@ class Output:
             keys = sorted(structure)
             if self.index is not None and len(keys) == self.count:
                 return structure[keys[self.index]]
-            raise ValueError(
-                _checks.message(
-                    "output", f"one of the keys {keys}", self.name or self.index
-                )
+            raise _checks.value_error(
+                "output", f"one of the keys {keys}", self.name or self.index
             )
         if not isinstance(structure, (list, tuple)):
             return structure
@@ -60,12 +58,10 @@ class Output:
         if len(structure) == len(self.trained) < self.count:
             return structure[self.trained.index(self.index)]
         if self.index is None or self.index >= len(structure):
-            raise ValueError(
-                _checks.message(
-                    "output",
-                    f"a position among {len(structure)} outputs",
-                    self.name if self.index is None else self.index,
-                )
+            raise _checks.value_error(
+                "output",
+                f"a position among {len(structure)} outputs",
+                self.name if self.index is None else self.index,
             )
         return structure[self.index]
 
@@ -134,21 +130,19 @@ def embedding_output(model: Any, output: int | str | None = None) -> Output:
         if not getattr(model, "output_names", None):  # subclassed: the user knows
             index, name = (None, output) if isinstance(output, str) else (output, None)
             return Output(index, name, count=len(outputs))
-        raise ValueError(_checks.message("output", f"one of {told}", output))
+        raise _checks.value_error("output", f"one of {told}", output)
     marked = [one for one in outputs if hasattr(one.loss, "distance")]
     if len(marked) == 1:
         return marked[0]
     if not marked and len(outputs) == 1:
         return outputs[0]
     which = "none of them has" if not marked else "several have"
-    raise ValueError(
-        _checks.message(
-            "output",
-            "the position or name of the embedding",
-            _checks.Told(f"None for a model with the outputs {told}"),
-            f"It is found by the `distance` of its loss, and {which} such a loss: "
-            "give output=....",
-        )
+    raise _checks.value_error(
+        "output",
+        "the position or name of the embedding",
+        _checks.Told(f"None for a model with the outputs {told}"),
+        f"It is found by the `distance` of its loss, and {which} such a loss: "
+        "give output=....",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kerastrip._checks import Told, message
+from kerastrip import _checks
 
 _UINT8, _FLOAT32 = np.dtype("uint8"), np.dtype("float32")
 _MASKS = ("uint8", "uint16", "int16", "int32", "float32")
@@ -22,28 +22,28 @@ _ARRAYS = (np.ndarray, np.number, np.bool_)
 def check_image(name: str, image: Any) -> None:
     """Refuse what is not one image, uint8 or float32 in [0, 1]."""
     if not isinstance(image, np.ndarray):
-        raise TypeError(message(name, "a NumPy array", image))
+        raise _checks.type_error(name, "a NumPy array", image)
     shape, expected = image.shape, "(height, width) or (height, width, channels)"
     if len(shape) not in (2, 3):
         advice = "Use aug.batch(images, *key) for several." if len(shape) == 4 else ""
-        raise ValueError(message(name, f"one image {expected}", image, advice))
+        raise _checks.value_error(name, f"one image {expected}", image, advice)
     if len(shape) == 3 and _is_channels_first(shape):
         advice = "Channels come last: np.moveaxis(image, 0, -1)."
-        raise ValueError(message(name, expected, image, advice))
+        raise _checks.value_error(name, expected, image, advice)
     if image.dtype == _UINT8:
         return
     expected = "an image of uint8, or of float32 in [0, 1]"
     if image.dtype != _FLOAT32:
         advice = "Keep images uint8, as they are decoded, or convert them to float32."
-        raise TypeError(message(name, expected, image, advice))
+        raise _checks.type_error(name, expected, image, advice)
     low, high = image.min(), image.max()
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         advice = (
             "albumentations would clip them. Keep images uint8 and scale them in the "
             "model (keras.layers.Rescaling), or scale them to [0, 1] before."
         )
-        received = Told(f"values from {low:g} to {high:g}")
-        raise ValueError(message(name, expected, received, advice))
+        received = _checks.Told(f"values from {low:g} to {high:g}")
+        raise _checks.value_error(name, expected, received, advice)
 
 
 def _is_channels_first(shape: tuple[int, ...]) -> bool:
@@ -62,7 +62,7 @@ def _is_channels_first(shape: tuple[int, ...]) -> bool:
 def check_targets(pipeline: Any, targets: dict[str, Any]) -> None:
     """Refuse a dict of targets that `pipeline` would not transform alike."""
     if "image" not in targets:
-        raise ValueError(message("image", "a dict with the key 'image'", targets))
+        raise _checks.value_error("image", "a dict with the key 'image'", targets)
     kinds = getattr(pipeline, "additional_targets", {})
     known = getattr(pipeline, "available_keys", ())
     size = np.shape(targets["image"])[:2]
@@ -75,19 +75,19 @@ def check_targets(pipeline: Any, targets: dict[str, Any]) -> None:
                 if str(getattr(mask, "dtype", "")) not in _MASKS:
                     advice = "OpenCV cannot warp others: use mask.astype('uint8')."
                     expected = f"a mask as an array of {', '.join(_MASKS)}"
-                    raise TypeError(message(name, expected, mask, advice))
+                    raise _checks.type_error(name, expected, mask, advice)
         elif kind in ("bboxes", "keypoints"):
             if kind not in getattr(pipeline, "processors", {}):
                 option = {"bboxes": "bbox_params", "keypoints": "keypoint_params"}[kind]
                 expected = f"albumentations.Compose(..., {option}=...) for {name!r}"
-                raise ValueError(message("pipeline", expected, pipeline))
+                raise _checks.value_error("pipeline", expected, pipeline)
         elif name not in known and np.ndim(value) > 1 and np.shape(value)[:2] == size:
             advice = (
                 "It has the size of the image and would stay as it is. Declare it: "
                 f"Compose(..., additional_targets={{{name!r}: 'image'}}) or 'mask'."
             )
-            raise ValueError(
-                message(name, "a target that the pipeline knows", value, advice)
+            raise _checks.value_error(
+                name, "a target that the pipeline knows", value, advice
             )
 
 
@@ -102,13 +102,13 @@ def samples(images: Any, rows: Any = None) -> list:
     if isinstance(images, dict):
         lengths = {name: len(column) for name, column in images.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(message("images", "targets of one length", lengths))
+            raise _checks.value_error("images", "targets of one length", lengths)
         columns = zip(*images.values(), strict=True)
         rows = [dict(zip(images, column, strict=True)) for column in columns]
     else:
         rows = list(images)
     if not rows:
-        raise ValueError(message("images", "at least one image", images))
+        raise _checks.value_error("images", "at least one image", images)
     return rows
 
 
@@ -155,7 +155,7 @@ class Batch:
             out = np.empty(shape, dtype)
         elif out.shape != shape or not np.can_cast(dtype, out.dtype):
             expected = f"an array of shape {shape} that holds {dtype}"
-            raise ValueError(message("out", expected, out))
+            raise _checks.value_error("out", expected, out)
         return out, (value.shape, dtype)
 
     def targets(self) -> dict[str, Any]:

@@ -96,13 +96,11 @@ def check_choice(mining: str, soft: bool, average_over: str) -> None:
     _checks.one_of("average_over", average_over, AVERAGES)
     _checks.boolean("soft", soft)
     if soft and average_over == "active":
-        raise ValueError(
-            _checks.message(
-                "average_over",
-                "'all' with soft=True",
-                average_over,
-                "The softplus is always > 0, so every unit is active.",
-            )
+        raise _checks.value_error(
+            "average_over",
+            "'all' with soft=True",
+            average_over,
+            "The softplus is always > 0, so every unit is active.",
         )
 
 
@@ -115,22 +113,18 @@ def _checked(labels: Any, embeddings: Any) -> tuple[Any, Any, Any]:
     labels, valid = integer_labels(labels)
     embeddings = ops.convert_to_tensor(plain("embeddings", embeddings))
     if len(embeddings.shape) != 2:
-        raise ValueError(
-            _checks.message(
-                "embeddings",
-                "shape (batch, dim)",
-                _checks.Told(f"shape {tuple(embeddings.shape)}"),
-                "Flatten or pool what comes before the loss.",
-            )
+        raise _checks.value_error(
+            "embeddings",
+            "shape (batch, dim)",
+            _checks.Told(f"shape {tuple(embeddings.shape)}"),
+            "Flatten or pool what comes before the loss.",
         )
     length, rows = labels.shape[0], embeddings.shape[0]
     if length is not None and rows is not None and length != rows:
-        raise ValueError(
-            _checks.message(
-                "labels",
-                f"one label for each of the {rows} embeddings",
-                _checks.Told(f"{length} labels"),
-            )
+        raise _checks.value_error(
+            "labels",
+            f"one label for each of the {rows} embeddings",
+            _checks.Told(f"{length} labels"),
         )
     # Lengths known only at run time: the reshape fails where they differ.
     return ops.reshape(labels, (ops.shape(embeddings)[0],)), embeddings, valid

@@ -167,7 +167,7 @@ class PKSampler(keras.utils.PyDataset):
             told = _checks.Told(f"{len(self.source)} samples")
             advice = "Several inputs go in as a tuple or a dict, not as a list."
             advice = advice if isinstance(x, list) else ""
-            raise ValueError(_checks.message("x", expected, told, advice))
+            raise _checks.value_error("x", expected, told, advice)
         self._threads, self._processes = _employees(
             workers, use_multiprocessing, max_queue_size
         )
@@ -370,7 +370,7 @@ class PKSampler(keras.utils.PyDataset):
         if not images:
             expected = "an input of images, (rows, height, width[, channels])"
             told = _checks.Told(f"shapes {[array.shape for array in arrays]}")
-            raise ValueError(_checks.message("x", expected, told))
+            raise _checks.value_error("x", expected, told)
         codes = self.labels[self.plan.indices(epoch, step)]
         names = self.decode(codes[:: self.plan.samples_per_class])
         return plot_batch(
@@ -393,7 +393,7 @@ class PKSampler(keras.utils.PyDataset):
         epoch = _checks.integer("epoch", epoch, minimum=0)
         if self.fixed and epoch != 0:
             expected = "0, as the sampler has `fixed=True`"
-            raise ValueError(_checks.message("epoch", expected, epoch))
+            raise _checks.value_error("epoch", expected, epoch)
         self._epoch = epoch
 
     # Keras ends an epoch before the first one and twice round a validation, so only one
@@ -446,7 +446,7 @@ class PKSampler(keras.utils.PyDataset):
             advice = "Give the sampler `sample_weight`, one array for each output."
             expected = "a sampler with targets for one output, as Keras weighs one only"
             told = _checks.Told(f"targets for {len(self._targets)} outputs")
-            raise ValueError(_checks.message("class_weight", expected, told, advice))
+            raise _checks.value_error("class_weight", expected, told, advice)
         return self.plan.class_weight(weights)
 
     def report(self) -> Any:
@@ -476,7 +476,7 @@ class PKSampler(keras.utils.PyDataset):
             )
             advice = f"The nearest that works is classes_per_batch={near}."
             name = "classes_per_batch"
-            raise ValueError(_checks.message(name, expected, classes, advice))
+            raise _checks.value_error(name, expected, classes, advice)
 
     def close(self) -> None:
         """Ends the worker processes; the sampler gives no more batches."""
@@ -499,7 +499,7 @@ def _labels_of(source: Any) -> Any:
     labels = getattr(source, "labels", None)
     if labels is None:
         expected, advice = "labels, as `x` has none of its own", "Pass PKSampler(x, y)."
-        raise ValueError(_checks.message("y", expected, None, advice))
+        raise _checks.value_error("y", expected, None, advice)
     return labels
 
 

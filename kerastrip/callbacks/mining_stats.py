@@ -107,12 +107,10 @@ def _given_or_of_loss(name: str, given: Any, loss: Any) -> Any:
     value = getattr(loss, name, None) if given is None else given
     if value is None:
         loss = getattr(loss, "name", None) or getattr(loss, "__name__", loss)
-        raise ValueError(
-            _checks.message(
-                name,
-                f"a loss with a {name}, as TripletLoss, or MiningStats({name}=...)",
-                _checks.Told(f"the loss {loss!r}, which has none"),
-            )
+        raise _checks.value_error(
+            name,
+            f"a loss with a {name}, as TripletLoss, or MiningStats({name}=...)",
+            _checks.Told(f"the loss {loss!r}, which has none"),
         )
     return value
 
@@ -199,14 +197,12 @@ class _Tap:
             if isinstance(other, TripletCensus) and other is not census
         ]
         if census.prefix in taken:
-            raise ValueError(
-                _checks.message(
-                    "prefix",
-                    "one that no other census of this model has",
-                    census.prefix,
-                    f"Two would report {census.keys[0]!r}: give one of them "
-                    "prefix='second_'.",
-                )
+            raise _checks.value_error(
+                "prefix",
+                "one that no other census of this model has",
+                census.prefix,
+                f"Two would report {census.keys[0]!r}: give one of them "
+                "prefix='second_'.",
             )
 
 
@@ -331,11 +327,9 @@ class MiningStats(keras.callbacks.Callback):
         if distance is not None:
             _checks.one_of("distance", distance, DISTANCES)
         if isinstance(output, bool) or not isinstance(output, (int, str, type(None))):
-            raise TypeError(
-                _checks.message("output", "a position, a name or None", output)
-            )
+            raise _checks.type_error("output", "a position, a name or None", output)
         if isinstance(show, str) or not isinstance(show, Sequence):
-            raise TypeError(_checks.message("show", "a sequence of figures", show))
+            raise _checks.type_error("show", "a sequence of figures", show)
         for word in show:
             _checks.one_of("show", word, KEYS)
         self.margin = margin

@@ -115,17 +115,15 @@ class EmbeddingProjector(keras.callbacks.Callback):
 
     def _check_length(self, length: int) -> None:
         if length > _MOST_POINTS:
-            raise ValueError(
-                _checks.message(
-                    "x",
-                    f"at most {_MOST_POINTS} samples, what TensorBoard shows",
-                    _checks.Told(f"{length}"),
-                )
+            raise _checks.value_error(
+                "x",
+                f"at most {_MOST_POINTS} samples, what TensorBoard shows",
+                _checks.Told(f"{length}"),
             )
         for name, values in self._columns.items():
             if values.shape != (length,):
-                raise ValueError(
-                    _checks.message("metadata", f"{length} values of {name!r}", values)
+                raise _checks.value_error(
+                    "metadata", f"{length} values of {name!r}", values
                 )
 
     def _write(self) -> None:

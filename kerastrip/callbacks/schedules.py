@@ -66,10 +66,8 @@ class MarginSchedule(keras.callbacks.Callback):
             for margin in schedule.values():
                 _checks.number("schedule", margin, above=0)
         elif not callable(schedule):
-            raise TypeError(
-                _checks.message(
-                    "schedule", "a mapping {epoch: margin} or a function", schedule
-                )
+            raise _checks.type_error(
+                "schedule", "a mapping {epoch: margin} or a function", schedule
             )
         self.schedule = schedule
         self.output = output
@@ -82,13 +80,11 @@ class MarginSchedule(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         loss = self._lent.begin(self.model, self.output)
         if getattr(loss, "soft", False):
-            raise ValueError(
-                _checks.message(
-                    "schedule",
-                    "a loss that uses its margin",
-                    _checks.Told("one with soft=True, which does not"),
-                    "Take the callback away, or compile the loss with soft=False.",
-                )
+            raise _checks.value_error(
+                "schedule",
+                "a loss that uses its margin",
+                _checks.Told("one with soft=True, which does not"),
+                "Take the callback away, or compile the loss with soft=False.",
             )
         self._logs = {}
 
@@ -158,10 +154,8 @@ class MiningSchedule(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         if isinstance(stages, str) or not isinstance(stages, (Mapping, Sequence)):
-            raise TypeError(
-                _checks.message(
-                    "stages", "a sequence of words or a mapping {epoch: word}", stages
-                )
+            raise _checks.type_error(
+                "stages", "a sequence of words or a mapping {epoch: word}", stages
             )
         if isinstance(stages, Mapping):
             _check_epochs("stages", stages)
@@ -169,7 +163,7 @@ class MiningSchedule(keras.callbacks.Callback):
         else:
             self.words = tuple(stages)
         if not self.words:
-            raise ValueError(_checks.message("stages", "at least one word", stages))
+            raise _checks.value_error("stages", "at least one word", stages)
         for word in self.words:
             _checks.one_of("stages", word, MININGS)
         self.stages = stages
@@ -265,7 +259,7 @@ class _Lent:
 
 def _check_epochs(name: str, schedule: Mapping[int, Any]) -> None:
     if not schedule:
-        raise ValueError(_checks.message(name, "at least one epoch", schedule))
+        raise _checks.value_error(name, "at least one epoch", schedule)
     for epoch in schedule:
         _checks.integer(name, epoch, 0, "The keys are epochs, counted from 0.")
 
@@ -275,13 +269,11 @@ def _loss_with(model: Any, attribute: str, output: int | str | None) -> Any:
     loss = embedding_output(model, output).loss
     # A function tells its settings, but does not follow them.
     if inspect.isfunction(loss) or not hasattr(loss, attribute):
-        raise ValueError(
-            _checks.message(
-                "output",
-                f"an output whose loss has a `{attribute}`",
-                _checks.Told(f"one with the loss {loss!r}"),
-                "Compile the model with kerastrip.losses.TripletLoss for it.",
-            )
+        raise _checks.value_error(
+            "output",
+            f"an output whose loss has a `{attribute}`",
+            _checks.Told(f"one with the loss {loss!r}"),
+            "Compile the model with kerastrip.losses.TripletLoss for it.",
         )
     return loss
 

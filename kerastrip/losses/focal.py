@@ -63,10 +63,10 @@ def class_balanced_alpha(counts: Sequence[int], beta: float = 0.999) -> np.ndarr
     n = np.asarray(counts)
     expected = "a one-dimensional sequence of sample counts, each at least 1"
     if n.dtype.kind not in "iuf":
-        raise TypeError(_checks.message("counts", expected, counts))
+        raise _checks.type_error("counts", expected, counts)
     if n.ndim != 1 or not n.size or not np.all(np.isfinite(n) & (n >= 1)):
         advice = "Leave classes without samples out, or count them as 1."
-        raise ValueError(_checks.message("counts", expected, counts, advice))
+        raise _checks.value_error("counts", expected, counts, advice)
     if beta == 0.0:
         return np.ones(n.shape)
     weight = 1.0 / -np.expm1(n * np.log(beta))
@@ -608,7 +608,7 @@ def _shape(name: str, tensor: Any) -> tuple[int | None, ...]:
         told = _checks.Told("a tensor of unknown rank")
         advice = "Set its shape before the loss."
         expected = "a tensor of known rank"
-        raise ValueError(_checks.message(name, expected, told, advice)) from None
+        raise _checks.value_error(name, expected, told, advice) from None
 
 
 def _predictions(y_pred: Any, alpha: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -618,17 +618,15 @@ def _predictions(y_pred: Any, alpha: Any) -> tuple[Any, tuple[Any, ...]]:
     )
     shape = _shape("y_pred", y_pred)
     if len(shape) < 2 or shape[-1] is None:
-        raise ValueError(
-            _checks.message(
-                "y_pred",
-                "shape (batch, ..., classes) with a known number of classes",
-                _checks.Told(f"shape {shape}"),
-                "One score per row has shape (batch, 1).",
-            )
+        raise _checks.value_error(
+            "y_pred",
+            "shape (batch, ..., classes) with a known number of classes",
+            _checks.Told(f"shape {shape}"),
+            "One score per row has shape (batch, 1).",
         )
     if isinstance(alpha, list) and len(alpha) != shape[-1]:
         expected = f"a number or {shape[-1]} numbers, one per class"
-        raise ValueError(_checks.message("alpha", expected, alpha))
+        raise _checks.value_error("alpha", expected, alpha)
     return y_pred, shape
 
 
@@ -678,7 +676,7 @@ def _same_shape(y_true: Any, expected: tuple[int | None, ...], advice: str) -> N
     ):
         return
     told = _checks.Told(f"shape {shape}")
-    raise ValueError(_checks.message("y_true", f"shape {expected}", told, advice))
+    raise _checks.value_error("y_true", f"shape {expected}", told, advice)
 
 
 def _one_hot_advice(shape: tuple[int | None, ...]) -> str:

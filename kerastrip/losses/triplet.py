@@ -136,13 +136,11 @@ class TripletLoss(LabelLoss):
         """The loss of a saved configuration, of version 0.1 too."""
         known = {key: value for key, value in config.items() if key != "memory"}
         if config.get("memory") is not None:
-            raise ValueError(
-                _checks.message(
-                    "memory",
-                    "None: this version has no embedding memory",
-                    config["memory"],
-                    "Load the model with compile=False and compile it anew.",
-                )
+            raise _checks.value_error(
+                "memory",
+                "None: this version has no embedding memory",
+                config["memory"],
+                "Load the model with compile=False and compile it anew.",
             )
         return cls(**known)
 

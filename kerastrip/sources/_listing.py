@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip._checks import Told, message
 from kerastrip._labels import label_array
 
 # Endings of images, by the encoder that OpenCV must have been built with, where it may
@@ -146,24 +145,26 @@ def labelled_images(
     if not images:
         told = f"images ({', '.join(sorted(_extensions()))}) in class folders"
         advice = " ".join(f"Left out: {note}." for note in notes)
-        raise ValueError(message(name, told, Told("none"), advice))
+        raise _checks.value_error(name, told, _checks.Told("none"), advice)
     if callable(label_from):
         pairs = [(path, label_from(path)) for path in images]
         pairs = [(path, label) for path, label in pairs if label is not None]
         if not pairs:
             expected = "a label for some of the images"
-            raise ValueError(message("label_from", expected, Told("None for all")))
+            raise _checks.value_error(
+                "label_from", expected, _checks.Told("None for all")
+            )
         images, labels = [list(part) for part in zip(*pairs, strict=True)]
     else:
         labels = [_folder_label(name, path, label_from) for path in images]
     checked = label_array(labels, "labels" if label_from is None else "label_from")
     if checked.ndim == 1 and (checked == checked[0]).all():
-        told = Told(f"one, {labels[0]!r}, with {len(labels)} images")
+        told = _checks.Told(f"one, {labels[0]!r}, with {len(labels)} images")
         advice = (
             "Give the folder above, or read images without classes with "
             "ImageFiles(paths)."
         )
-        raise ValueError(message(name, "at least two classes", told, advice))
+        raise _checks.value_error(name, "at least two classes", told, advice)
     if notes:
         _checks.warn(f"`{name}` holds more than is read. Left out: {'; '.join(notes)}.")
     return images, checked
@@ -199,7 +200,7 @@ def _folder_label(name: str, path: str, word: str | None) -> str:
     if not folders:
         expected = "every image in the folder of its class"
         advice = "A callable label_from= makes labels of file names."
-        raise ValueError(message(name, expected, path, advice))
+        raise _checks.value_error(name, expected, path, advice)
     if word == "path":
         return "/".join(folders)
     if word is None and len(folders) > 1:
@@ -208,7 +209,7 @@ def _folder_label(name: str, path: str, word: str | None) -> str:
             f"For {path!r} the class is {folders[-1]!r} with 'parent', {folders[0]!r} "
             f"with 'top', {'/'.join(folders)!r} with 'path'."
         )
-        raise ValueError(message("label_from", expected, None, advice))
+        raise _checks.value_error("label_from", expected, None, advice)
     return folders[0] if word == "top" else folders[-1]
 
 

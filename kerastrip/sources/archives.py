@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kerastrip import _checks
-from kerastrip._checks import Told, message
 from kerastrip._files import refuse_devices
 from kerastrip.sources._listing import is_image, labelled_images
 from kerastrip.sources.decoding import MAX_PIXELS, check_bytes, check_head
@@ -121,7 +120,7 @@ class _Archive:
             of_the_moment = isinstance(error, OSError) and not is_wrong_with_file(error)
             if of_the_moment or isinstance(error, MemoryError):
                 raise
-            told = message("path", "a zip archive", path, f"{error}.")
+            told = _checks.message("path", "a zip archive", path, f"{error}.")
             raise ValueError(told) from error
 
     def check(self, names: Sequence[str]) -> None:
@@ -132,8 +131,8 @@ class _Archive:
             if encrypted or info.compress_type not in _STORED_OR_DEFLATED:
                 way = "encrypted" if encrypted else f"method {info.compress_type}"
                 expected = "an archive of stored or deflated members"
-                told = Told(f"{name!r} ({way})")
-                raise ValueError(message("path", expected, told, "Pack it anew."))
+                told = _checks.Told(f"{name!r} ({way})")
+                raise _checks.value_error("path", expected, told, "Pack it anew.")
 
     def stamps(self, paths: Sequence[str]) -> list[tuple[int, int]]:
         """Size and checksum of the members, as the archive tells them."""

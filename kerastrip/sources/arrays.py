@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from kerastrip._checks import Told, message, native, refuse_masked
+from kerastrip import _checks
 from kerastrip.sources._headers import read_header
 from kerastrip.sources._turns import is_safe, turn
 
@@ -109,7 +109,7 @@ def as_source(x: Any, name: str = "x") -> Any:
         "`__getitem__`, a kerastrip source, or a dict or tuple of these"
     )
     advice = _FILES if isinstance(x, (str, os.PathLike)) else ""
-    raise TypeError(message(name, expected, x, advice))
+    raise _checks.type_error(name, expected, x, advice)
 
 
 class ArraySource:
@@ -171,12 +171,12 @@ class LazyArraySource:
             got = np.asarray(read)
         if np.ma.isMaskedArray(read):  # as netCDF4 returns them
             for row, sample in zip(rows, read, strict=True):
-                refuse_masked(f"{self._name}[{row}]", sample)
+                _checks.refuse_masked(f"{self._name}[{row}]", sample)
         shape = (len(rows), *self._array.shape[1:])
         if got.shape != shape or got.dtype.kind in _NO_NUMBERS:
             expected = f"an array that returns shape {shape} for {len(rows)} rows"
             advice = "Convert it to a NumPy array first."
-            raise TypeError(message(self._name, expected, got, advice))
+            raise _checks.type_error(self._name, expected, got, advice)
         return _native(got[inverse])
 
 
@@ -220,8 +220,8 @@ class RowSource:
         for part, leaf in found.items():
             if isinstance(leaf, bytes) and _is_encoded(leaf):
                 expected = "samples, not the bytes of image files"
-                told = Told(f"{len(leaf):,} bytes that begin with {leaf[:8]!r}")
-                raise TypeError(message(f"{part}[0]", expected, told, _DECODE))
+                told = _checks.Told(f"{len(leaf):,} bytes that begin with {leaf[:8]!r}")
+                raise _checks.type_error(f"{part}[0]", expected, told, _DECODE)
         found = {part: leaf for part, leaf in found.items() if _is_path(leaf)}
         if found:  # a caption may end in ".jpg" too, but not all of them do
             for row in self._read(list(range(1, min(len(self), _FEW)))):
@@ -299,7 +299,7 @@ class StructureSource:
 
     def __init__(self, parts: Mapping | tuple, name: str = "x"):
         if not parts:
-            raise ValueError(message(name, "at least one input", parts))
+            raise _checks.value_error(name, "at least one input", parts)
         keyed = parts.items() if isinstance(parts, Mapping) else enumerate(parts)
         self._parts = {key: as_source(part, f"{name}[{key!r}]") for key, part in keyed}
         self._named = isinstance(parts, Mapping)
@@ -307,7 +307,7 @@ class StructureSource:
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{key!r}: {size}" for key, size in lengths.items())
             told = f"lengths {{{told}}}"
-            raise ValueError(message(name, "parts of one length", Told(told)))
+            raise _checks.value_error(name, "parts of one length", _checks.Told(told))
 
     def __len__(self) -> int:
         return len(next(iter(self._parts.values())))
@@ -342,16 +342,16 @@ class Subset:
 
     def __init__(self, source: Any, rows: Any):
         self._source = as_source(source, "source")
-        refuse_masked("rows", rows)
+        _checks.refuse_masked("rows", rows)
         size, rows = len(self._source), np.array(rows)
         if rows.dtype == bool and rows.shape == (size,):
             rows = np.flatnonzero(rows)
         if rows.ndim != 1 or rows.dtype.kind not in "iu":
-            raise TypeError(message("rows", f"positions in 0..{size - 1}", rows))
+            raise _checks.type_error("rows", f"positions in 0..{size - 1}", rows)
         if not len(rows) or rows.min() < 0 or rows.max() >= size:
             told = f"{rows.min()}..{rows.max()}" if len(rows) else "none"
             expected = f"positions in 0..{size - 1}, at least one"
-            raise ValueError(message("rows", expected, Told(told)))
+            raise _checks.value_error("rows", expected, _checks.Told(told))
         self._rows = rows
         labels = getattr(self._source, "labels", None)
         self.labels = None if labels is None else np.asarray(labels)[rows]
@@ -431,13 +431,13 @@ def _has(x: Any, *names: str) -> bool:
 
 def _check_length(length: int, received: Any, name: str) -> None:
     if length == 0:
-        raise ValueError(message(name, "at least one sample", received))
+        raise _checks.value_error(name, "at least one sample", received)
 
 
 def _check_rows(rows: Any, name: str) -> None:
     """Refuses what has no rows, masked entries, or paths in place of samples."""
     _check_length(len(rows), rows, name)
-    refuse_masked(name, rows)
+    _checks.refuse_masked(name, rows)
     if isinstance(rows, (list, np.ndarray)):
         few = [rows[i] for i in range(min(len(rows), _FEW))]
         if isinstance(rows, np.ndarray) and rows.dtype.kind in _TEXTS:
@@ -478,7 +478,7 @@ def _leaves(sample: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _no_samples(name: str, path: Any) -> TypeError:
-    return TypeError(message(name, "samples, not paths of files", path, _FILES))
+    return _checks.type_error(name, "samples, not paths of files", path, _FILES)
 
 
 def _native(taken: Any, name: str = "x", copy: bool = False) -> Any:
@@ -491,21 +491,21 @@ def _native(taken: Any, name: str = "x", copy: bool = False) -> Any:
         return {key: _native(part, f"{name}[{key!r}]", copy) for key, part in items}
     if type(taken) in (tuple, list):
         return type(taken)(_native(part, name, copy) for part in taken)
-    refuse_masked(name, taken)
+    _checks.refuse_masked(name, taken)
     if not isinstance(taken, np.ndarray):
         return taken
-    return native(taken.copy() if copy else taken)
+    return _checks.native(taken.copy() if copy else taken)
 
 
 def _check_array(array: Any, name: str, refused: str = _NO_NUMBERS) -> None:
     if len(array.shape) == 0:
-        raise ValueError(message(name, "an array with a first axis", array))
+        raise _checks.value_error(name, "an array with a first axis", array)
     dtype = np.dtype(array.dtype)
     if dtype.kind in refused or dtype.names is not None:
         advice = "A structured array goes in as a dict of its fields."
-        raise TypeError(message(name, "numbers", array, advice if dtype.names else ""))
+        raise _checks.type_error(name, "numbers", array, advice if dtype.names else "")
     _check_length(array.shape[0], array, name)
-    refuse_masked(name, array)
+    _checks.refuse_masked(name, array)
 
 
 def _room(first: Any, count: int, name: str) -> Any:
@@ -522,7 +522,7 @@ def _room(first: Any, count: int, name: str) -> Any:
     if model.dtype.kind in _NO_NUMBERS or model.dtype.names is not None:
         if isinstance(first, os.PathLike):
             raise _no_samples(f"{name}[0]", first)
-        raise TypeError(message(f"{name}[0]", "an array of numbers, or a text", first))
+        raise _checks.type_error(f"{name}[0]", "an array of numbers, or a text", first)
     return np.empty((count, *model.shape), model.dtype.newbyteorder("="))
 
 
@@ -543,7 +543,7 @@ def _put(
     if not isinstance(taken, np.ndarray):
         if type(row) is not type(first) or len(row) != len(first):
             kind = f"a {type(first).__name__} of {len(first)} entries"
-            raise ValueError(message(f"{name}[{place}]", f"{kind}, as {name}[0]", row))
+            raise _checks.value_error(f"{name}[{place}]", f"{kind}, as {name}[0]", row)
         for key in taken if isinstance(taken, dict) else range(len(taken)):
             part = f"{name}[{key!r}]"
             _put(taken[key], positions, row[key], first[key], place, part)
@@ -551,18 +551,18 @@ def _put(
     if taken.dtype.hasobject:
         if not isinstance(row, type(first)):
             kind = "a text" if isinstance(first, str) else "bytes"
-            raise ValueError(message(f"{name}[{place}]", f"{kind}, as {name}[0]", row))
+            raise _checks.value_error(f"{name}[{place}]", f"{kind}, as {name}[0]", row)
         array = row
     else:
         array = _shown(row, name, place)
         shape, dtype = taken.shape[1:], taken.dtype
         if array.shape != shape or not np.can_cast(array.dtype, dtype):
             expected = f"a sample of shape {shape} and dtype {dtype.name}, as {name}[0]"
-            told = Told(f"shape {array.shape} and dtype {array.dtype.name}")
+            told = _checks.Told(f"shape {array.shape} and dtype {array.dtype.name}")
             advice = "Batches need one shape: resize, crop or pad the samples."
             if array.shape[:2] == shape[:2] and hasattr(row, "convert"):
                 advice = "Images become alike with `.convert('RGB')`."
-            raise ValueError(message(f"{name}[{place}]", expected, told, advice))
+            raise _checks.value_error(f"{name}[{place}]", expected, told, advice)
     for position in positions:
         taken[position] = array
 
@@ -596,7 +596,7 @@ def _memory(sample: Any) -> list[int]:
 def _shown(sample: Any, name: str, place: int) -> np.ndarray:
     """A sample as an array; an image of Pillow in the colours that it shows."""
     if isinstance(sample, np.ma.MaskedArray):
-        refuse_masked(f"{name}[{place}]", sample)
+        _checks.refuse_masked(f"{name}[{place}]", sample)
     if hasattr(sample, "convert"):
         for mode in _SHOWN.get(getattr(sample, "mode", ""), ()):
             sample = sample.convert(mode)

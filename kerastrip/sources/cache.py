@@ -30,7 +30,7 @@ from typing import IO, Any
 import keras
 import numpy as np
 
-from kerastrip._checks import Told, boolean, message
+from kerastrip import _checks
 from kerastrip._files import write_whole
 from kerastrip.sources.arrays import ArraySource, as_source
 
@@ -89,8 +89,8 @@ def cache_images(
     source, path = as_source(source, "source"), pathlib.Path(path)
     labels = getattr(source, "labels", None)
     labels = None if labels is None else np.asarray(labels)
-    boolean("verbose", verbose)
-    boolean("verify", verify)
+    _checks.boolean("verbose", verbose)
+    _checks.boolean("verify", verify)
     # Before a sample is read: what is changed from now on is found out later.
     stamps = _stamps(source)
     about = _about(source, labels)
@@ -138,7 +138,7 @@ class CachedImages:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = False):
-        boolean("verify", verify)
+        _checks.boolean("verify", verify)
         self._path = pathlib.Path(path).absolute()
         header = _header(self._path)
         if header is None:
@@ -214,12 +214,12 @@ def _about(source: Any, labels: np.ndarray | None) -> dict[str, Any]:
     if not isinstance(first, np.ndarray) or first.dtype.kind not in "biufc":
         expected = "samples that are arrays of numbers"
         advice = "Cache the parts of a structure one by one."
-        raise TypeError(message("source", expected, first, advice))
+        raise _checks.type_error("source", expected, first, advice)
     if labels is not None and (
         labels.dtype.kind not in _LABELS or len(labels) != len(source)
     ):
         expected = f"{len(source)} labels that are numbers or strings"
-        raise TypeError(message("source.labels", expected, labels))
+        raise _checks.type_error("source.labels", expected, labels)
     return {
         "version": _VERSION,
         "samples": len(source),
@@ -243,8 +243,8 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _refused(path: pathlib.Path, received: str, advice: str = _AGAIN) -> ValueError:
-    told = Told(f"{received} in {path}")
-    return ValueError(message("path", "a whole cache of images", told, advice))
+    told = _checks.Told(f"{received} in {path}")
+    return _checks.value_error("path", "a whole cache of images", told, advice)
 
 
 # -- the header ------------------------------------------------------------------
@@ -474,7 +474,7 @@ def _append(
             f"samples of shape {shape[1:]} and dtype {about['dtype']} in rows "
             f"{rows[0]} ... {rows[-1]}"
         )
-        raise ValueError(message("source", expected, images))
+        raise _checks.value_error("source", expected, images)
     images = np.ascontiguousarray(images)
     checksums = [zlib.crc32(image.tobytes()) for image in images]
     for file, array in zip(

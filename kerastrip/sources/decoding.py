@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip._checks import message
 from kerastrip.sources._headers import Header, is_known, read_header
 
 CHANNELS = {"rgb": 3, "gray": 1}
@@ -119,7 +118,7 @@ def checked_reading(
     """The `Reading` of arguments that are checked here, but for a `checked_size`."""
     _checks.one_of("color", color, tuple(CHANNELS))
     if bits is not None and _checks.integer("bits", bits, 9) > 16:
-        raise ValueError(message("bits", "None or an integer from 9 to 16", bits))
+        raise _checks.value_error("bits", "None or an integer from 9 to 16", bits)
     limit = _checks.integer("max_pixels", max_pixels, 1)
     return Reading(size, color, bits, limit)
 

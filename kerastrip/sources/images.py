@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip._checks import message
 from kerastrip._labels import label_array
 from kerastrip.sources._listing import files_below, labelled_images
 from kerastrip.sources._turns import alone
@@ -130,14 +129,14 @@ class ImageFiles:
     ):
         if isinstance(paths, (str, bytes, os.PathLike)):
             advice = "ImageFolder(directory) reads a folder of class folders."
-            raise TypeError(message("paths", "a list of paths", paths, advice))
+            raise _checks.type_error("paths", "a list of paths", paths, advice)
         self.paths = [os.fspath(path) for path in paths]
         if not self.paths:
-            raise ValueError(message("paths", "at least one path", self.paths))
+            raise _checks.value_error("paths", "at least one path", self.paths)
         self.labels = None if labels is None else label_array(labels)
         if self.labels is not None and len(self.labels) != len(self.paths):
             expected = f"{len(self.paths)} labels, one per path"
-            raise ValueError(message("labels", expected, self.labels))
+            raise _checks.value_error("labels", expected, self.labels)
         check_ways(reduce, resize, turn)
         self._reading = checked_reading(checked_size(size), color, bits, max_pixels)
         self.reading = self._reading.told()
@@ -245,7 +244,7 @@ def _check_files(paths: Sequence[str]) -> None:
             f"{len(missing)} of {len(paths)} are not there. on_error='skip' draws "
             "others of their class."
         )
-        raise ValueError(message("paths", "paths of files", missing[0], advice))
+        raise _checks.value_error("paths", "paths of files", missing[0], advice)
 
 
 def _stamp(path: str) -> tuple[int, int]:
@@ -342,7 +341,7 @@ def ImageFolder(
     """
     root = os.fspath(directory)
     if not os.path.isdir(root):
-        raise ValueError(message("directory", "a folder", directory))
+        raise _checks.value_error("directory", "a folder", directory)
     names, notes = files_below(root)
     names, labels = labelled_images("directory", names, label_from, notes)
     return ImageFiles(

@@ -27,7 +27,6 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip._checks import Told, message
 from kerastrip._files import refuse_devices, write_whole
 from kerastrip.sources.arrays import RowSource
 from kerastrip.sources.decoding import (
@@ -139,7 +138,7 @@ class TFRecordSource:
             paths = [paths]
         files = [pathlib.Path(path) for path in paths]
         if not files:
-            raise ValueError(message("paths", "at least one file", paths))
+            raise _checks.value_error("paths", "at least one file", paths)
         _checks.text("feature", feature)
         if label is not None and not callable(label):
             _checks.text("label", label)
@@ -154,10 +153,10 @@ class TFRecordSource:
                 parse = partial(_picture, feature, reading)
                 self.reading = reading.told() if size else None
         elif not callable(parse):
-            raise TypeError(message("parse", "a function of bytes", parse))
+            raise _checks.type_error("parse", "a function of bytes", parse)
         indices = list(map(partial(_indexed, label=label, index=index), files))
         if not any(len(some.checks) for some in indices):
-            raise ValueError(message("paths", "at least one record", files))
+            raise _checks.value_error("paths", "at least one record", files)
         self.labels = None
         if label is not None:
             self.labels = _joined(files, [some.labels for some in indices])
@@ -270,11 +269,11 @@ def _parsed(
 def _damaged(path: pathlib.Path, place: int, offset: int, what: str) -> ValueError:
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b" or path.suffix in (".gz", ".zlib")
-    told = Told(f"{path} with {what} (record {place}, at byte {offset})")
+    told = _checks.Told(f"{path} with {what} (record {place}, at byte {offset})")
     advice = "Write it again, or leave it out."
     if packed:
         advice = "It is compressed, which leaves no random access: write it without."
-    return ValueError(message("paths", "whole TFRecord files", told, advice))
+    return _checks.value_error("paths", "whole TFRecord files", told, advice)
 
 
 # -- the index -------------------------------------------------------------------
@@ -410,7 +409,7 @@ def _joined(files: Sequence[pathlib.Path], labels: Sequence[np.ndarray]) -> np.n
 def _no_labels(told: str) -> TypeError:
     expected = "one integer or one string for each record, of one kind"
     advice = "A function label= makes labels of one kind."
-    return TypeError(message("label", expected, Told(told), advice))
+    return _checks.type_error("label", expected, _checks.Told(told), advice)
 
 
 # -- what is in a record ---------------------------------------------------------
