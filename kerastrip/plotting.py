@@ -596,7 +596,7 @@ def _sheet(
         + [_short(text, 10) for text in one.text.splitlines()]
         for one in every
     ]
-    if source is not None:
+    if source is not None and shown:
         images = pictures("images", source.take([*shown]))
         shown = dict(zip(shown, images, strict=True))
     height = 1.4 + 0.2 * max(map(len, below), default=0)
@@ -652,8 +652,9 @@ def _short(text: str, most: int) -> str:
 
 
 def _wrapped(name: str) -> list[str]:
-    """A name in at most three short lines."""
-    return textwrap.wrap(_short(name, 20), 10)
+    """A name in two or three short lines, broken behind "_" where it can be."""
+    lines = textwrap.wrap(_short(name, 20).replace("_", "_ "), 10)
+    return [line.replace("_ ", "_") for line in lines]
 
 
 def _headed(ax: Axes, title: str, handles: Any = None) -> None:
@@ -680,8 +681,6 @@ def _name_means(
     A name that would cover another one moves to the nearest free place, with a line to
     its mean, or is left out where there is none.
     """
-    from matplotlib.patheffects import withStroke
-
     sizes = np.bincount(codes)
     sums = [np.bincount(codes, part) for part in points.T]
     means = np.stack(sums, axis=1) / sizes[:, None]
@@ -690,12 +689,8 @@ def _name_means(
     steps = unit * np.stack([across.ravel(), down.ravel()], axis=1)
     steps = steps[np.hypot(*steps.T).argsort(kind="stable")]
     taken = np.empty((0, 3))  # x, y and half the width of the names so far
-    line = {"arrowstyle": "-", "linewidth": 0.6, "color": "#555555"}
-    style: dict[str, Any] = {
-        "arrowprops": line,
-        "path_effects": [withStroke(linewidth=2.5, foreground="white")],
-        "parse_math": False,
-    }
+    paper = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.5}
+    middle: dict[str, Any] = {"ha": "center", "va": "center", "in_layout": False}
     for code in np.argsort(-sizes, kind="stable")[:_NAMED]:
         name = _short(names[code], 12)
         half = unit * 1.5 * len(name)
@@ -704,15 +699,9 @@ def _name_means(
         apart = (gaps[..., 0] > half + taken[:, 2]) | (gaps[..., 1] > 6 * unit)
         for place in places[apart.all(axis=1)][:1]:
             taken = np.vstack([taken, [*place, half]])
-            ax.annotate(
-                name,
-                means[code],
-                place,
-                ha="center",
-                va="center",
-                size="small",
-                **style,
-            )
+            ax.plot(*np.transpose([means[code], place]), color="#555555", linewidth=0.6)
+            x, y = place
+            ax.text(x, y, name, size="small", parse_math=False, bbox=paper, **middle)
 
 
 @functools.cache

@@ -75,8 +75,8 @@ svg.spark { width: 110px; height: 24px; display: block; margin-left: auto; }
   main { padding: 16px 10px 32px; } section { padding: 14px 12px; }
   .tiles { grid-template-columns: repeat(3, 1fr); gap: 6px; }
   .tiles div { padding: 6px 8px; } dt { font-size: .75rem; } dd { font-size: 1rem; }
-  svg.spark { width: 52px; } th, td { padding-right: 8px; }
-  table { font-size: .85rem; } }
+  svg.spark { width: 40px; } th, td { padding-right: 5px; }
+  th:first-child { min-width: 5.5em; } table { font-size: .8rem; } }
 """
 
 

@@ -59,36 +59,25 @@ def look(
     )
     curve = verification_curve(embeddings, labels, distance=distance, verbose=verbose)
     figures |= {"auc": curve.auc, "eer": curve.eer}
-    distances = plotting.plot_distances(curve, margin=margin, distance=distance)
     charts = [
-        _chart(distances, "The less the two overlap, the better."),
-        _chart(plotting.plot_roc(curve), "The nearer to the upper left, the better."),
+        _chart(
+            plotting.plot_distances(curve, margin=margin, distance=distance),
+            "The less the two overlap, the better.",
+        )
     ]
     if embeddings.shape[1] > 1:
-        plane = plotting.plot_embeddings(embeddings, labels)
-        charts.append(_chart(plane, "The plane of the largest variance."))
+        charts.append(_chart(plotting.plot_embeddings(embeddings, labels)))
     confused = plotting.plot_confusions(
         embeddings, labels, images, pairs=pairs, distance=distance
     )
     near = plotting.plot_neighbours(
         embeddings, labels, images, queries=queries, k=k, distance=distance
     )
-    sheets = [
-        _chart(
-            confused,
-            "Samples of a class beside their nearest neighbour (dashed frame), which is "
-            "of another class.",
-            sheet=True,
-        ),
-        _chart(
-            near,
-            "A sample and the nearest others with their class and distance: ✓ right, "
-            "✗ wrong (dashed frame).",
-            sheet=True,
-        ),
-    ]
+    beside = "Samples beside their nearest neighbour (dashed frame), of another class."
+    others = "The nearest others, ✓ right or ✗ wrong (dashed), with class and distance."
+    sheets = [_chart(confused, beside, sheet=True), _chart(near, others, sheet=True)]
     samples = _page.section("Samples", "", _page.charts(sheets))
-    _, worst, *_ = f"{confused.get_label()}\n".split("\n")
+    worst = f"{confused.get_label()}\n".split("\n")[1]
     return Look(figures, _page.charts(charts), samples, worst)
 
 
@@ -104,7 +93,7 @@ def settings(model: Any, params: Mapping[str, Any]) -> str:
         told.append(", ".join([name or type(loss).__name__, *given]))
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None:
-        rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+        rate = float(optimizer.learning_rate)
         told.append(f"{type(optimizer).__name__}, learning rate {rate:.3g}")
     told.append(f"{model.count_params():,} parameters")
     told.append(f"{params.get('epochs')} epochs of {params.get('steps')} steps")
