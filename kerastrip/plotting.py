@@ -501,12 +501,14 @@ def plot_neighbours(
         asked = spread_rows(codes, count)
     else:
         asked = np.asarray(queries)
-    if asked.ndim != 1 or asked.dtype.kind not in "iu" or not len(asked):
-        raise ValueError(_checks.message("queries", "row numbers", queries))
-    if asked.min() < 0 or asked.max() >= len(rows):
-        raise ValueError(
-            _checks.message("queries", f"rows 0 ... {len(rows) - 1}", queries)
-        )
+    if (
+        asked.ndim != 1
+        or asked.dtype.kind not in "iu"
+        or not len(asked)
+        or (asked.min() < 0 or asked.max() >= len(rows))
+    ):
+        expected = f"rows 0 ... {len(rows) - 1}, or how many"
+        raise ValueError(_checks.message("queries", expected, queries))
     lines = []
     looked_up = nearest_others(rows, k, distance, asked)
     for query, fars, nearest in zip(asked, *looked_up, strict=True):

@@ -125,7 +125,7 @@ def test_the_page_is_self_contained_and_for_phones(model, data, tmp_path):
     assert any("default-src 'none'" in meta["content"] for meta in metas[1:])
     assert not re.search(r"https?:|url\(|@import|<script", page.source)
     images = page.all("img")
-    assert [image["class"] for image in images] == ["chart"] * 3 + ["sheet"] * 2
+    assert [image["class"] for image in images] == ["chart"] * 3 + ["photos"] * 2
     for image in images:
         assert image["alt"]
         assert decoded(image["src"]).shape[1] > 2 * 480  # sharp with two dots a pixel
@@ -448,7 +448,7 @@ onload = () => {{
   document.querySelector("pre").textContent = JSON.stringify({{
     images: [...page.images].map(image => image.naturalWidth),
     charts: [...page.querySelectorAll(".chart")].map(image => image.clientWidth),
-    sheets: [...page.querySelectorAll(".sheet")].map(image => image.clientWidth),
+    sheets: [...page.querySelectorAll(".photos")].map(image => image.clientWidth),
     curves: [...page.querySelectorAll(".spark")].map(curve => curve.clientHeight),
     width: page.documentElement.scrollWidth,
     font: parseFloat(getComputedStyle(page.body).fontSize),

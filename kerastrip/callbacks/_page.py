@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
+import numpy as np
+
 # No scripts, no network: the page cannot load anything but what it carries.
 _HEAD = """<!doctype html>
 <html lang="en">
@@ -29,7 +31,7 @@ _STYLE = """
   :root { --back: #12161c; --card: #1b2129; --text: #e6eaf0; --soft: #9aa5b4;
     --line: #303843; --bad: #ef7a74; --held: #6db3ea; --alarm: #3a2022; }
   .chart { filter: invert(.885) hue-rotate(180deg); }
-  .sheet { filter: brightness(.9); } }
+  .photos { filter: brightness(.9); } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5
   system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -123,7 +125,7 @@ def chart(image: bytes, kind: str, width: float, words: str, caption: str) -> st
 
     Args:
         image: a file of WebP.
-        kind: "chart" (dark on nothing) or "sheet" (of photographs, on white).
+        kind: "chart" (black on nothing) or "photos" (on white).
         width: its least width in pixels; on a narrower page one can scroll.
         words: what it shows; lines after the first can be unfolded below it.
         caption: what to think of it.
@@ -174,18 +176,14 @@ def spark(name: str, train: Sequence[float], held: Sequence[float] = ()) -> str:
     paths = []
     for kind, values in (("train", train), ("held", held)):
         # A single value is drawn from edge to edge.
-        values = list(values) * 2 if len(values) == 1 else values
-        pen, steps = "M", []
-        for i, value in enumerate(values):
-            if not math.isfinite(value):
-                pen = "M"
-                continue
-            x = 100 * i / (len(values) - 1)
-            y = 22 - 20 * ((value - low) / (high - low) if high > low else 0.5)
-            steps.append(f"{pen}{x:.1f} {y:.1f}")
-            pen = "L"
-        if steps:
-            paths.append(f'<path class="{kind}" d="{"".join(steps)}"/>')
+        line = np.repeat(values, 2 if len(values) == 1 else 1)
+        y = 22 - 20 * ((line - low) / (high - low) if high > low else 0 * line + 0.5)
+        there = np.isfinite(line)
+        pens = np.where(np.r_[False, there][:-1], "L", "M")  # M: begin behind a gap
+        steps = zip(pens, np.linspace(0, 100, len(line)), y, strict=True)
+        told = [f"{pen}{x:.1f} {y:.1f}" for pen, x, y in steps if math.isfinite(y)]
+        if told:
+            paths.append(f'<path class="{kind}" d="{"".join(told)}"/>')
     label = f"{name}: between {digits(low)} and {digits(high)}"
     return (
         '<svg class="spark" viewBox="0 0 100 24" preserveAspectRatio="none" role="img" '

@@ -67,15 +67,13 @@ def look(
     ]
     if embeddings.shape[1] > 1:
         charts.append(_chart(plotting.plot_embeddings(embeddings, labels)))
-    confused = plotting.plot_confusions(
-        embeddings, labels, images, pairs=pairs, distance=distance
-    )
-    near = plotting.plot_neighbours(
-        embeddings, labels, images, queries=queries, k=k, distance=distance
-    )
+    by: dict[str, Any] = {"images": images, "distance": distance}
+    confused = plotting.plot_confusions(embeddings, labels, pairs=pairs, **by)
+    near = plotting.plot_neighbours(embeddings, labels, queries=queries, k=k, **by)
     beside = "Samples beside their nearest neighbour (dashed frame), of another class."
     others = "The nearest others, ✓ right or ✗ wrong (dashed), with class and distance."
-    sheets = [_chart(confused, beside, sheet=True), _chart(near, others, sheet=True)]
+    photos = images is not None
+    sheets = [_chart(confused, beside, photos), _chart(near, others, photos)]
     samples = _page.section("Samples", "", _page.charts(sheets))
     worst = f"{confused.get_label()}\n".split("\n")[1]
     return Look(figures, _page.charts(charts), samples, worst)
@@ -271,19 +269,17 @@ def _ends(values: Sequence[float]) -> tuple[float | None, float | None]:
     return (there[0], there[-1]) if there else (None, None)
 
 
-def _chart(figure: Any, caption: str = "", sheet: bool = False) -> str:
-    """A figure for a page; a `sheet` of images keeps its own size."""
-    if not sheet:
+def _chart(figure: Any, caption: str = "", photos: bool = False) -> str:
+    """A figure for a page, of one size unless it is a sheet of samples."""
+    if figure.get_layout_engine() is not None:
         figure.set_size_inches(4.6, 3.4)
-    how = {"quality": 75} if sheet else {"lossless": True, "quality": 20}
-    file = io.BytesIO()
+    # Photographs would be large without loss, and text blurred with it.
+    how = {"quality": 70} if photos else {"lossless": True, "quality": 20}
+    file, options = io.BytesIO(), {"method": 2, **how}
+    # Dark pages turn black on nothing into white, which would spoil photographs.
     figure.savefig(
-        file,
-        format="webp",
-        dpi=216,
-        transparent=not sheet,
-        pil_kwargs={"method": 2, **how},
+        file, format="webp", dpi=216, transparent=not photos, pil_kwargs=options
     )
     width = 65 * figure.get_size_inches()[0]
-    kind = "sheet" if sheet else "chart"
+    kind = "photos" if photos else "chart"
     return _page.chart(file.getvalue(), kind, width, figure.get_label(), caption)
