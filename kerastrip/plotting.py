@@ -655,7 +655,7 @@ def _short(text: str, most: int) -> str:
 
 def _wrapped(name: str) -> list[str]:
     """A name in two or three short lines, broken behind "_" where it can be."""
-    lines = textwrap.wrap(_short(name, 20).replace("_", "_ "), 10)
+    lines = textwrap.wrap(_short(name, 20).replace("_", "_ "), 9)
     return [line.replace("_ ", "_") for line in lines]
 
 

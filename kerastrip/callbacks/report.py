@@ -27,20 +27,24 @@ class TrainingReport(keras.callbacks.Callback):
 
     One HTML file without scripts that loads nothing, for desk and phone:
 
+    - the settings of the training, and which epoch is the best so far: by `map@r` of
+      the held-out data, else by the loss;
     - the fractions of easy, semi-hard and hard triplets stacked over the epochs, with
       the loss (with `MiningStats`, for training and validation);
     - the alarms of a `CollapseGuard`, and BatchNormalization whose averages lag behind;
     - of held-out data: a table of retrieval and verification figures (first, best and
-      latest), the distances of positives and negatives with the margin, the
-      embeddings in their principal plane, the classes that nearest neighbours
-      confuse most and the neighbours of some samples, both with thumbnails;
+      latest), and the figures of `kerastrip.plotting`: the distances of positives and
+      negatives with the margin, the embeddings in their principal plane, the classes
+      that nearest neighbours confuse most and the neighbours of some samples, which
+      are called by their files where the source knows them;
     - every figure of the logs as a small curve.
 
     The file is replaced in one step: who opens it, or interrupts the training, finds
     it whole. If it cannot be written there is a warning, and the training goes on. A
-    new `fit` begins a new report; that of a training that goes on (`initial_epoch`)
-    goes on. List it last, so that it sees what the other callbacks add. A copy
-    (`copy.deepcopy`, as tuners make it) shares the data. It needs matplotlib.
+    new `fit` begins a new report; if a training is resumed with `initial_epoch`, the
+    report keeps the earlier epochs. List it last, so that it sees what the other
+    callbacks add. A copy (`copy.deepcopy`, as tuners make it) shares the data. It needs
+    matplotlib.
 
     Args:
         path: the HTML file to write; folders are made if missing.
