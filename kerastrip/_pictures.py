@@ -48,7 +48,7 @@ def limits_of(images: np.ndarray) -> tuple[float, float]:
 
 def file_names(source: Any) -> list[str] | None:
     """The names of the files that a source of images reads, None if it knows none."""
-    if hasattr(source, "origin"):  # some samples of another source
+    if callable(getattr(source, "origin", None)):  # some samples of another source
         origin, rows = source.origin()
         names = file_names(origin)
         return None if names is None else [names[row] for row in rows]
