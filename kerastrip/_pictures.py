@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,18 @@ def limits_of(images: np.ndarray) -> tuple[float, float]:
     if not finite.size or (finite.min() >= 0 and finite.max() <= 1):
         return 0.0, 1.0
     return float(finite.min()), float(finite.max())
+
+
+def file_names(source: Any) -> list[str] | None:
+    """The names of the files that a source of images reads, None if it knows none."""
+    if callable(getattr(source, "origin", None)):  # some samples of another source
+        origin, rows = source.origin()
+        names = file_names(origin)
+        return None if names is None else [names[row] for row in rows]
+    paths = getattr(source, "paths", None)
+    if paths is None or len(paths) != len(source):
+        return None
+    return [os.path.basename(path) for path in paths]
 
 
 def thumbnail(picture: np.ndarray, size: int) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Figures of a training: what the mining does, where the embeddings lie, what is confused.
 
-Every function draws a new figure (or on a given matplotlib axes, where one is
+Every function draws a new figure (or on given matplotlib axes, where one is
 enough), writes it to `path` when one is given, and returns the
-`matplotlib.figure.Figure`.
+`matplotlib.figure.Figure`. `figure.get_label()` says in words what the figure shows, as
+an alternative text of a page does. No figure needs the eye to tell red from green:
+a sign, a shape or a kind of line says the same as each colour.
 matplotlib (`pip install kerastrip[plot]`) is imported when a figure is drawn,
 and its global state (`pyplot`) is left alone.
 """
@@ -12,15 +14,16 @@ from __future__ import annotations
 import functools
 import io
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from kerastrip import _checks
 from kerastrip._files import readable
 from kerastrip._neighbours import confusions, nearest_others, spread_rows
-from kerastrip._pictures import pictures
+from kerastrip._pictures import file_names, pictures
 from kerastrip.evaluation import label_table
 from kerastrip.inference import embeddings_array
 from kerastrip.metrics import FRACTIONS as FRACTIONS
@@ -31,10 +34,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"easy": "#c9d3dc", "semi_hard": "#f2a541", "hard": "#c8413b"}
-SAME, DIFFERENT = "#2f7d4f", "#c8413b"
+COLOURS = {"easy": "#cdd6de", "semi_hard": "#f2a541", "hard": "#b5371f"}
+# Blue and vermilion differ for every kind of colour vision (Okabe and Ito 2008).
+SAME, DIFFERENT = "#0072b2", "#d55e00"
+# Seven colours and five shapes tell 35 classes apart.
+_CLASS_COLOURS = np.array(
+    ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#333333"]
+)
+_MARKERS = "os^DP"
+_LEGEND = 20  # so many classes have their names in the plane, not in a legend
+_NAMED = 30  # classes that are named there at most
 # Points of a curve that are drawn: more than a screen has.
 _POINTS = 1000
+# A sheet of samples: the width of a sample in inches, and how many there is room for
+# at least, so that the words fit.
+_CELL, _COLUMNS = 0.77, 6
 
 
 def plot_mining(
@@ -73,9 +87,44 @@ def plot_mining(
     >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     ['hard', 'semi-hard', 'easy']
     """
+    lines = _mining_lines(history, prefix)
+    figure, ax = _figure(ax, (7.0, 3.6))
+    numbers = np.arange(1, len(lines["hard"]) + 1) if epochs is None else epochs
+    if len(numbers) == 1:  # a band, where an area would have no width
+        x = np.array([-0.5, 0.5]) + numbers
+        lines = {key: np.repeat(line, 2) for key, line in lines.items()}
+        ax.set_xticks(numbers)
+    else:
+        x = np.asarray(numbers, float)
+        ax.locator_params(axis="x", integer=True)
+    names = [*lines][:3]
+    colours = [COLOURS[key] for key in FRACTIONS[::-1]]
+    drawn: list[Any] = ax.stackplot(
+        x, [lines[n] for n in names], colors=colours, labels=names
+    )
+    drawn[0].set(hatch="///", edgecolor="#ffffff55", linewidth=0)
+    ax.set(xlabel="epoch", ylabel="fraction of triplets", ylim=(0, 1), xlim=x[[0, -1]])
+    if "loss" in lines:
+        losses = ax.twinx()
+        drawn += losses.plot(x, lines["loss"], color="#222222", label="loss")
+        losses.set(ylabel="loss", ylim=(0, None))
+    data = {"": "training", "val_": "validation"}.get(prefix, prefix.strip("_"))
+    _headed(ax, f"Triplets in {data}", drawn)
+    ends = [
+        f"{key} from {line[0]:.3g} to {line[-1]:.3g}" for key, line in lines.items()
+    ]
+    told = (
+        f"Triplets in {data}, epochs {numbers[0]} to {numbers[-1]}: {', '.join(ends)}."
+    )
+    return _written(figure, told, path)
+
+
+def _mining_lines(
+    history: Mapping[str, Sequence[float]], prefix: str
+) -> dict[str, np.ndarray]:
+    """Name -> a value for each epoch: the fractions from the bottom up, and the loss."""
     keys = [prefix + key for key in FRACTIONS]
-    missing = [key for key in keys if key not in history]
-    if missing:
+    if not set(keys) <= set(history):
         raise ValueError(
             _checks.message(
                 "history",
@@ -84,30 +133,12 @@ def plot_mining(
                 "Train with `kerastrip.MiningStats()` among the callbacks.",
             )
         )
-    figure, ax = _figure(ax, (7.0, 3.6))
-    numbers = np.arange(1, len(history[keys[0]]) + 1) if epochs is None else epochs
-    x, repeats = np.asarray(numbers, float), 1
-    if len(x) == 1:  # a band, where an area would have no width
-        x, repeats = np.array([x[0] - 0.5, x[0] + 0.5]), 2
     # Hard at the bottom: what training should drive to zero grows from zero.
-    order = FRACTIONS[::-1]
-    ax.stackplot(
-        x,
-        [np.repeat(np.asarray(history[prefix + k], float), repeats) for k in order],
-        colors=[COLOURS[key] for key in order],
-        labels=[key.replace("_", "-") for key in order],
-    )
-    ax.set(xlabel="epoch", ylabel="fraction of triplets", ylim=(0, 1))
-    ax.set_xlim(x[0], x[-1])
-    ax.locator_params(axis="x", integer=True)
-    if prefix + "loss" in history:
-        losses = ax.twinx()
-        loss = np.repeat(np.asarray(history[prefix + "loss"], float), repeats)
-        losses.plot(x, loss, color="#222222", linewidth=1.5)
-        losses.set_ylabel("loss (line)")
-        losses.set_ylim(bottom=0)
-    ax.legend(loc="upper right", framealpha=0.9)
-    return _written(figure, path)
+    return {
+        key.replace("_", "-"): np.asarray(history[prefix + key], float)
+        for key in (*FRACTIONS[::-1], "loss")
+        if prefix + key in history
+    }
 
 
 def plot_embeddings(
@@ -120,11 +151,14 @@ def plot_embeddings(
 ) -> Figure:
     """Draw embeddings in the plane of their first two principal components.
 
+    Up to 19 classes have a legend. Of twenty and more the largest 30 have their name
+    at the mean of their points, as far as there is room.
+
     Args:
         embeddings: `(samples, dim)` numbers, dim >= 2.
-        labels: `(samples,)` labels; one colour for each distinct label.
-        names: what the legend calls the distinct labels, in sorted order of
-            the labels; the labels themselves by default.
+        labels: `(samples,)` labels; each has a colour and a shape.
+        names: what the distinct labels are called, in sorted order; the labels
+            themselves by default.
         ax: the axes to draw on; a new figure by default.
         path: where to write the figure; nothing is written by default.
 
@@ -150,24 +184,31 @@ def plot_embeddings(
             _checks.message("labels", f"shape ({len(embeddings)},)", labels)
         )
     figure, ax = _figure(ax, (6.0, 5.0))
-    points = _principal_plane(embeddings)
+    points, shares = _principal_plane(embeddings)
     distinct, codes = np.unique(labels, return_inverse=True)
-    colours = _class_colours(len(distinct))
-    if len(distinct) > 20:
-        ax.scatter(points[:, 0], points[:, 1], s=10, color=colours[codes])
-    else:
-        for code, label in enumerate(distinct):
-            name = readable(label) if names is None else names[code]
-            x, y = points[codes == code].T
-            ax.scatter(x, y, s=10, color=colours[code], label=name)
-        legend = ax.legend(
-            markerscale=2, ncols=1 + (len(distinct) > 10), fontsize="small"
-        )
+    names = [readable(name) for name in (distinct if names is None else names)]
+    few = len(names) < _LEGEND
+    groups = codes if few else codes % len(_MARKERS)
+    for group in range(groups.max() + 1):
+        of = groups == group
+        colours = _CLASS_COLOURS[codes[of] % len(_CLASS_COLOURS)].tolist()
+        marker, name = _MARKERS[group % len(_MARKERS)], _short(names[group], 16)
+        x, y = points[of].T
+        ax.scatter(x, y, 14, colours, marker=marker, linewidths=0, label=name)
+    ax.set_title("Embeddings in their principal plane")
+    ax.set_xlabel(f"1st principal component ({shares[0]:.0%} of the variance)")
+    ax.set_ylabel(f"2nd principal component ({shares[1]:.0%})")
+    ax.locator_params(nbins=5)
+    ax.set_aspect("equal", "datalim")
+    if few:
+        beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1.02)}
+        legend = ax.legend(frameon=False, fontsize="small", **beside)
         for text in legend.get_texts():  # a name is no formula
             text.set_parse_math(False)
-    ax.set(xlabel="1st principal component", ylabel="2nd principal component")
-    ax.set_aspect("equal", "datalim")
-    return _written(figure, path)
+    else:
+        _name_means(ax, points, codes, names)
+    told = f"{len(points)} embeddings of {len(names)} classes in their principal plane."
+    return _written(figure, told, path)
 
 
 def plot_batch(
@@ -197,28 +238,29 @@ def plot_batch(
     Example:
 
     >>> figure = plot_batch(np.zeros((4, 8, 8)), [3, 3, 5, 5])
-    >>> [axes.get_ylabel() for axes in figure.axes[::2]]
-    ['3', '5']
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['Batch', '3', '5']
     """
     images, labels = pictures("images", images), np.asarray(labels)
     if labels.shape != images.shape[:1]:
         raise ValueError(_checks.message("labels", f"shape ({len(images)},)", labels))
     starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
-    counts = np.diff(np.r_[starts, len(labels)])
-    figure = _new_figure((0.9 * counts.max() + 1.2, 0.9 * len(starts)))
-    grid = figure.subplots(len(starts), counts.max(), squeeze=False)
-    for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        for column, ax in enumerate(grid[row]):
-            _picture(ax, images[start + column] if column < count else None)
-        name = readable(labels[start]) if names is None else names[row]
-        _side_label(grid[row][0], name)
-    return _written(figure, path)
+    names = labels[starts] if names is None else names
+    lines = [
+        (readable(name), [_Sample(row) for row in rows])
+        for name, rows in zip(
+            names, np.split(np.arange(len(labels)), starts[1:]), strict=True
+        )
+    ]
+    shown = _shown(images, None, len(labels))
+    return _written(*_sheet("Batch", lines, *shown), path)
 
 
 def plot_distances(
     curve: VerificationCurve,
     *,
     margin: float | None = None,
+    distance: str | None = None,
     bins: int = 60,
     ax: Axes | None = None,
     path: str | os.PathLike[str] | None = None,
@@ -230,8 +272,9 @@ def plot_distances(
 
     Args:
         curve: from `kerastrip.verification.verification_curve(embeddings, labels)`.
-        margin: of the loss: draws the range of so much beyond the mean distance of
-            the positives, which the negatives should leave.
+        margin: the margin of the loss. Shades mean positive distance ... + margin;
+            the negatives should lie to the right of it.
+        distance: the word for the distances of the curve, for the axis.
         bins: number of bins, at least 1. Default 60.
         ax: the axes to draw on; a new figure by default.
         path: where to write the figure; nothing is written by default.
@@ -245,7 +288,7 @@ def plot_distances(
     >>> curve = verification_curve([[0.0], [1.0], [5.0], [7.0]], [0, 0, 1, 1])
     >>> figure = plot_distances(curve, margin=2.0)
     >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    ['2 positive pairs', '4 negative pairs', 'margin 2']
+    ['2 positive', '4 negative', 'margin 2']
     """
     bins = _checks.integer("bins", bins, 1)
     if margin is not None:
@@ -253,35 +296,31 @@ def plot_distances(
     figure, ax = _figure(ax, (6.0, 3.6))
     edges = np.linspace(0, max(curve.thresholds[-1], 1e-12), bins + 1)
     upto = np.searchsorted(curve.thresholds, edges, side="right") - 1
-    for kind, counts, colour in (
-        ("positive", curve.same, SAME),
-        ("negative", curve.different, DIFFERENT),
+    for kind, counts, colour, line in (
+        ("positive", curve.same, SAME, "-"),
+        ("negative", curve.different, DIFFERENT, "--"),
     ):
-        total = counts[-1]
-        inside = np.diff(np.r_[0, counts[upto[1:]]])
-        ax.stairs(
-            inside / total / np.diff(edges),
-            edges,
-            fill=True,
-            alpha=0.55,
-            color=colour,
-            label=f"{total:,} {kind} pairs",
-        )
+        density = np.diff(np.r_[0, counts[upto[1:]]]) / counts[-1] / np.diff(edges)
+        style: dict[str, Any] = {
+            "fc": f"{colour}66",
+            "ec": colour,
+            "linestyle": line,
+            "linewidth": 1.2,
+        }
+        name = f"{counts[-1]:,} {kind}"
+        ax.stairs(density, edges, fill=True, label=name, **style)
     if margin is not None:
         mean = float(np.diff(curve.same) @ curve.thresholds[1:]) / curve.same[-1]
-        ax.axvspan(
-            mean,
-            mean + margin,
-            facecolor="none",
-            edgecolor="#555555",
-            hatch="///",
-            linewidth=0.8,
-            alpha=0.5,
-            label=f"margin {margin:g}",
-        )
-    ax.set(xlabel="distance", ylabel="density", xlim=(0, edges[-1]), ylim=(0, None))
-    ax.legend(framealpha=0.9, fontsize="small")
-    return _written(figure, path)
+        style = {"fc": "none", "ec": "#555555", "hatch": "//", "linewidth": 0.8}
+        ax.axvspan(mean, mean + margin, alpha=0.6, label=f"margin {margin:g}", **style)
+    axis = f"{distance or ''} distance".replace("_", " ").strip()
+    ax.set(xlabel=axis, ylabel="density of pairs", xlim=(0, edges[-1]), ylim=(0, None))
+    _headed(ax, "Distances of positive and negative pairs")
+    told = (
+        f"Histograms of the {axis} of {curve.same[-1]:,} positive and "
+        f"{curve.different[-1]:,} negative pairs; equal error rate {curve.eer:.4g}."
+    )
+    return _written(figure, told, path)
 
 
 def plot_roc(
@@ -330,40 +369,45 @@ def plot_roc(
         [eer], [1 - eer], "o", color=DIFFERENT, label=f"EER {eer:.4f}", clip_on=False
     )
     ax.plot(grid, grid, ":", color="#777777", label="chance")
-    ax.set(xlabel="false accepts (FAR)", ylabel="true accepts (TAR)", ylim=(0, 1.02))
+    ax.set(ylim=(0, 1.02))
+    ax.set(xlabel="rate of false accepts (FAR)", ylabel="rate of true accepts (TAR)")
     if log:
         ax.set(xscale="log", xlim=(least, 1))
     else:
         ax.set_xlim(-0.02, 1)
-    ax.legend(loc="lower right", framealpha=0.9)
-    return _written(figure, path)
+    _headed(ax, "ROC of all pairs")
+    told = f"ROC of all pairs: AUC {curve.auc:.4f}, equal error rate {eer:.4f}."
+    return _written(figure, told, path)
 
 
 def plot_confusions(
     embeddings: Any,
     labels: Any,
-    images: Any,
+    images: Any = None,
     *,
     pairs: int = 5,
     examples: int = 3,
     names: Sequence[str] | None = None,
+    samples: Sequence[str] | None = None,
     distance: str = "euclidean",
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
     """Draw the classes that nearest neighbours confuse most, with examples.
 
-    A row for each pair of classes: samples of the first (left) beside their nearest
-    neighbour, which is of the second (right, framed), the nearest first.
+    A line for each pair of classes: samples of the first (left) beside their nearest
+    neighbour, which is of the second (right, in a dashed frame), the nearest first.
 
     Args:
         embeddings: `(samples, dim)` finite numbers, two rows at least.
         labels: `(samples,)` integers or strings, or one-hot rows.
         images: what to show of each sample: an array as for `plot_batch`, or a
-            source of such images.
+            source of such images. Default None: the names of the samples alone.
         pairs: how many pairs of classes to show at most. Default 5.
         examples: how many samples of each to show at most. Default 3.
         names: what the distinct labels are called, in sorted order; the labels
             themselves by default.
+        samples: what the samples are called. Default: as the files that `images`
+            reads, else "sample 12".
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
         path: where to write the figure; nothing is written by default.
 
@@ -375,69 +419,67 @@ def plot_confusions(
 
     Example:
 
-    >>> figure = plot_confusions([[0.0], [1.0], [5.0], [1.1]], ["a", "a", "b", "b"],
-    ...                          np.zeros((4, 8, 8)))
-    >>> figure.axes[0].get_ylabel().splitlines()
-    ['a taken for b', '1 of 2']
+    >>> figure = plot_confusions([[0.0], [1.0], [5.0], [1.1]], ["a", "a", "b", "b"])
+    >>> print(figure.get_label())
+    Confused classes by euclidean distance
+    a taken for b, 1 of 2
+      sample 1, sample 3
+    b taken for a, 1 of 2
+      sample 3, sample 1
     """
     pairs = _checks.integer("pairs", pairs, 1)
     examples = _checks.integer("examples", examples, 1)
     rows, codes, names = _labelled(embeddings, labels, names)
-    source = _image_source(images, len(rows))
+    source, samples = _shown(images, samples, len(rows))
     distances, nearest = nearest_others(rows, 1, distance)
-    found = confusions(codes, nearest[:, 0], distances[:, 0], pairs)
-    if not found:
-        figure = _new_figure((4.0, 1.0))
-        figure.text(0.5, 0.5, "no confusions", ha="center", va="center")
-        return _written(figure, path)
-    columns = min(examples, max(len(one.queries) for one in found))
-    figure = _new_figure((1.8 * columns + 1.6, 1.0 * len(found) + 0.2))
-    grid = figure.subplots(len(found), 2 * columns, squeeze=False)
-    for line, one in zip(grid, found, strict=True):
-        shown = np.c_[one.queries, one.neighbours][:columns].ravel()
-        drawn = pictures("images", source.take(shown))
-        for column, ax in enumerate(line):
-            _picture(
-                ax,
-                drawn[column] if column < len(shown) else None,
-                DIFFERENT if column % 2 else None,
-            )
-        _side_label(
-            line[0],
-            f"{names[one.code]} taken for {names[one.taken_for]}\n"
-            f"{len(one.queries)} of {one.total}",
-        )
-    return _written(figure, path)
+    lines = []
+    for one in confusions(codes, nearest[:, 0], distances[:, 0], pairs):
+        couples = np.c_[one.queries, one.neighbours][:examples].tolist()
+        line = [
+            _Sample(row, "", right)
+            for a, b in couples
+            for row, right in ((a, None), (b, False))
+        ]
+        told = f"{names[one.code]} taken for {names[one.taken_for]}"
+        lines.append((f"{told}, {len(one.queries)} of {one.total}", line))
+    title = "Confused classes" if lines else "No confused classes"
+    title = f"{title} by {distance.replace('_', ' ')} distance"
+    return _written(*_sheet(title, lines, source, samples, named=True), path)
 
 
 def plot_neighbours(
     embeddings: Any,
     labels: Any,
-    images: Any,
+    images: Any = None,
     *,
     queries: Any = None,
     k: int = 5,
     names: Sequence[str] | None = None,
+    samples: Sequence[str] | None = None,
     distance: str = "euclidean",
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw some samples and their nearest neighbours: right green, wrong red.
+    """Draw some samples and their nearest neighbours.
+
+    Right neighbours have ✓ and a blue frame, wrong ones ✗ and a dashed red frame.
 
     Args:
         embeddings: `(samples, dim)` finite numbers, two rows at least.
         labels: `(samples,)` integers or strings, or one-hot rows.
         images: what to show of each sample: an array as for `plot_batch`, or a
-            source of such images.
-        queries: rows to look up among the others. Default: 6, spread over the
-            classes.
+            source of such images. Default None: the names of the samples alone.
+        queries: rows to look up among the others, or how many, spread over the
+            classes. Default 6.
         k: neighbours of each, at least 1. Default 5.
         names: what the distinct labels are called, in sorted order; the labels
             themselves by default.
+        samples: what the samples are called. Default: as the files that `images`
+            reads, else "sample 12".
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
         path: where to write the figure; nothing is written by default.
 
     Returns:
-        The figure. Above each image stand its class and its distance.
+        The figure. Below each neighbour stand its class and its distance.
 
     Raises:
         TypeError, ValueError: the shapes do not fit together.
@@ -445,35 +487,40 @@ def plot_neighbours(
     Example:
 
     >>> figure = plot_neighbours([[0.0], [1.0], [5.0], [1.1]], ["a", "a", "b", "b"],
-    ...                          np.zeros((4, 8, 8)), queries=[1], k=2)
-    >>> [axes.get_title() for axes in figure.axes]
-    ['a', 'b 0.1', 'a 1']
+    ...                          queries=[1], k=2)
+    >>> print(figure.get_label())
+    Nearest neighbours by euclidean distance
+    sample 1: a, 1 of 2 right
+      sample 1, sample 3 ✗ b 0.1, sample 0 ✓ a 1
     """
     k = _checks.integer("k", k, 1)
     rows, codes, names = _labelled(embeddings, labels, names)
-    source = _image_source(images, len(rows))
-    asked = spread_rows(codes, 6) if queries is None else np.asarray(queries)
-    if asked.ndim != 1 or asked.dtype.kind not in "iu" or not len(asked):
-        raise ValueError(_checks.message("queries", "row numbers", queries))
-    if asked.min() < 0 or asked.max() >= len(rows):
-        raise ValueError(
-            _checks.message("queries", f"rows 0 ... {len(rows) - 1}", queries)
-        )
-    distances, nearest = nearest_others(rows, k, distance, asked)
-    shown = np.c_[asked, nearest]
-    drawn = pictures("images", source.take(shown.ravel()))
-    figure = _new_figure((shown.shape[1], 1.2 * len(shown)))
-    grid = figure.subplots(*shown.shape, squeeze=False)
-    for ax, row, picture in zip(grid.ravel(), shown.ravel(), drawn, strict=True):
-        _picture(ax, picture)
-        ax.set_title(names[codes[row]], fontsize="small", parse_math=False)
-    for i, query in enumerate(asked):
-        for ax, row, far in zip(grid[i, 1:], nearest[i], distances[i], strict=True):
-            name, right = names[codes[row]], codes[row] == codes[query]
-            _frame(ax, SAME if right else DIFFERENT)
-            ax.set_title(f"{name} {far:.2g}", fontsize="small")
-            ax.title.set_color(SAME if right else DIFFERENT)
-    return _written(figure, path)
+    source, samples = _shown(images, samples, len(rows))
+    if queries is None or isinstance(queries, int):
+        count = 6 if queries is None else _checks.integer("queries", queries, 1)
+        asked = spread_rows(codes, count)
+    else:
+        asked = np.asarray(queries)
+    if (
+        asked.ndim != 1
+        or asked.dtype.kind not in "iu"
+        or not len(asked)
+        or (asked.min() < 0 or asked.max() >= len(rows))
+    ):
+        expected = f"rows 0 ... {len(rows) - 1}, or how many"
+        raise ValueError(_checks.message("queries", expected, queries))
+    lines = []
+    looked_up = nearest_others(rows, k, distance, asked)
+    for query, fars, nearest in zip(asked, *looked_up, strict=True):
+        right = codes[nearest] == codes[query]
+        found = [
+            _Sample(row, f"{'✓' if ok else '✗'} {names[codes[row]]}\n{far:.2g}", ok)
+            for row, far, ok in zip(nearest, fars, right, strict=True)
+        ]
+        told = f"{names[codes[query]]}, {right.sum()} of {len(found)} right"
+        lines.append((f"{samples[query]}: {told}", [_Sample(query), *found]))
+    title = f"Nearest neighbours by {distance.replace('_', ' ')} distance"
+    return _written(*_sheet(title, lines, source, samples), path)
 
 
 def _labelled(
@@ -493,33 +540,170 @@ def _labelled(
     )
 
 
-def _image_source(images: Any, length: int) -> Any:
-    source = as_source(images, "images")
-    if len(source) != length:
+def _shown(
+    images: Any, samples: Sequence[str] | None, length: int
+) -> tuple[Any, Sequence[str]]:
+    """The source of the images, None without, and what the samples are called."""
+    source = None if images is None else as_source(images, "images")
+    if source is not None and len(source) != length:
         raise ValueError(
             _checks.message(
                 "images", f"{length} images", _checks.Told(f"{len(source)} of them")
             )
         )
-    return source
+    if samples is None:
+        samples = file_names(source) or [f"sample {row}" for row in range(length)]
+    if len(samples) != length:
+        raise ValueError(_checks.message("samples", f"{length} names", samples))
+    return source, samples
 
 
-def _picture(ax: Axes, picture: np.ndarray | None, frame: str | None = None) -> None:
-    """An image without axes, in a coloured frame if one is given; or nothing."""
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
-    if picture is not None:
-        ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        if frame is not None:
-            _frame(ax, frame)
+class _Sample(NamedTuple):
+    """A sample of a sheet: its row, a text, and whether it is right (None: no matter)."""
+
+    row: int
+    text: str = ""
+    right: bool | None = None
 
 
-def _side_label(ax: Axes, text: str) -> None:
-    ax.set_ylabel(text, rotation=0, ha="right", va="center", parse_math=False)
+def _sheet(
+    title: str,
+    lines: Sequence[tuple[str, Sequence[_Sample]]],
+    source: Any,
+    names: Sequence[str],
+    named: bool = False,
+) -> tuple[Figure, str]:
+    """Lines of samples, each under its heading, and what they show in words.
+
+    One axes holds everything, because dozens of axes would take a second. Its unit is
+    the width of a sample:
+
+        heading           0.38 high
+        +-----+ +-----+
+        | 0.9 | |     |   1
+        +-----+ +-----+
+        name    name      0.2 for each line
+        text    text
+
+    Args:
+        lines: (heading, samples) of each line.
+        source: of the images, or None: then the names stand in their place.
+        names: what the samples are called.
+        named: whether the names stand below the images.
+    """
+    every = [one for _, line in lines for one in line]
+    shown: dict[int, Any] = {one.row: _wrapped(names[one.row]) for one in every}
+    below = [
+        (shown[one.row] if named and source is not None else [])
+        + [_short(text, 10) for text in one.text.splitlines()]
+        for one in every
+    ]
+    if source is not None and shown:
+        images = pictures("images", source.take([*shown]))
+        shown = dict(zip(shown, images, strict=True))
+    height = 1.4 + 0.2 * max(map(len, below), default=0)
+    columns = max([_COLUMNS, *(len(line) for _, line in lines)])
+    tall = 0.5 + height * len(lines)
+    figure = _shown_figure()(figsize=(_CELL * columns, _CELL * tall))
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, columns), ylim=(tall, 0))
+    ax.axis("off")
+    write = functools.partial(ax.text, va="center", parse_math=False)
+    write(columns / 2, 0.25, title, fontsize="large", ha="center")
+    words, texts = [title], iter(below)
+    for i, (heading, line) in enumerate(lines):
+        top = 0.5 + height * i
+        write(0.06, top + 0.2, _short(heading, 9 * columns), fontsize=9, weight="bold")
+        for x, one in enumerate(line):
+            _cell(ax, x + 0.5, top + 0.88, shown[one.row], one.right, next(texts))
+        told = (" ".join(f"{names[one.row]} {one.text}".split()) for one in line)
+        words += [heading, "  " + ", ".join(told)]
+    return figure, "\n".join(words)
 
 
-def _frame(ax: Axes, colour: str) -> None:
-    ax.spines[:].set(visible=True, color=colour, linewidth=2.5)
+def _cell(
+    ax: Axes, x: float, y: float, shown: Any, right: bool | None, below: Sequence[str]
+) -> None:
+    """An image, or lines of text, in a frame around (x, y), and lines below it."""
+    write = functools.partial(
+        ax.text, ha="center", fontsize=8.5, linespacing=1.15, parse_math=False
+    )
+    tall = wide = 0.44
+    if isinstance(shown, np.ndarray):
+        tall, wide = 0.44 * np.array(shown.shape[:2]) / max(shown.shape[:2])
+        edges = (x - wide, x + wide, y + tall, y - tall)
+        # Without limits an image of one grey would be black.
+        ax.imshow(shown, "gray", aspect="auto", vmin=0, vmax=255, extent=edges)
+    else:
+        write(x, y, "\n".join(shown), va="center")
+    colour, line, width = {
+        None: ("#5b6675", "-", 1.0),
+        True: (SAME, "-", 2.5),
+        False: (DIFFERENT, (0, (2, 1)), 2.5),
+    }[right]
+    across, down = np.array([-1, 1, 1, -1, -1]), np.array([-1, -1, 1, 1, -1])
+    ax.plot(x + wide * across, y + tall * down, color=colour, ls=line, lw=width)
+    if below:
+        write(x, y + 0.52, "\n".join(below), va="top", color=colour)
+
+
+def _short(text: str, most: int) -> str:
+    """The text; of a long one the beginning and the end."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}…{text[most // 2 + 1 - most :]}"
+
+
+def _wrapped(name: str) -> list[str]:
+    """A name in two or three short lines, broken behind "_" where it can be."""
+    lines = textwrap.wrap(_short(name, 20).replace("_", "_ "), 9)
+    return [line.replace("_ ", "_") for line in lines]
+
+
+def _headed(ax: Axes, title: str, handles: Any = None) -> None:
+    """A title, and below it the legend, which covers nothing there."""
+    ax.set_title(title, pad=26)
+    between: dict[str, Any] = {
+        "loc": "lower center",
+        "bbox_to_anchor": (0.5, 1),
+        "frameon": False,
+    }
+    small: dict[str, Any] = {
+        "fontsize": "small",
+        "handlelength": 1.5,
+        "columnspacing": 1.2,
+    }
+    ax.legend(handles=handles, ncols=4, **between, **small)
+
+
+def _name_means(
+    ax: Axes, points: np.ndarray, codes: np.ndarray, names: Sequence[str]
+) -> None:
+    """The names of the largest classes at the means of their points.
+
+    A name that would cover another one moves to the nearest free place, with a line to
+    its mean, or is left out where there is none.
+    """
+    sizes = np.bincount(codes)
+    sums = [np.bincount(codes, part) for part in points.T]
+    means = np.stack(sums, axis=1) / sizes[:, None]
+    unit = 0.01 * (np.ptp(points, axis=0).max() or 1.0)
+    across, down = np.meshgrid(np.arange(-20, 21, 5), np.arange(-18, 19, 6))
+    steps = unit * np.stack([across.ravel(), down.ravel()], axis=1)
+    steps = steps[np.hypot(*steps.T).argsort(kind="stable")]
+    taken = np.empty((0, 3))  # x, y and half the width of the names so far
+    paper = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.5}
+    middle: dict[str, Any] = {"ha": "center", "va": "center", "in_layout": False}
+    for code in np.argsort(-sizes, kind="stable")[:_NAMED]:
+        name = _short(names[code], 12)
+        half = unit * 1.5 * len(name)
+        places = means[code] + steps
+        gaps = np.abs(places[:, None] - taken[:, :2])  # (places, taken, 2)
+        apart = (gaps[..., 0] > half + taken[:, 2]) | (gaps[..., 1] > 6 * unit)
+        for place in places[apart.all(axis=1)][:1]:
+            taken = np.vstack([taken, [*place, half]])
+            ax.plot(*np.transpose([means[code], place]), color="#555555", linewidth=0.6)
+            x, y = place
+            ax.text(x, y, name, size="small", parse_math=False, bbox=paper, **middle)
 
 
 @functools.cache
@@ -547,25 +731,21 @@ def _figure(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
     return cast("Figure", ax.get_figure(root=True)), ax
 
 
-def _written(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+def _written(figure: Figure, told: str, path: str | os.PathLike[str] | None) -> Figure:
+    """The figure, which knows in words what it shows, as a file if one is asked for."""
+    before = str(figure.get_label())  # of other axes of the same figure
+    figure.set_label(f"{before}\n{told}" if before else told)
     if path is not None:
         figure.savefig(path, dpi=120)
     return figure
 
 
-def _principal_plane(embeddings: np.ndarray) -> np.ndarray:
-    """`(samples, 2)` coordinates on the two directions of largest variance."""
+def _principal_plane(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`(samples, 2)` coordinates on the two directions of largest variance, (2,) shares."""
     centred = embeddings - embeddings.mean(axis=0)
-    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    _, scales, directions = np.linalg.svd(centred, full_matrices=False)
     # The sign of a direction is arbitrary: fix it, so that figures compare.
     signs = np.sign(directions[:, np.abs(directions).argmax(axis=1)].diagonal())
     plane = (directions * np.where(signs == 0, 1, signs)[:, None])[:2]
-    return centred @ plane.T
-
-
-def _class_colours(count: int) -> Any:
-    from matplotlib import colormaps
-
-    if count <= 10:
-        return colormaps["tab10"](np.arange(count))
-    return colormaps["turbo"](np.linspace(0, 1, count))
+    shares = scales[:2] ** 2 / max((scales**2).sum(), 1e-300)
+    return centred @ plane.T, shares

@@ -1,10 +1,13 @@
 """Figures: what is drawn is the data, the file is a picture, bad input is told."""
 
+import re
+
 import numpy as np
 import pytest
 
-from kerastrip import plotting
+from kerastrip import plotting, sources
 from kerastrip._neighbours import confusions, nearest_others
+from kerastrip._pictures import png
 from kerastrip.verification import verification_curve
 
 HISTORY = {
@@ -57,32 +60,114 @@ def test_embeddings_keep_the_plane_of_largest_variance(rng):
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["even", "odd"]
 
 
-def test_embeddings_of_many_classes_have_no_legend(rng):
-    ax = plotting.plot_embeddings(rng.normal(size=(60, 3)), np.arange(60)).axes[0]
+def test_embeddings_of_twenty_classes_have_their_names_at_their_means(rng):
+    centres = np.array([[x, y, 0] for x in range(5) for y in range(4)]) * 10.0
+    embeddings = np.repeat(centres, 3, axis=0) + 0.01 * rng.normal(size=(60, 3))
+    ax = plotting.plot_embeddings(embeddings, np.repeat(np.arange(20), 3)).axes[0]
     assert ax.get_legend() is None
-    assert len(np.unique(ax.collections[0].get_facecolor(), axis=0)) == 60
+    shown = {int(text.get_text()): text.get_position() for text in ax.texts}
+    # There is room, so that no name had to move.
+    names = np.array([shown[code] for code in range(20)])
+    for i, j in ((7, 16), (0, 19)):
+        expected = np.linalg.norm(centres[i] - centres[j])
+        assert np.linalg.norm(names[i] - names[j]) == pytest.approx(expected, rel=1e-2)
+
+
+def test_names_of_classes_never_lie_on_one_another(rng):
+    labels = np.array([f"a long name {code}" for code in np.arange(300) % 100])
+    figure = plotting.plot_embeddings(rng.normal(size=(300, 8)), labels)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent().extents for text in figure.axes[0].texts]
+    assert 5 < len(boxes) <= 30
+    for i, (left, bottom, right, top) in enumerate(boxes):
+        for x0, y0, x1, y1 in boxes[:i]:
+            assert x1 <= left or right <= x0 or y1 <= bottom or top <= y0
+
+
+def test_no_colour_and_shape_are_of_two_classes(rng):
+    few = plotting.plot_embeddings(rng.normal(size=(19, 3)), np.arange(19)).axes[0]
+    looks = {
+        (*points.get_facecolor()[0], points.get_paths()[0].vertices.tobytes())
+        for points in few.collections
+    }
+    assert len(looks) == len(few.get_legend().get_texts()) == 19
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda curve: plotting.plot_mining(HISTORY),
+        lambda curve: plotting.plot_distances(curve, margin=0.5, distance="cosine"),
+        plotting.plot_roc,
+        lambda curve: plotting.plot_embeddings(np.eye(12), np.arange(12)),
+    ],
+)
+def test_charts_have_titles_units_words_and_a_legend_that_covers_nothing(rows, draw):
+    figure = draw(verification_curve(*rows, distance="cosine"))
+    figure.canvas.draw()
+    ax = figure.axes[0]
+    assert ax.get_title()
+    assert all(axes.get_ylabel() for axes in figure.axes)
+    assert ax.get_xlabel()
+    assert figure.get_label().endswith(".")
+    legend, title = (one.get_window_extent() for one in (ax.get_legend(), ax.title))
+    assert not legend.overlaps(ax.get_window_extent())
+    assert not legend.overlaps(title)
+
+
+def test_the_axis_of_distances_says_which(rows):
+    curve = verification_curve(*rows)
+    for word, told in (
+        (None, "distance"),
+        ("squared_euclidean", "squared euclidean distance"),
+    ):
+        figure = plotting.plot_distances(curve, distance=word)
+        assert figure.axes[0].get_xlabel() == told
+        assert f"Histograms of the {told} of 180 positive" in figure.get_label()
+
+
+def lightness(colour):
+    """CIE L* of sRGB as a person with deuteranopia sees it (Machado et al. 2009)."""
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = np.array([red, green, blue]) ** 2.2
+    seen = np.array(
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
+    ) @ linear.clip(0)
+    return 116 * float([0.2126, 0.7152, 0.0722] @ seen.clip(0)) ** (1 / 3) - 16, seen
+
+
+def test_colours_stay_apart_without_red_and_green():
+    steps = sorted(lightness(colour)[0] for colour in plotting.COLOURS.values())
+    assert min(np.diff(steps)) > 8
+    same, different = (
+        lightness(colour)[1] for colour in (plotting.SAME, plotting.DIFFERENT)
+    )
+    assert np.abs(same - different).max() > 0.25  # blue and vermilion
 
 
 @pytest.mark.parametrize("channels", [(), (1,), (3,)])
-def test_batch_has_a_row_for_each_class(rng, channels, tmp_path):
+def test_batch_has_a_line_for_each_class(rng, channels, tmp_path):
     images = rng.integers(0, 256, (7, 5, 5, *channels), dtype=np.uint8)
     figure = plotting.plot_batch(
         images, [4, 4, 4, 9, 9, 9, 9], names=["four", "nine"], path=tmp_path / "b.png"
     )
-    assert [ax.get_ylabel() for ax in figure.axes] == ["four", "", "", ""] + [
-        "nine",
-        "",
-        "",
-        "",
-    ]
-    shown = [ax.images[0].get_array() for ax in figure.axes if ax.images]
-    assert len(shown) == 7
-    np.testing.assert_array_equal(shown[3], images[3].reshape(shown[3].shape))
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.texts] == ["Batch", "four", "nine"]
+    heights = [image.get_extent()[3] for image in ax.images]
+    assert len(set(heights[:3])) == len(set(heights[3:])) == 1
+    assert heights[0] < heights[3]  # the axis goes downwards
+    assert len(ax.images) == 7
+    shown = ax.images[3].get_array()
+    np.testing.assert_array_equal(shown, images[3].reshape(shown.shape))
 
 
 def test_float_images_outside_0_1_are_scaled(rng):
     figure = plotting.plot_batch(rng.normal(size=(2, 4, 4)) * 9, [0, 0])
-    shown = np.stack([ax.images[0].get_array() for ax in figure.axes])
+    shown = np.stack([image.get_array() for image in figure.axes[0].images])
     assert shown.min() == 0
     assert shown.max() == 255
 
@@ -145,15 +230,17 @@ def numbered(count):
     )
 
 
-def row_shown(ax):
-    return int(ax.images[0].get_array()[0, 0])
+def samples_of(figure):
+    """(row, frame) of the samples of a sheet of numbered images, line by line."""
+    from matplotlib.colors import to_hex
+
+    (ax,) = figure.axes
+    rows = [int(image.get_array()[0, 0]) for image in ax.images]
+    frames = [(to_hex(line.get_color()), line.get_linestyle()) for line in ax.lines]
+    return list(zip(rows, frames, strict=True))
 
 
-def is_framed(ax, colour):
-    from matplotlib.colors import to_rgba
-
-    spine = ax.spines["left"]
-    return spine.get_visible() and spine.get_edgecolor() == to_rgba(colour)
+RIGHT, WRONG = (plotting.SAME, "-"), (plotting.DIFFERENT, "--")
 
 
 def test_neighbours_are_the_nearest_and_framed_by_their_class(rows, tmp_path):
@@ -170,14 +257,18 @@ def test_neighbours_are_the_nearest_and_framed_by_their_class(rows, tmp_path):
     )
     distances = brute_force(embeddings)
     np.fill_diagonal(distances, np.inf)
-    grid = np.reshape(figure.axes, (2, 5))
-    for query, line in zip((7, 30), grid, strict=True):
-        expected = [query, *distances[query].argsort()[:4]]
-        assert [row_shown(ax) for ax in line] == expected
-        for ax, row in zip(line[1:], expected[1:], strict=True):
+    shown, words = iter(samples_of(figure)), figure.get_label()
+    for query in (7, 30):
+        assert next(shown)[0] == query
+        told = [f"sample {query}"]
+        for row in distances[query].argsort()[:4]:
             right = codes[row] == codes[query]
-            assert is_framed(ax, plotting.SAME if right else plotting.DIFFERENT)
-            assert ax.get_title() == f"{names[codes[row]]} {distances[query, row]:.2g}"
+            assert next(shown) == (row, RIGHT if right else WRONG)
+            sign, far = "✓" if right else "✗", distances[query, row]
+            told.append(f"sample {row} {sign} {names[codes[row]]} {far:.2g}")
+        assert ", ".join(told) in words
+    assert not list(shown)
+    assert len(plotting.plot_neighbours(*rows, queries=3).get_label().splitlines()) == 7
 
 
 def test_confusions_are_counted_and_shown(rows, tmp_path):
@@ -188,24 +279,57 @@ def test_confusions_are_counted_and_shown(rows, tmp_path):
     pairs = np.zeros((4, 4), int)
     np.add.at(pairs, (codes, codes[nearest]), codes != codes[nearest])
     figure = plotting.plot_confusions(
-        embeddings, codes, numbered(40), pairs=2, path=tmp_path / "confusions.png"
+        embeddings,
+        codes,
+        numbered(40),
+        pairs=2,
+        examples=1,
+        path=tmp_path / "confusions.png",
     )
-    grid = np.reshape(figure.axes, (2, -1))
-    for line, count in zip(grid, np.sort(pairs.ravel())[::-1], strict=False):
-        label, told = line[0].get_ylabel().splitlines()
-        code, taken_for = map(int, label.split(" taken for "))
-        assert told == f"{count} of 10"
-        assert count == pairs[code, taken_for]
-        query, neighbour = (row_shown(ax) for ax in line[:2])
+    shown, (_, *lines) = samples_of(figure), figure.get_label().splitlines()
+    for i, count in enumerate(np.sort(pairs.ravel())[:-3:-1]):
+        told = re.fullmatch(r"(\d) taken for (\d), (\d+) of 10", lines[2 * i])
+        code, taken_for, counted = map(int, told.groups())
+        assert counted == count == pairs[code, taken_for]
+        (query, _), (neighbour, frame) = shown[2 * i : 2 * i + 2]
         assert (codes[query], nearest[query]) == (code, neighbour)
         assert codes[neighbour] == taken_for
-        assert is_framed(line[1], plotting.DIFFERENT)
+        assert frame == WRONG
+        assert lines[2 * i + 1] == f"  sample {query}, sample {neighbour}"
     assert (tmp_path / "confusions.png").exists()
+
+
+def test_samples_are_called_by_their_files(rows, tmp_path):
+    embeddings, codes = rows
+    paths = [tmp_path / f"{row}_a_long_name.png" for row in range(80)]
+    for row, path in enumerate(paths):
+        path.write_bytes(png(np.full((4, 4), row % 40, np.uint8)))
+    files = sources.Subset(
+        sources.ImageFiles(paths, size=(4, 4), color="gray"), np.arange(40, 80)
+    )
+    figure = plotting.plot_neighbours(embeddings, codes, files, queries=[7], k=1)
+    assert "47_a_long_name.png: 3, " in figure.get_label()
+    figure = plotting.plot_confusions(embeddings, codes, files, pairs=1, examples=1)
+    written = "".join(text.get_text() for text in figure.axes[0].texts)
+    (row, _), _ = samples_of(figure)
+    assert f"{row + 40}_a_long_name.png" in written.replace("\n", "")
+    named = plotting.plot_confusions(*rows, samples=[f"no {row}" for row in range(40)])
+    assert "  no " in named.get_label()
+
+
+def test_samples_without_images_are_named(rows):
+    for draw in (plotting.plot_confusions, plotting.plot_neighbours):
+        (ax,) = draw(*rows).axes
+        assert not ax.images
+        named = [text for text in ax.texts if text.get_text().startswith("sample")]
+        assert len(named) >= 6
 
 
 def test_no_confusions_is_told():
     figure = plotting.plot_confusions(np.eye(4)[[0, 0, 1]], [0, 0, 1], numbered(3))
-    assert figure.texts[0].get_text() == "no confusions"  # the lone row is not counted
+    # The lone row is not counted.
+    assert figure.get_label() == "No confused classes by euclidean distance"
+    assert not figure.axes[0].images
 
 
 def test_a_row_is_never_its_own_neighbour():
@@ -242,6 +366,8 @@ def looked_up(**options):
         (lambda: looked_up(images=np.zeros((4, 2))), "`images`"),
         (lambda: looked_up(queries=[4]), r"`queries`.*rows 0 \.\.\. 3"),
         (lambda: looked_up(queries=[0.5]), "`queries`"),
+        (lambda: looked_up(queries=0), "`queries`"),
+        (lambda: looked_up(samples=["one"]), "`samples`.*4 names"),
         (lambda: looked_up(k=0), "`k`"),
         (lambda: looked_up(names=["one"]), "`names`.*2 names"),
     ],

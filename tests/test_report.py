@@ -4,6 +4,7 @@ import base64
 import copy
 import html.parser
 import json
+import math
 import os
 import pickle
 import re
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from harness import tiny_model
 
+from kerastrip import plotting, sources
 from kerastrip.callbacks import CollapseGuard, TrainingReport, _report_parts
 from kerastrip.callbacks._images import thumbnails_of
 from kerastrip.callbacks.collapse import Alarm
@@ -103,7 +105,7 @@ class Page(html.parser.HTMLParser):
 
 def decoded(source):
     kind, _, data = source.partition(",")
-    assert kind == "data:image/png;base64"
+    assert kind == "data:image/webp;base64"
     image = np.frombuffer(base64.b64decode(data), np.uint8)
     return cv2.imdecode(image, cv2.IMREAD_UNCHANGED)
 
@@ -120,10 +122,10 @@ def test_the_page_is_self_contained_and_for_phones(model, data, tmp_path):
     assert any("default-src 'none'" in meta["content"] for meta in metas[1:])
     assert not re.search(r"https?:|url\(|@import|<script", page.source)
     images = page.all("img")
-    assert sum(image.get("class") == "chart" for image in images) == 3
+    assert [image["class"] for image in images] == ["chart"] * 3 + ["photos"] * 2
     for image in images:
         assert image["alt"]
-        assert decoded(image["src"]).size
+        assert decoded(image["src"]).shape[1] > 2 * 480  # sharp with two dots a pixel
     for drawing in page.all("svg"):
         assert drawing["role"] == "img"
         assert drawing["aria-label"]
@@ -156,7 +158,7 @@ def test_the_figures_are_those_of_the_model(model, data, tmp_path):
     taken = y[nearest[:, 1]]
     wrong = taken != y
     assert wrong.any()
-    told = re.findall(r"(\w+) taken for (\w+) (\d+) of 6", words)
+    told = set(re.findall(r"(\w+) taken for (\w+), (\d+) of 6", words))
     assert len(told) == min(6, len(set(zip(y[wrong], taken[wrong], strict=True))))
     for name, other, count in told:
         code, taken_for = (["ant", "bee", "cat", "dog"].index(n) for n in (name, other))
@@ -164,38 +166,80 @@ def test_the_figures_are_those_of_the_model(model, data, tmp_path):
     for row in range(4):  # a query of each class, with its neighbours
         _, others = search(embeddings[[row]], embeddings, 4, distance="cosine")
         right = (y[others[0, 1:]] == y[row]).sum()
-        assert f"{names[row]}, sample {row} {right} of 3 right" in words
+        assert f"sample {row}: {names[row]}, {right} of 3 right" in words
 
 
 def test_thumbnails_show_the_samples(model, data, tmp_path):
     x, y = data
-    path = tmp_path / "report.html"
-    run(TrainingReport(path, x, y), model, LOSSES[:1])
-    shown = {image["alt"]: image for image in Page(path).all("img")}
-    image = shown["sample 0 of 0"]
-    assert image["class"] == "tiny"  # enlarged pixel by pixel
-    np.testing.assert_array_equal(decoded(image["src"]), x[0])
-
+    np.testing.assert_array_equal(thumbnails_of(x, None).take([3, 0]), x[[3, 0]])
     colours = np.zeros((24, 300, 150, 3), np.float32)
     colours[..., 2] = np.arange(24)[:, None, None] - 23.0  # -23 is black, 0 white
-    run(TrainingReport(path, x, y, images=colours), model, LOSSES[:1])
-    shown = {image["alt"]: image for image in Page(path).all("img")}
-    image = decoded(shown["sample 0 of 0"]["src"])
-    assert image.shape == (96, 48, 3)
-    assert image[0, 0].tolist() == [0, 255, 255]  # blue is black, BGR
+    (image,) = thumbnails_of(x, colours).take([0])
+    assert image.shape == (128, 64, 3)
+    assert image[0, 0].tolist() == [255, 255, 0]
+
+    path = tmp_path / "report.html"
+    reds = np.zeros((24, 8, 8, 3), np.uint8)
+    reds[..., 0] = 255
+    run(TrainingReport(path, x, y, images=reds), model, LOSSES[:1])
+    pixels = decoded(Page(path).all("img")[-1]["src"]).reshape(-1, 3).astype(int)
+    assert (np.abs(pixels - [0, 0, 255]).max(axis=1) < 30).mean() > 0.2
 
     plain = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     run(TrainingReport(path, embed(model, x), y), plain, LOSSES[:1])
     page = Page(path)
-    assert len(page.all("img")) == 2  # the charts alone
-    assert "1, sample 1" in page.words()
+    assert len(page.all("img")) == 4  # names in the place of images
+    assert "sample 1: 1, " in page.words()
 
 
-def test_thumbnails_share_one_scale():
-    images = np.arange(-10.0, 10.0)[:, None, None] * np.ones((4, 4))
-    shown = thumbnails_of(images, None)
-    for row in (0, 5, 19):  # each taken alone
-        assert (shown.take([row], 96)[0] == round(255 * row / 19)).all()
+def test_samples_have_the_names_of_their_files(data, tmp_path):
+    x, y = data
+    paths = [tmp_path / f"image_{row}.png" for row in range(24)]
+    for path, image in zip(paths, x, strict=True):
+        cv2.imwrite(str(path), image)
+    files = sources.ImageFiles(paths, size=(5, 7), color="gray")
+    for given in ((files, None), (files, x)):
+        shown = thumbnails_of(*given)
+        assert shown.paths == [path.name for path in paths]
+    layers = keras.layers.Flatten(), keras.layers.Dense(2)
+    path = tmp_path / "report.html"
+    report = TrainingReport(path, files, y)
+    run(report, keras.Sequential([keras.Input((5, 7, 1)), *layers]), LOSSES[:1])
+    assert "image_0.png: 0, " in Page(path).words()
+
+
+def test_the_settings_stand_at_the_top(model, tmp_path):
+    path = tmp_path / "report.html"
+    report = TrainingReport(path)
+    report.set_params({"epochs": 3, "steps": 7})
+    run(report, model)
+    words = Page(path).words()
+    assert "TripletLoss, margin 0.25, mining semi_hard, distance cosine" in words
+    assert "SGD, learning rate 0.01 · 108 parameters · 3 epochs" in words
+    two = keras.Model(model.inputs, [model.outputs[0], model.outputs[0]])
+    two.compile("adam", ["mse", TripletLoss(mining="hard")])
+    told = _report_parts.settings(two, {"epochs": 2, "steps": 5})
+    assert told.startswith("mse · TripletLoss, margin 0.2, mining hard, ")
+    assert told.endswith(" · 2 epochs of 5 steps")
+
+
+def test_the_best_epoch():
+    def best(losses, results=None, **history):
+        history = {"loss": losses, **history}
+        return _report_parts.best_epoch(range(len(losses)), history, results or {})
+
+    assert best([1.0]) is None
+    told = "Epoch 2 is the best (loss 0.5); the last one is worse (0.75)."
+    assert best([1.0, 0.5, 0.75]) == (1, told)
+    told = "The last epoch is the best so far (loss 0.5)."
+    assert best([1.0, 0.5, 0.5]) == (2, told)
+    told = "Epoch 1 is the best (val_loss 2); the last one is worse (nan)."
+    assert best([1.0, 0.5], val_loss=[2.0, math.nan]) == (0, told)
+    held_out = {0: {"map@r": 0.5}, 2: {"map@r": 0.25}}
+    told = "Epoch 1 is the best (map@r 0.5); the last one is worse (0.25)."
+    assert best([1.0, 0.5, 0.25], held_out) == (0, told)
+    told = "Epoch 1 is the best (map@r 0.5); the last one is worse (nan)."
+    assert best([1.0, 0.5], {0: {"map@r": 0.5}, 1: {}}) == (0, told)
 
 
 def test_the_best_value_and_its_epoch():
@@ -225,8 +269,7 @@ def test_text_of_the_user_is_escaped(model, data, tmp_path):
     assert f"Epoch 3: {NASTY}" in page.words()
     assert page.words().startswith(f"{NASTY} {NASTY} Ended")
     assert "a_nasty_<key>" in "".join(page.text)
-    assert f"{NASTY}, sample 0" in page.words()
-    assert any(NASTY in image["alt"] for image in page.all("img"))
+    assert f"sample 0: {NASTY}, " in page.words()
 
 
 def test_names_that_are_not_in_utf8_are_shown_as_escapes(model, data, tmp_path):
@@ -234,7 +277,7 @@ def test_names_that_are_not_in_utf8_are_shown_as_escapes(model, data, tmp_path):
     path = tmp_path / "report.html"
     names = np.array([os.fsdecode(b"caf\xe9"), "b", "c", "d"])[y]
     run(TrainingReport(path, x, names, title=names[0]), model, LOGS[:1])
-    assert r"caf\udce9, sample 0" in Page(path).words()
+    assert r"sample 0: caf\udce9, " in Page(path).words()
 
 
 def test_a_page_that_cannot_be_written_does_not_end_the_training(
@@ -280,7 +323,7 @@ def test_a_copy_is_a_report_of_its_own(model, data, tmp_path, copied):
     assert other._evaluation._callback is other
     if copied is copy.deepcopy:
         assert other._evaluation._data[0] is report._evaluation._data[0]
-        assert other._thumbnails is report._thumbnails
+        assert other._images is report._images
 
 
 def test_the_alarms_of_the_guard(model, tmp_path):
@@ -299,7 +342,7 @@ def test_logs_alone_without_mining(model, tmp_path):
     run(TrainingReport(path), model, [{"loss": np.float32(0.5), "word": "x"}])
     words = Page(path).words()
     assert "loss 0.5 0.5" in words
-    for absent in ("Mining", "Held-out", "Alarms", "Nearest", "word"):
+    for absent in ("Mining", "Held-out", "Alarms", "Nearest", "word", "best"):
         assert absent not in words
 
 
@@ -393,13 +436,14 @@ def test_bad_arguments(data, tmp_path):
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PROBE = """<!doctype html><meta charset="utf-8">
-<iframe id="phone" width="390" height="800" srcdoc="{report}"></iframe><pre></pre>
+<iframe id="phone" width="{width}" height="800" srcdoc="{report}"></iframe><pre></pre>
 <script>
 onload = () => {{
   const page = document.getElementById("phone").contentDocument;
   document.querySelector("pre").textContent = JSON.stringify({{
     images: [...page.images].map(image => image.naturalWidth),
     charts: [...page.querySelectorAll(".chart")].map(image => image.clientWidth),
+    sheets: [...page.querySelectorAll(".photos")].map(image => image.clientWidth),
     curves: [...page.querySelectorAll(".spark")].map(curve => curve.clientHeight),
     width: page.documentElement.scrollWidth,
     font: parseFloat(getComputedStyle(page.body).fontSize),
@@ -446,14 +490,23 @@ def test_it_opens_in_a_browser(model, data, tmp_path):
     assert console == []
     assert "Nearest neighbours" in tree
 
-    wrapper = tmp_path / "wrapper.html"
-    wrapper.write_text(PROBE.format(report=escape(path.read_text("utf-8"))), "utf-8")
-    tree, console = browse(wrapper, tmp_path / "profile", "--dump-dom")
-    assert console == []
-    seen = json.loads(re.search("<pre>(.*)</pre>", tree)[1])
-    assert len(seen["images"]) == len(Page(path).all("img")) > 40
-    assert min(seen["images"]) > 0  # every image was decoded
+    def look(path, width):
+        wrapper, page = tmp_path / "wrapper.html", escape(path.read_text("utf-8"))
+        wrapper.write_text(PROBE.format(report=page, width=width), "utf-8")
+        tree, console = browse(wrapper, tmp_path / "profile", "--dump-dom")
+        assert console == []
+        return json.loads(re.search("<pre>(.*)</pre>", tree)[1])
+
+    lone = tmp_path / "lone.html"
+    run(TrainingReport(lone), model)
+    (width,) = look(lone, 1280)["charts"]
+    assert {width} == {*look(path, 1280)["charts"]}  # nothing is blown up
+    assert width < 500
+    seen = look(path, 390)
+    assert min(seen["images"]) > 2 * 480  # every image was decoded, and is sharp
     assert len(seen["charts"]) == 4
+    assert len(seen["sheets"]) == 2
+    assert len({*seen["charts"], *seen["sheets"]}) == 1
     assert min(seen["charts"]) > 320
     assert len(seen["curves"]) == len(Page(path).all("svg"))
     assert min(seen["curves"]) > 10
@@ -463,6 +516,6 @@ def test_it_opens_in_a_browser(model, data, tmp_path):
     shot = tmp_path / "shot.png"
     browse(path, tmp_path / "profile", f"--screenshot={shot}", "--window-size=1200,900")
     colours = np.unique(cv2.imread(str(shot)).reshape(-1, 3), axis=0)
-    for name in ("#f2a541", "#c8413b"):  # semi-hard, hard
+    for name in (plotting.COLOURS["semi_hard"], plotting.COLOURS["hard"]):
         bgr = [int(name[i : i + 2], 16) for i in (5, 3, 1)]
         assert (np.abs(colours.astype(int) - bgr).max(axis=1) <= 3).any()

@@ -7,25 +7,27 @@ from typing import Any
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip._pictures import limits_of, pictures, thumbnail
+from kerastrip._pictures import file_names, limits_of, pictures, thumbnail
 from kerastrip.inference import is_batches, source_of
 from kerastrip.sources import as_source
 
 # So many samples tell the range of the values of all.
 _PROBED = 256
+_SIZE = 128  # pixels: as many as a screen of a phone gives to a sample of a figure
 
 
 class Thumbnails:
-    """Small pictures of samples, by their row.
+    """A source of small pictures of samples, as figures and sprites show them.
 
     Args:
-        source: gives the images by `take`.
-        length: how many there are.
+        source: of the images.
         name: what errors call them.
+        paths: of their files, None if they have none.
     """
 
-    def __init__(self, source: Any, length: int, name: str):
-        self._source, self._name = source, name
+    def __init__(self, source: Any, name: str, paths: list[str] | None):
+        self._source, self._name, self.paths = source, name, paths
+        length = len(source)
         probed = np.arange(min(length, _PROBED)) * length // min(length, _PROBED)
         images = np.asarray(source.take(probed))
         pictures(name, images)
@@ -34,10 +36,13 @@ class Thumbnails:
     def __deepcopy__(self, memo: Any) -> Thumbnails:
         return self  # nothing here ever changes, and the images may be large
 
-    def take(self, rows: Any, size: int) -> list[np.ndarray]:
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def take(self, rows: Any, size: int = _SIZE) -> np.ndarray:
         """uint8 pictures of some rows, no side longer than `size`."""
         images = pictures(self._name, self._source.take(rows), self._limits)
-        return [thumbnail(image, size) for image in images]
+        return np.stack([thumbnail(image, size) for image in images])
 
 
 def thumbnails_of(x: Any, images: Any) -> Thumbnails | None:
@@ -56,7 +61,7 @@ def thumbnails_of(x: Any, images: Any) -> Thumbnails | None:
     source = source_of(x)
     if images is None:
         try:
-            return Thumbnails(source, len(source), "x")
+            return Thumbnails(source, "x", file_names(source))
         except (TypeError, ValueError):  # not images
             return None
     shown = as_source(images, "images")
@@ -68,4 +73,4 @@ def thumbnails_of(x: Any, images: Any) -> Thumbnails | None:
                 _checks.Told(f"{len(shown)}"),
             )
         )
-    return Thumbnails(shown, len(shown), "images")
+    return Thumbnails(shown, "images", file_names(shown) or file_names(source))

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
+import numpy as np
+
 # No scripts, no network: the page cannot load anything but what it carries.
 _HEAD = """<!doctype html>
 <html lang="en">
@@ -23,25 +25,24 @@ _HEAD = """<!doctype html>
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #f4f5f7; --card: #fff; --text: #1c2430;
-  --soft: #5b6675; --line: #dfe3e8; --good: #2f7d4f; --bad: #c8413b; --train: #5b6675;
-  --held: #1668a8; --alarm: #fdeceb; }
+  --soft: #5b6675; --line: #dfe3e8; --bad: #b5371f; --held: #1668a8;
+  --alarm: #fdeceb; }
 @media (prefers-color-scheme: dark) {
   :root { --back: #12161c; --card: #1b2129; --text: #e6eaf0; --soft: #9aa5b4;
-    --line: #303843; --good: #57b47f; --bad: #ef7a74; --train: #9aa5b4;
-    --held: #6db3ea; --alarm: #3a2022; }
-  img.chart { filter: invert(.885) hue-rotate(180deg); } }
+    --line: #303843; --bad: #ef7a74; --held: #6db3ea; --alarm: #3a2022; }
+  .chart { filter: invert(.885) hue-rotate(180deg); }
+  .photos { filter: brightness(.9); } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5
   system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 main { max-width: 1040px; margin: 0 auto; padding: 24px 16px 48px; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 0; }
-h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
 p { margin: 0; }
 .soft { color: var(--soft); font-size: .875rem; }
 .lead { margin: 16px 0 0; max-width: 46em; }
 .tiles { display: grid; gap: 12px; margin: 20px 0 0;
-  grid-template-columns: repeat(auto-fit, minmax(104px, 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(96px, 1fr)); }
 .tiles div, section { background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; }
 .tiles div { padding: 10px 14px; }
@@ -53,12 +54,12 @@ section > .soft:last-child { margin-bottom: 0; }
 .alarms { background: var(--alarm); border-color: var(--bad); }
 .alarms li { margin: 6px 0; overflow-wrap: anywhere; }
 ul { margin: 8px 0 0; padding-left: 1.2em; }
-.charts { display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); }
-figure { margin: 0; }
-img { display: block; max-width: 100%; }
-.chart { width: 100%; height: auto; border-radius: 6px; }
-.charts figcaption { color: var(--soft); font-size: .875rem; margin-top: 4px; }
+.charts { display: grid; gap: 20px 16px; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); }
+figure { margin: 0; min-width: 0; }
+img { display: block; width: 100%; height: auto; border-radius: 6px; }
+figcaption, details { color: var(--soft); font-size: .875rem; margin-top: 6px; }
+details p { white-space: pre-line; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
@@ -69,27 +70,15 @@ th:first-child { text-align: left; font-weight: 500; white-space: normal;
 thead th { color: var(--soft); font-weight: 500; font-size: .8rem; }
 td small { color: var(--soft); }
 svg.spark { width: 110px; height: 24px; display: block; margin-left: auto; }
-.spark path { fill: none; stroke: var(--train); stroke-width: 1.5;
+.spark path { fill: none; stroke: var(--soft); stroke-width: 1.5;
   vector-effect: non-scaling-stroke; }
-.spark .held { stroke: var(--held); }
-.cards { display: grid; gap: 18px;
-  grid-template-columns: repeat(auto-fill, minmax(min(306px, 100%), 1fr)); }
-.thumbs { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; }
-.pair { display: flex; gap: 3px; }
-.thumb { width: 46px; }
-.thumb img { width: 46px; height: 46px; object-fit: contain; border-radius: 4px;
-  border: 3px solid var(--line); background: var(--back); }
-.thumb figcaption { font-size: .72rem; line-height: 1.25; text-align: center;
-  overflow-wrap: anywhere; }
-.tiny { image-rendering: pixelated; }
-.right img { border-color: var(--good); } .right figcaption { color: var(--good); }
-.wrong img { border-color: var(--bad); } .wrong figcaption { color: var(--bad); }
+.spark .held { stroke: var(--held); stroke-dasharray: 4 2; }
 @media (max-width: 480px) {
   main { padding: 16px 10px 32px; } section { padding: 14px 12px; }
-  .tiles { grid-template-columns: repeat(4, 1fr); gap: 6px; }
+  .tiles { grid-template-columns: repeat(3, 1fr); gap: 6px; }
   .tiles div { padding: 6px 8px; } dt { font-size: .75rem; } dd { font-size: 1rem; }
-  svg.spark { width: 52px; } th, td { padding-right: 8px; }
-  table { font-size: .85rem; } }
+  svg.spark { width: 40px; } th, td { padding-right: 5px; }
+  th:first-child { min-width: 5.5em; } table { font-size: .8rem; } }
 """
 
 
@@ -101,14 +90,17 @@ def page(title: str, bodies: Iterable[str]) -> str:
     )
 
 
-def header(title: str, state: str, lead: str, tiles: Iterable[tuple[str, str]]) -> str:
-    """Title, state, one paragraph and a row of (name, value) tiles."""
+def header(
+    title: str, notes: Iterable[str], lead: str, tiles: Iterable[tuple[str, str]]
+) -> str:
+    """Title, lines of notes, one paragraph and a row of (name, value) tiles."""
     cells = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
         for name, value in tiles
     )
+    soft = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
     return (
-        f'<header><h1>{escape(title)}</h1><p class="soft">{escape(state)}</p>'
+        f"<header><h1>{escape(title)}</h1>{soft}"
         f'<p class="lead">{escape(lead)}</p><dl class="tiles">{cells}</dl></header>\n'
     )
 
@@ -128,11 +120,24 @@ def charts(bodies: Iterable[str]) -> str:
     return f'<div class="charts">{"".join(bodies)}</div>\n'
 
 
-def chart(image: bytes, caption: str, alternative: str) -> str:
-    """A figure as PNG, its caption, and in words what it shows."""
+def chart(image: bytes, kind: str, width: float, words: str, caption: str) -> str:
+    """A figure.
+
+    Args:
+        image: a file of WebP.
+        kind: "chart" (black on nothing) or "photos" (on white).
+        width: its least width in pixels; on a narrower page one can scroll.
+        words: what it shows; lines after the first can be unfolded below it.
+        caption: what to think of it.
+    """
+    data = base64.b64encode(image).decode("ascii")
+    alternative, _, more = words.partition("\n")
+    if more:
+        more = f"<details><summary>In words</summary><p>{escape(more)}</p></details>"
     return (
-        f'<figure><img class="chart" alt="{escape(alternative)}" src="{_data(image)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>\n"
+        f'<figure><div class="scroll"><img class="{kind}" style="min-width:{width:.0f}px"'
+        f' alt="{escape(alternative)}" src="data:image/webp;base64,{data}"></div>'
+        f"<figcaption>{escape(caption)}</figcaption>{more}</figure>\n"
     )
 
 
@@ -171,61 +176,16 @@ def spark(name: str, train: Sequence[float], held: Sequence[float] = ()) -> str:
     paths = []
     for kind, values in (("train", train), ("held", held)):
         # A single value is drawn from edge to edge.
-        values = list(values) * 2 if len(values) == 1 else values
-        pen, steps = "M", []
-        for i, value in enumerate(values):
-            if not math.isfinite(value):
-                pen = "M"
-                continue
-            x = 100 * i / (len(values) - 1)
-            y = 22 - 20 * ((value - low) / (high - low) if high > low else 0.5)
-            steps.append(f"{pen}{x:.1f} {y:.1f}")
-            pen = "L"
-        if steps:
-            paths.append(f'<path class="{kind}" d="{"".join(steps)}"/>')
+        line = np.repeat(values, 2 if len(values) == 1 else 1)
+        y = 22 - 20 * ((line - low) / (high - low) if high > low else 0 * line + 0.5)
+        there = np.isfinite(line)
+        pens = np.where(np.r_[False, there][:-1], "L", "M")  # M: begin behind a gap
+        steps = zip(pens, np.linspace(0, 100, len(line)), y, strict=True)
+        told = [f"{pen}{x:.1f} {y:.1f}" for pen, x, y in steps if math.isfinite(y)]
+        if told:
+            paths.append(f'<path class="{kind}" d="{"".join(told)}"/>')
     label = f"{name}: between {digits(low)} and {digits(high)}"
     return (
         '<svg class="spark" viewBox="0 0 100 24" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(label)}">{"".join(paths)}</svg>'
     )
-
-
-def cards(bodies: Iterable[str]) -> str:
-    return f'<div class="cards">{"".join(bodies)}</div>\n'
-
-
-def card(heading: str, hint: str, body: str) -> str:
-    return (
-        f'<div><h3>{escape(heading)}</h3><p class="soft">{escape(hint)}</p>'
-        f'<div class="thumbs">{body}</div></div>\n'
-    )
-
-
-def thumb(
-    image: bytes | None, tiny: bool, alternative: str, lines: Sequence[str], kind: str
-) -> str:
-    """A small picture over lines of text, or these alone.
-
-    Args:
-        image: PNG.
-        tiny: whether to enlarge it without a blur.
-        alternative: what it shows, in words.
-        lines: the text.
-        kind: "right", "wrong" or "".
-    """
-    picture = ""
-    if image is not None:
-        css = ' class="tiny"' if tiny else ""
-        picture = f'<img{css} alt="{escape(alternative)}" src="{_data(image)}">'
-    return (
-        f'<figure class="thumb {kind}">{picture}'
-        f"<figcaption>{'<br>'.join(map(escape, lines))}</figcaption></figure>"
-    )
-
-
-def pair(body: str) -> str:
-    return f'<div class="pair">{body}</div>'
-
-
-def _data(image: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(image).decode('ascii')}"

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 
 from kerastrip import plotting
-from kerastrip._files import readable
-from kerastrip._neighbours import confusions, nearest_others, spread_rows
-from kerastrip._pictures import png
 from kerastrip.callbacks import _page
 from kerastrip.callbacks._images import Thumbnails
 from kerastrip.callbacks.collapse import Alarm
-from kerastrip.evaluation import label_table, retrieval_metrics
+from kerastrip.evaluation import retrieval_metrics
 from kerastrip.verification import verification_curve
 
 _RETRIEVAL = ("recall@1", "recall@5", "precision@5", "r_precision", "map@r", "mrr")
-_EXAMPLES = 4  # of each confusion
-_THUMBNAIL, _TINY = 96, 48  # pixels; what is smaller is enlarged without a blur
-
+_SETTINGS = ("margin", "mining", "distance", "gamma")  # of a loss
 _TILES = ("loss", "val_loss", "easy", "hard")
 
 # One value for each epoch, NaN where there is none.
@@ -36,13 +31,13 @@ class Look(NamedTuple):
     Attributes:
         figures: retrieval and verification figures.
         charts: HTML of the charts of distances and embeddings.
-        neighbours: HTML of the sections on confusions and neighbours.
-        worst: the most frequent confusion, in words.
+        samples: HTML of the section on confusions and neighbours.
+        worst: the most frequent confusion in words, "" if there is none.
     """
 
     figures: dict[str, float]
     charts: str
-    neighbours: str
+    samples: str
     worst: str
 
 
@@ -52,15 +47,13 @@ def look(
     *,
     distance: str,
     margin: float | None,
-    thumbnails: Thumbnails | None,
+    images: Thumbnails | None,
     verbose: bool,
     pairs: int,
     queries: int,
     k: int,
 ) -> Look:
     """Measures and draws the embeddings of held-out data."""
-    table = label_table("y", labels, len(embeddings))
-    names = [readable(name) for name in table.classes]
     figures = retrieval_metrics(
         embeddings, labels, metrics=_RETRIEVAL, distance=distance, verbose=verbose
     )
@@ -68,110 +61,78 @@ def look(
     figures |= {"auc": curve.auc, "eer": curve.eer}
     charts = [
         _chart(
-            functools.partial(plotting.plot_distances, curve, margin=margin),
-            "Distances of all pairs. The less the two overlap, the better.",
-            f"Histograms of the distances of {curve.same[-1]} positive and "
-            f"{curve.different[-1]} negative pairs; equal error rate {curve.eer:.4g}.",
+            plotting.plot_distances(curve, margin=margin, distance=distance),
+            "The less the two overlap, the better.",
         )
     ]
     if embeddings.shape[1] > 1:
-        charts.append(
-            _chart(
-                functools.partial(plotting.plot_embeddings, embeddings, labels),
-                "The embeddings in the plane of their largest variance.",
-                f"{len(embeddings)} embeddings of {len(names)} classes, in their first "
-                "two principal components.",
-            )
-        )
-    distances, nearest = nearest_others(embeddings, 1, distance)
-    found = confusions(table.codes, nearest[:, 0], distances[:, 0], pairs)
-    asked = spread_rows(table.codes, queries)
-    distances, nearest = nearest_others(embeddings, k, distance, asked)
-    shown = [row for one in found for row in _examples(one).ravel()]
-    shown += [*asked, *nearest.ravel()]
-    thumb = _thumbs(thumbnails, table.codes, names, shown)
-
-    cards = [
-        _page.card(
-            f"{names[one.code]} taken for {names[one.taken_for]}",
-            f"{len(one.queries)} of {one.total} ({len(one.queries) / one.total:.1%})",
-            "".join(
-                _page.pair(thumb(query) + thumb(row, False))
-                for query, row in _examples(one)
-            ),
-        )
-        for one in found
-    ]
-    rows = [
-        _page.card(
-            f"{names[table.codes[query]]}, sample {query}",
-            f"{(table.codes[others] == table.codes[query]).sum()} of {len(others)} right",
-            thumb(query)
-            + "".join(
-                thumb(row, table.codes[row] == table.codes[query], _page.digits(far))
-                for row, far in zip(others, fars, strict=True)
-            ),
-        )
-        for query, others, fars in zip(asked, nearest, distances, strict=True)
-    ]
-    sections = _page.section(
-        "Confusions",
-        "Pairs of classes of which the first most often has a nearest neighbour of the "
-        "second; samples beside that neighbour, the nearest first.",
-        _page.cards(cards)
-        if cards
-        else "<p>None: every nearest neighbour is right.</p>",
-    ) + _page.section(
-        "Nearest neighbours",
-        "A sample (grey frame), and the nearest others with their distance: right ones "
-        "✓ green, wrong ones ✗ red.",
-        _page.cards(rows),
-    )
-    worst = ""
-    if found:
-        first = found[0]
-        worst = (
-            f"{names[first.code]} taken for {names[first.taken_for]} "
-            f"({len(first.queries)} of {first.total})"
-        )
-    return Look(figures, _page.charts(charts), sections, worst)
+        charts.append(_chart(plotting.plot_embeddings(embeddings, labels)))
+    by: dict[str, Any] = {"images": images, "distance": distance}
+    confused = plotting.plot_confusions(embeddings, labels, pairs=pairs, **by)
+    near = plotting.plot_neighbours(embeddings, labels, queries=queries, k=k, **by)
+    beside = "Samples beside their nearest neighbour (dashed frame), of another class."
+    others = "The nearest others, ✓ right or ✗ wrong (dashed), with class and distance."
+    photos = images is not None
+    sheets = [_chart(confused, beside, photos), _chart(near, others, photos)]
+    samples = _page.section("Samples", "", _page.charts(sheets))
+    worst = f"{confused.get_label()}\n".split("\n")[1]
+    return Look(figures, _page.charts(charts), samples, worst)
 
 
-def _examples(one: Any) -> np.ndarray:
-    """(examples, 2) rows: queries and their neighbours."""
-    return np.c_[one.queries, one.neighbours][:_EXAMPLES]
-
-
-def _thumbs(
-    thumbnails: Thumbnails | None,
-    codes: np.ndarray,
-    names: Sequence[str],
-    rows: Sequence[int],
-) -> Callable[..., str]:
-    """A function from one of the rows to its thumbnail, as HTML."""
-    images: dict[int, np.ndarray] = {}
-    if thumbnails is not None:
-        distinct = np.unique(rows)
-        images = dict(zip(distinct, thumbnails.take(distinct, _THUMBNAIL), strict=True))
-
-    def thumb(row: int, right: bool | None = None, *notes: str) -> str:
-        name, image = names[codes[row]], images.get(row)
-        kind = "" if right is None else "right" if right else "wrong"
-        sign = {"": "", "right": "✓ ", "wrong": "✗ "}[kind]
-        return _page.thumb(
-            None if image is None else png(image),
-            image is not None and max(image.shape[:2]) < _TINY,
-            f"sample {row} of {name} {kind}".strip(),
-            [sign + name, *notes],
-            kind,
-        )
-
-    return thumb
-
-
-def lead(history: History, results: Mapping[int, Any], latest: Look | None) -> str:
-    """The state of the training in two sentences."""
+def settings(model: Any, params: Mapping[str, Any]) -> str:
+    """The losses, the optimizer, the size of the model and the length of the training."""
     told = []
+    for loss in filter(None, keras.tree.flatten(getattr(model, "loss", None))):
+        name = loss if isinstance(loss, str) else getattr(loss, "__name__", None)
+        values = {word: getattr(loss, word, None) for word in _SETTINGS}
+        given = [
+            f"{word} {value}" for word, value in values.items() if value is not None
+        ]
+        told.append(", ".join([name or type(loss).__name__, *given]))
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None:
+        rate = float(optimizer.learning_rate)
+        told.append(f"{type(optimizer).__name__}, learning rate {rate:.3g}")
+    told.append(f"{model.count_params():,} parameters")
+    told.append(f"{params.get('epochs')} epochs of {params.get('steps')} steps")
+    return " · ".join(told)
+
+
+def best_epoch(
+    epochs: Sequence[int], history: History, results: Mapping[int, Any]
+) -> tuple[int, str] | None:
+    """The epoch of the best held-out figure, else of the least loss, and it in words.
+
+    None where there are not two epochs to compare.
+    """
+    kinds: dict[str, dict[int, float]] = {
+        name: dict(zip(epochs, history[name], strict=True))
+        for name in ("val_loss", "loss")
+        if name in history
+    }
+    held_out = {epoch: one.get("map@r", math.nan) for epoch, one in results.items()}
+    for name, values in {"map@r": held_out, **kinds}.items():
+        finite = {epoch: one for epoch, one in values.items() if math.isfinite(one)}
+        if len(values) < 2 or not finite:
+            continue
+        choose = max if name == "map@r" else min
+        best, last = choose(finite, key=finite.__getitem__), max(values)
+        value, end = _page.digits(finite[best]), _page.digits(values[last])
+        if values[last] == finite[best]:
+            return last, f"The last epoch is the best so far ({name} {value})."
+        told = f"Epoch {best + 1} is the best ({name} {value}); the last one is worse"
+        return best, f"{told} ({end})."
+    return None
+
+
+def lead(
+    best: tuple[int, str] | None,
+    history: History,
+    results: Mapping[int, Any],
+    latest: Look | None,
+) -> str:
+    """The state of the training in three sentences."""
+    told = [] if best is None else [best[1]]
     if set(plotting.FRACTIONS) <= set(history):
         hard, easy = history["hard"], history["easy"]
         told.append(
@@ -190,7 +151,10 @@ def lead(history: History, results: Mapping[int, Any], latest: Look | None) -> s
 
 
 def tiles(
-    history: History, results: Mapping[int, Any], alarms: Sequence[Alarm] | None
+    best: tuple[int, str] | None,
+    history: History,
+    results: Mapping[int, Any],
+    alarms: Sequence[Alarm] | None,
 ) -> list[tuple[str, str]]:
     """The names and latest values of the figures that count most."""
     values = {
@@ -199,6 +163,8 @@ def tiles(
     for figures in filter(None, results.values()):
         values |= {name: figures[name] for name in ("recall@1", "map@r", "eer")}
     told = [(name, _page.digits(value)) for name, value in values.items()]
+    if best is not None:
+        told.append(("best epoch", str(best[0] + 1)))
     return told if alarms is None else [*told, ("alarms", str(len(alarms)))]
 
 
@@ -227,7 +193,7 @@ def held_out_section(latest: Look | None, results: Mapping[int, Any]) -> str:
             (
                 name,
                 [
-                    _page.spark(name, (), list(values.values())),
+                    _page.spark(name, list(values.values())),
                     _page.number(values[epochs[0]]),
                     _page.number(values[best], f"({best + 1})"),
                     _page.number(values[epochs[-1]]),
@@ -245,26 +211,11 @@ def held_out_section(latest: Look | None, results: Mapping[int, Any]) -> str:
 
 def mining_section(epochs: Sequence[int], history: History) -> str:
     """The stacked fractions of training and validation; '' if none are logged."""
-    parts = []
-    for prefix, name in (("", "Training"), ("val_", "Validation")):
-        keys = [prefix + key for key in plotting.FRACTIONS]
-        if not set(keys) <= set(history):
-            continue
-        told = ", ".join(
-            f"{key.removeprefix('val_').replace('_', '-')} from {history[key][0]:.3g} "
-            f"to {history[key][-1]:.3g}"
-            for key in [*keys, prefix + "loss"]
-            if key in history
-        )
-        parts.append(
-            _chart(
-                functools.partial(
-                    plotting.plot_mining, history, prefix=prefix, epochs=epochs
-                ),
-                f"{name}.",
-                f"{name}, epochs {epochs[0]} to {epochs[-1]}: {told}.",
-            )
-        )
+    parts = [
+        _chart(plotting.plot_mining(history, prefix=prefix, epochs=epochs))
+        for prefix in ("", "val_")
+        if {prefix + key for key in plotting.FRACTIONS} <= set(history)
+    ]
     if not parts:
         return ""
     return _page.section(
@@ -307,7 +258,7 @@ def logs_section(history: History) -> str:
         )
     return _page.section(
         "All figures of the logs",
-        "Curves and latest values of training (grey) and validation (blue).",
+        "Curves and latest values of training (grey) and validation (blue, dashed).",
         _page.table(["figure", "curve", "first", "latest", "validation"], rows),
     )
 
@@ -318,11 +269,18 @@ def _ends(values: Sequence[float]) -> tuple[float | None, float | None]:
     return (there[0], there[-1]) if there else (None, None)
 
 
-def _chart(draw: Callable[..., Any], caption: str, alternative: str) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
-    draw(ax=figure.add_subplot())
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=192, transparent=True)
-    return _page.chart(file.getvalue(), caption, alternative)
+def _chart(figure: Any, caption: str = "", photos: bool = False) -> str:
+    """A figure for a page, of one size unless it is a sheet of samples."""
+    if figure.get_layout_engine() is not None:
+        figure.set_size_inches(4.6, 3.4)
+        figure.set_layout_engine("tight")  # half the time of "constrained"
+    # Photographs would be large without loss, and text blurred with it.
+    how = {"quality": 70} if photos else {"lossless": True, "quality": 20}
+    file, options = io.BytesIO(), {"method": 2, **how}
+    # Dark pages turn black on nothing into white, which would spoil photographs.
+    figure.savefig(
+        file, format="webp", dpi=216, transparent=not photos, pil_kwargs=options
+    )
+    width = 65 * figure.get_size_inches()[0]
+    kind = "photos" if photos else "chart"
+    return _page.chart(file.getvalue(), kind, width, figure.get_label(), caption)

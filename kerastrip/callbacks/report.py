@@ -14,23 +14,10 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._files import refuse_devices, write_whole
 from kerastrip._outputs import embedding_output
-from kerastrip.callbacks import _page
+from kerastrip.callbacks import _page, _report_parts
 from kerastrip.callbacks._copies import without_model
-from kerastrip.callbacks._evaluation import (
-    EpochEvaluation,
-    HeldOut,
-)
+from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
 from kerastrip.callbacks._images import thumbnails_of
-from kerastrip.callbacks._report_parts import (
-    Look,
-    alarms_section,
-    held_out_section,
-    lead,
-    logs_section,
-    look,
-    mining_section,
-    tiles,
-)
 from kerastrip.callbacks.collapse import CollapseGuard
 from kerastrip.verification import check_codes
 
@@ -40,20 +27,24 @@ class TrainingReport(keras.callbacks.Callback):
 
     One HTML file without scripts that loads nothing, for desk and phone:
 
+    - the settings of the training, and which epoch is the best so far: by `map@r` of
+      the held-out data, else by the loss;
     - the fractions of easy, semi-hard and hard triplets stacked over the epochs, with
       the loss (with `MiningStats`, for training and validation);
     - the alarms of a `CollapseGuard`, and BatchNormalization whose averages lag behind;
     - of held-out data: a table of retrieval and verification figures (first, best and
-      latest), the distances of positives and negatives with the margin, the
-      embeddings in their principal plane, the classes that nearest neighbours
-      confuse most and the neighbours of some samples, both with thumbnails;
+      latest), and the figures of `kerastrip.plotting`: the distances of positives and
+      negatives with the margin, the embeddings in their principal plane, the classes
+      that nearest neighbours confuse most and the neighbours of some samples, which
+      are called by their files where the source knows them;
     - every figure of the logs as a small curve.
 
     The file is replaced in one step: who opens it, or interrupts the training, finds
     it whole. If it cannot be written there is a warning, and the training goes on. A
-    new `fit` begins a new report; that of a training that goes on (`initial_epoch`)
-    goes on. List it last, so that it sees what the other callbacks add. A copy
-    (`copy.deepcopy`, as tuners make it) shares the data. It needs matplotlib.
+    new `fit` begins a new report; if a training is resumed with `initial_epoch`, the
+    report keeps the earlier epochs. List it last, so that it sees what the other
+    callbacks add. A copy (`copy.deepcopy`, as tuners make it) shares the data. It needs
+    matplotlib.
 
     Args:
         path: the HTML file to write; folders are made if missing.
@@ -119,13 +110,10 @@ class TrainingReport(keras.callbacks.Callback):
             raise TypeError(_checks.message("guard", "a CollapseGuard", guard))
         self._guard = guard
         self._title = str(title)
-        self._counts = {
-            "pairs": _checks.integer("pairs", pairs, 1),
-            "queries": _checks.integer("queries", queries, 1),
-            "k": _checks.integer("k", k, 1),
-        }
+        counts = {"pairs": pairs, "queries": queries, "k": k}
+        self._counts = {n: _checks.integer(n, value, 1) for n, value in counts.items()}
         self._output = output
-        self._thumbnails = None
+        self._images = None
         self._evaluation: EpochEvaluation | None = None
         if x is None:
             for name, value in (("y", y), ("images", images)):
@@ -135,7 +123,7 @@ class TrainingReport(keras.callbacks.Callback):
             data = HeldOut(x, y)
             if data.table is not None:
                 check_codes("y", data.table.codes)
-            self._thumbnails = thumbnails_of(x, images)
+            self._images = thumbnails_of(x, images)
             self._evaluation = EpochEvaluation(
                 self,
                 [data],
@@ -148,7 +136,7 @@ class TrainingReport(keras.callbacks.Callback):
                 verbose=None,
             )
         self._logs: dict[int, dict[str, float]] = {}
-        self._latest: Look | None = None
+        self._latest: _report_parts.Look | None = None
         self._begun = 0.0
         self._first: int | None = None
         self._ended = False
@@ -193,46 +181,21 @@ class TrainingReport(keras.callbacks.Callback):
     ) -> dict[str, float]:
         loss = embedding_output(self.model, self._output).loss
         margin = getattr(loss, "margin", None)
-        self._latest = look(
+        self._latest = _report_parts.look(
             embeddings,
             labels,
             distance=distance,
             margin=margin if isinstance(margin, float) and margin > 0 else None,
-            thumbnails=self._thumbnails,
+            images=self._images,
             verbose=verbose,
             **self._counts,
         )
         return self._latest.figures
 
     def _write(self) -> None:
-        epochs = sorted(self._logs)
-        names = dict.fromkeys(name for e in epochs for name in self._logs[e])
-        history = {
-            name: [self._logs[e].get(name, math.nan) for e in epochs] for name in names
-        }
-        results = {} if self._evaluation is None else self._evaluation.results
-        found = [] if self._evaluation is None else self._evaluation.alarms
-        alarms = found or None
-        if self._guard is not None:
-            alarms = [*self._guard.alarms, *found]
-        bodies = [
-            _page.header(
-                self._title,
-                self._state(len(epochs)),
-                lead(history, results, self._latest),
-                tiles(history, results, alarms),
-            ),
-            alarms_section(alarms),
-            mining_section([e + 1 for e in epochs], history),
-        ]
-        if self._evaluation is not None:
-            bodies.append(held_out_section(self._latest, results))
-        if self._latest is not None:
-            bodies.append(self._latest.neighbours)
-        bodies.append(logs_section(history))
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path, _page.page(self._title, bodies))
+            write_whole(self._path, _page.page(self._title, self._sections()))
         except OSError as error:
             if not self._told:
                 _checks.warn(
@@ -241,6 +204,38 @@ class TrainingReport(keras.callbacks.Callback):
                     "the report, once it can be written."
                 )
             self._told = True
+
+    def _sections(self) -> list[str]:
+        epochs, latest = sorted(self._logs), self._latest
+        names = dict.fromkeys(name for e in epochs for name in self._logs[e])
+        history = {
+            name: [self._logs[e].get(name, math.nan) for e in epochs] for name in names
+        }
+        results: dict[int, Any] = {}
+        alarms = None if self._guard is None else list(self._guard.alarms)
+        if self._evaluation is not None:
+            results = self._evaluation.results
+            alarms = [*(alarms or []), *self._evaluation.alarms] or alarms
+        best = _report_parts.best_epoch(epochs, history, results)
+        notes = [
+            self._state(len(epochs)),
+            _report_parts.settings(self.model, self.params or {}),
+        ]
+        sections = [
+            _page.header(
+                self._title,
+                notes,
+                _report_parts.lead(best, history, results, latest),
+                _report_parts.tiles(best, history, results, alarms),
+            ),
+            _report_parts.alarms_section(alarms),
+            _report_parts.mining_section([e + 1 for e in epochs], history),
+        ]
+        if self._evaluation is not None:
+            sections.append(_report_parts.held_out_section(latest, results))
+        if latest is not None:
+            sections.append(latest.samples)
+        return [*sections, _report_parts.logs_section(history)]
 
     def _state(self, epochs: int) -> str:
         """How far the training is, how long it has run, and when that was."""
