@@ -26,10 +26,8 @@ def pictures(name: str, images: Any, limits: tuple[float, float] | None = None) 
     if images.ndim == 4 and images.shape[-1] == 1:
         images = images[..., 0]
     if images.ndim != 3 and (images.ndim != 4 or images.shape[-1] != 3):
-        raise ValueError(
-            _checks.message(
-                name, "shape (rows, height, width[, 1 or 3 channels])", images
-            )
+        raise _checks.value_error(
+            name, "shape (rows, height, width[, 1 or 3 channels])", images
         )
     if images.dtype.kind in "ui":
         return np.clip(images, 0, 255).astype("uint8")

@@ -125,13 +125,11 @@ def _mining_lines(
     """Name -> a value for each epoch: the fractions from the bottom up, and the loss."""
     keys = [prefix + key for key in FRACTIONS]
     if not set(keys) <= set(history):
-        raise ValueError(
-            _checks.message(
-                "history",
-                f"the keys {', '.join(keys)}",
-                _checks.Told(f"{', '.join(sorted(history)) or 'no keys'}"),
-                "Train with `kerastrip.MiningStats()` among the callbacks.",
-            )
+        raise _checks.value_error(
+            "history",
+            f"the keys {', '.join(keys)}",
+            _checks.Told(f"{', '.join(sorted(history)) or 'no keys'}"),
+            "Train with `kerastrip.MiningStats()` among the callbacks.",
         )
     # Hard at the bottom: what training should drive to zero grows from zero.
     return {
@@ -176,13 +174,9 @@ def plot_embeddings(
     """
     embeddings, labels = np.asarray(embeddings, float), np.asarray(labels)
     if embeddings.ndim != 2 or embeddings.shape[1] < 2:
-        raise ValueError(
-            _checks.message("embeddings", "shape (samples, dim >= 2)", embeddings)
-        )
+        raise _checks.value_error("embeddings", "shape (samples, dim >= 2)", embeddings)
     if labels.shape != embeddings.shape[:1]:
-        raise ValueError(
-            _checks.message("labels", f"shape ({len(embeddings)},)", labels)
-        )
+        raise _checks.value_error("labels", f"shape ({len(embeddings)},)", labels)
     figure, ax = _figure(ax, (6.0, 5.0))
     points, shares = _principal_plane(embeddings)
     distinct, codes = np.unique(labels, return_inverse=True)
@@ -243,7 +237,7 @@ def plot_batch(
     """
     images, labels = pictures("images", images), np.asarray(labels)
     if labels.shape != images.shape[:1]:
-        raise ValueError(_checks.message("labels", f"shape ({len(images)},)", labels))
+        raise _checks.value_error("labels", f"shape ({len(images)},)", labels)
     starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
     names = labels[starts] if names is None else names
     lines = [
@@ -508,7 +502,7 @@ def plot_neighbours(
         or (asked.min() < 0 or asked.max() >= len(rows))
     ):
         expected = f"rows 0 ... {len(rows) - 1}, or how many"
-        raise ValueError(_checks.message("queries", expected, queries))
+        raise _checks.value_error("queries", expected, queries)
     lines = []
     looked_up = nearest_others(rows, k, distance, asked)
     for query, fars, nearest in zip(asked, *looked_up, strict=True):
@@ -529,10 +523,10 @@ def _labelled(
     """Checked rows, the code of each, and what the codes are called."""
     rows = embeddings_array("embeddings", embeddings)
     if len(rows) < 2:
-        raise ValueError(_checks.message("embeddings", "two rows or more", rows))
+        raise _checks.value_error("embeddings", "two rows or more", rows)
     table = label_table("labels", labels, len(rows))
     if names is not None and len(names) != len(table.classes):
-        raise ValueError(_checks.message("names", f"{len(table.classes)} names", names))
+        raise _checks.value_error("names", f"{len(table.classes)} names", names)
     return (
         rows,
         table.codes,
@@ -546,15 +540,13 @@ def _shown(
     """The source of the images, None without, and what the samples are called."""
     source = None if images is None else as_source(images, "images")
     if source is not None and len(source) != length:
-        raise ValueError(
-            _checks.message(
-                "images", f"{length} images", _checks.Told(f"{len(source)} of them")
-            )
+        raise _checks.value_error(
+            "images", f"{length} images", _checks.Told(f"{len(source)} of them")
         )
     if samples is None:
         samples = file_names(source) or [f"sample {row}" for row in range(length)]
     if len(samples) != length:
-        raise ValueError(_checks.message("samples", f"{length} names", samples))
+        raise _checks.value_error("samples", f"{length} names", samples)
     return source, samples
 
 

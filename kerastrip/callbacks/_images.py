@@ -52,10 +52,8 @@ def thumbnails_of(x: Any, images: Any) -> Thumbnails | None:
     """
     if is_batches(x):
         if images is not None:
-            raise ValueError(
-                _checks.message(
-                    "images", "None for a dataset, whose order may change", images
-                )
+            raise _checks.value_error(
+                "images", "None for a dataset, whose order may change", images
             )
         return None
     source = source_of(x)
@@ -66,11 +64,9 @@ def thumbnails_of(x: Any, images: Any) -> Thumbnails | None:
             return None
     shown = as_source(images, "images")
     if len(shown) != len(source):
-        raise ValueError(
-            _checks.message(
-                "images",
-                f"{len(source)} images, one per sample",
-                _checks.Told(f"{len(shown)}"),
-            )
+        raise _checks.value_error(
+            "images",
+            f"{len(source)} images, one per sample",
+            _checks.Told(f"{len(shown)}"),
         )
     return Thumbnails(shown, "images", file_names(shown) or file_names(source))

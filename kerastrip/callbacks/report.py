@@ -107,7 +107,7 @@ class TrainingReport(keras.callbacks.Callback):
         self._path = pathlib.Path(path)
         refuse_devices("path", self._path)
         if guard is not None and not isinstance(guard, CollapseGuard):
-            raise TypeError(_checks.message("guard", "a CollapseGuard", guard))
+            raise _checks.type_error("guard", "a CollapseGuard", guard)
         self._guard = guard
         self._title = str(title)
         counts = {"pairs": pairs, "queries": queries, "k": k}
@@ -118,7 +118,7 @@ class TrainingReport(keras.callbacks.Callback):
         if x is None:
             for name, value in (("y", y), ("images", images)):
                 if value is not None:
-                    raise ValueError(_checks.message(name, "`x` with it", value))
+                    raise _checks.value_error(name, "`x` with it", value)
         else:
             data = HeldOut(x, y)
             if data.table is not None:
