@@ -174,6 +174,19 @@ def find_anchors(batch: Batch) -> Anchors:
     )
 
 
+def near_the_origin(batch: Batch) -> Batch:
+    """The batch moved by one vector of whole numbers, so that the mean of its rows is small.
+
+    Distances come from squares of lengths: far from the origin the small difference of
+    two rows would drown in them. A vector of whole numbers leaves whole numbers exact, and
+    rows of length 1, for which it is 0, as they are.
+    """
+    finite = ops.where(ops.isfinite(batch.rows), batch.rows, 0.0)  # the padding is 0
+    size = ops.maximum(ops.cast(batch.size, "float32"), 1.0)
+    mean = ops.sum(finite, axis=0) / size  # (dim,)
+    return batch._replace(rows=batch.rows - ops.round(mean))
+
+
 def ranks(positives: Any) -> Any:
     """How many ranks to go through: the positives, or 0 if they are too many."""
     return ops.where(positives <= MOST_RANKS, positives, 0)

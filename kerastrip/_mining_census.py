@@ -107,6 +107,7 @@ def count(batch: Batch, margin: Any, *, rooted: bool) -> tuple[Any, Any]:
         a semi-hard one; (2, padded) float32: the sums of the distances to the positives
         and to the negatives.
     """
+    batch = blocks.near_the_origin(batch)
     padded = ops.shape(batch.rows)[0]
 
     def visit(here: Anchors, first: Any, counts: Any, sums: Any) -> tuple:

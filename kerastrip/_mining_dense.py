@@ -241,6 +241,8 @@ def no_losses(batch: Batch) -> Terms:
 
 
 def _losses(batch: Batch, margin: Any, *, rule: Rule) -> Terms:
+    batch = blocks.near_the_origin(batch)
+
     def visit(
         d: Any, by_distance: Any, here: Anchors, first: Any, *state: Any
     ) -> tuple:
@@ -292,6 +294,7 @@ def _gradient_of_kept(rows: Any, weights: Any, kept: Any, *, rule: Rule) -> Any:
 
 
 def _gradient(batch: Batch, margin: Any, weights: Any, kept: Any, *, rule: Rule) -> Any:
+    batch = blocks.near_the_origin(batch)
     rows = batch.rows
     dim = ops.shape(rows)[1]
 

@@ -79,6 +79,7 @@ def farthest_positive(d: Any) -> Any:
 
 def choose_anchors(batch: Batch) -> Any:
     """The farthest positive and the nearest negative of every row, (2, padded)."""
+    batch = blocks.near_the_origin(batch)
 
     def visit(here: Anchors, first: Any, table: Any) -> tuple:
         d = blocks.signed_distances(batch, here, first)  # (count, padded)
@@ -91,6 +92,7 @@ def choose_anchors(batch: Batch) -> Any:
 
 def choose_negatives(batch: Batch, margin: Any, rule: Rule) -> Any:
     """The negative of every pair, (MOST_RANKS, padded): line r for positives of rank r."""
+    batch = blocks.near_the_origin(batch)
     padded = ops.shape(batch.rows)[0]
 
     def visit(here: Anchors, first: Any, table: Any) -> tuple:

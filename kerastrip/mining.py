@@ -155,24 +155,12 @@ def _mined(
 def _ordered(labels: Any, rows: Any) -> _Ordered:
     given = ops.shape(rows)[0]
     order = blocks.order_by_label(labels, given, blocks.padded_size(given))
-    rows = _near_the_origin(ops.stop_gradient(rows))
     batch = Batch(
-        blocks.take_padded(rows, order),
+        blocks.take_padded(ops.stop_gradient(rows), order),
         blocks.take_padded(labels, order),
         ops.convert_to_tensor(given, "int32"),
     )
     return _Ordered(batch, order, blocks.inverse_order(order), given)
-
-
-def _near_the_origin(rows: Any) -> Any:
-    """Rows (batch, dim) moved by one vector of whole numbers, so that their mean is small.
-
-    Distances come from squares of lengths: far from the origin the small difference of
-    two rows would drown in them. A vector of whole numbers leaves whole numbers exact, and
-    rows of length 1 as they are, for which it is 0.
-    """
-    finite = ops.where(ops.isfinite(rows), rows, 0.0)
-    return rows - ops.round(ops.mean(finite, axis=0, keepdims=True))
 
 
 def triplet_census(
