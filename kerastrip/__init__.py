@@ -7,7 +7,7 @@ and a view of what the mining does while the model trains. Pass a `PKSampler` to
 
 from kerastrip import distances, evaluation, mining, plotting, sources, verification
 from kerastrip._version import __version__
-from kerastrip.augmentation import Augmentation
+from kerastrip.augmentation.pipeline import Augmentation
 from kerastrip.callbacks import (
     CollapseGuard,
     EmbeddingProjector,
@@ -19,7 +19,8 @@ from kerastrip.callbacks import (
     TrainingReport,
     VerificationEvaluation,
 )
-from kerastrip.inference import embed, search
+from kerastrip.evaluation.embedding import embed, search
+from kerastrip.evaluation.recalibration import recalibrate
 from kerastrip.losses import (
     BinaryFocalLoss,
     CategoricalFocalLoss,
@@ -36,9 +37,8 @@ from kerastrip.losses import (
     triplet_semihard_loss,
 )
 from kerastrip.metrics import TripletCensus
-from kerastrip.plan import PKPlan, SamplingReport, split_classes, split_samples
-from kerastrip.recalibration import recalibrate
-from kerastrip.sampler import PKSampler
+from kerastrip.sampling.plan import PKPlan, SamplingReport, split_classes, split_samples
+from kerastrip.sampling.sampler import PKSampler
 from kerastrip.sources import cache_images
 
 __all__ = [

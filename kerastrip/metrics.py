@@ -9,11 +9,11 @@ import keras
 from keras import ops
 
 from kerastrip import _checks
-from kerastrip._mining_blocks import choose
 from kerastrip._numerics import integer_labels, nan_unless, plain
-from kerastrip._replicas import gathered, whole
 from kerastrip.distances import DISTANCES
-from kerastrip.mining import Census, triplet_census
+from kerastrip.mining.blocks import choose
+from kerastrip.mining.engine import Census, triplet_census
+from kerastrip.mining.replicas import gathered, whole
 
 # Every figure is the sum of its own name, over rows and batches, divided by another sum.
 # Whoever adds one adds a line here, the two sums in `_counts` or `_measure`, and a line in

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kerastrip.sampler import PKSampler
+from kerastrip.sampling.sampler import PKSampler
 from kerastrip.sources import BrokenSamples, ImageFolder, ZipImages
 
 OMNIGLOT = (

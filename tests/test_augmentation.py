@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kerastrip import augmentation
-from kerastrip._keyed import PythonRandom
-from kerastrip.augmentation import Augmentation
+from kerastrip.augmentation.keyed_random import PythonRandom
+from kerastrip.augmentation.pipeline import Augmentation
 
 KEYS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4).map(tuple)
 

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from kerastrip.callbacks.collapse import CollapseGuard
 from kerastrip.callbacks.mining_stats import MiningStats
 from kerastrip.losses import TripletLoss
-from kerastrip.sampler import PKSampler
+from kerastrip.sampling.sampler import PKSampler
 
 OMNIGLOT = pathlib.Path(__file__).parents[2] / "shared" / "data" / "omniglot"
 

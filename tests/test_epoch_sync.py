@@ -16,7 +16,7 @@ import pytest
 
 from kerastrip.callbacks import EpochSync
 from kerastrip.callbacks.epoch_sync import sampler_beside
-from kerastrip.sampler import PKSampler
+from kerastrip.sampling.sampler import PKSampler
 
 LABELS = np.repeat(np.arange(6), 6)
 SHAPE = {"classes_per_batch": 4, "samples_per_class": 2, "batches_per_epoch": 5}

@@ -6,8 +6,8 @@ from sklearn import metrics as sk
 from sklearn.cluster import KMeans
 
 from kerastrip import verification
-from kerastrip.evaluation import METRICS, retrieval_metrics
-from kerastrip.verification import (
+from kerastrip.evaluation.retrieval import METRICS, retrieval_metrics
+from kerastrip.evaluation.verification import (
     pair_distances,
     verification_curve,
     verification_folds,

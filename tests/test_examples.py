@@ -11,7 +11,7 @@ from harness import load_example
 
 import kerastrip
 from kerastrip.callbacks._averages import lags
-from kerastrip.recalibration import compare_modes
+from kerastrip.evaluation.recalibration import compare_modes
 
 
 @pytest.fixture(scope="module")

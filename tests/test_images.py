@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 import kerastrip
-from kerastrip.plan import PKPlan
-from kerastrip.sampler import PKSampler
+from kerastrip.sampling.plan import PKPlan
+from kerastrip.sampling.sampler import PKSampler
 from kerastrip.sources import (
     BrokenSamples,
     ImageFiles,

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from harness import tiny_model
 
-from kerastrip import inference
-from kerastrip.augmentation import Augmentation
-from kerastrip.inference import embed, embed_with_targets, nearest, search
+from kerastrip.augmentation.pipeline import Augmentation
+from kerastrip.evaluation import embedding as inference
+from kerastrip.evaluation.embedding import embed, embed_with_targets, nearest, search
 from kerastrip.losses import TripletLoss
-from kerastrip.sampler import PKSampler
+from kerastrip.sampling.sampler import PKSampler
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine")
 

@@ -9,7 +9,7 @@ from reference import census_figures
 
 from kerastrip import metrics
 from kerastrip.metrics import KEYS, TripletCensus
-from kerastrip.mining import Census
+from kerastrip.mining.engine import Census
 
 # Few shapes in all that runs on every backend: JAX compiles for each anew.
 backend = pytest.mark.backend

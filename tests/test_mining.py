@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from kerastrip import _mining_dense, mining
-from kerastrip._mining_blocks import block_rows, compiled_on_tensorflow, padded_size
-from kerastrip._mining_pairs import nearest_beyond
+from kerastrip import mining
+from kerastrip.distances import DISTANCES
+from kerastrip.mining import dense as _mining_dense
+from kerastrip.mining.blocks import block_rows, compiled_on_tensorflow, padded_size
+from kerastrip.mining.pairs import nearest_beyond
 
 
 def census_of(labels, embeddings, **options):
@@ -61,7 +63,7 @@ def test_census_of_any_histogram_with_ties(batch, margin):
 
 
 @pytest.mark.backend
-@pytest.mark.parametrize("word", mining.DISTANCES)
+@pytest.mark.parametrize("word", DISTANCES)
 def test_census_of_a_skewed_batch(word, rng):
     labels, rows = skewed_batch(rng)
     assert_census(census_of(labels, rows, distance=word), labels, rows, word=word)

@@ -9,7 +9,9 @@ import pytest
 import reference
 from keras import ops
 
-from kerastrip import _mining_blocks, mining
+from kerastrip import mining
+from kerastrip.distances import DISTANCES
+from kerastrip.mining import blocks as _mining_blocks
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def assert_census(got, expected):
         )
 
 
-@pytest.mark.parametrize("word", mining.DISTANCES)
+@pytest.mark.parametrize("word", DISTANCES)
 @pytest.mark.parametrize("large", [0, 67])
 def test_census_with_ties(word, large, small_blocks, rng):
     labels, rows = ragged_batch(rng, large=large, size=90)

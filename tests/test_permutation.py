@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kerastrip._permutation import arrange, cycle, deal, mix, permute, split_permute
+from kerastrip.sampling.permutation import (
+    arrange,
+    cycle,
+    deal,
+    mix,
+    permute,
+    split_permute,
+)
 
 KEYS = st.integers(0, 2**64 - 1)
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kerastrip import plan as plan_module
-from kerastrip.plan import PKPlan, split_classes, split_samples
+from kerastrip.sampling import plan as plan_module
+from kerastrip.sampling.plan import PKPlan, split_classes, split_samples
 
 MODES = ("balanced", "coverage")
 

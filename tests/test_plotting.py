@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from kerastrip import plotting, sources
-from kerastrip._neighbours import confusions, nearest_others
-from kerastrip._pictures import png
-from kerastrip.verification import verification_curve
+from kerastrip.evaluation.confusions import confusions, nearest_others
+from kerastrip.evaluation.verification import verification_curve
+from kerastrip.plotting.pictures import png
 
 HISTORY = {
     "easy": [0.2, 0.5, 0.7],

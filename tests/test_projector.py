@@ -11,8 +11,8 @@ import pytest
 from harness import tensorflow_only, tiny_model
 
 from kerastrip.callbacks import EmbeddingProjector, MiningStats, projector
-from kerastrip.inference import embed
-from kerastrip.sampler import PKSampler
+from kerastrip.evaluation.embedding import embed
+from kerastrip.sampling.sampler import PKSampler
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from kerastrip import (
     recalibrate,
 )
 from kerastrip.callbacks import _averages
-from kerastrip.evaluation import retrieval_metrics
-from kerastrip.recalibration import Figures, compare_modes
+from kerastrip.evaluation.recalibration import Figures, compare_modes
+from kerastrip.evaluation.retrieval import retrieval_metrics
 
 pytestmark = pytest.mark.backend
 layers = keras.layers

@@ -20,13 +20,14 @@ import pytest
 from harness import tiny_model
 
 from kerastrip import plotting, sources
-from kerastrip.callbacks import CollapseGuard, TrainingReport, _report_parts
-from kerastrip.callbacks._images import thumbnails_of
+from kerastrip.callbacks import CollapseGuard, TrainingReport
 from kerastrip.callbacks.collapse import Alarm
-from kerastrip.evaluation import retrieval_metrics
-from kerastrip.inference import embed, search
+from kerastrip.callbacks.report import sections as _report_parts
+from kerastrip.evaluation.embedding import embed, search
+from kerastrip.evaluation.retrieval import retrieval_metrics
+from kerastrip.evaluation.verification import verification_curve
 from kerastrip.losses import TripletLoss
-from kerastrip.verification import verification_curve
+from kerastrip.plotting.thumbnails import thumbnails_of
 
 NASTY = "<script>alert('x')</script>&\" $\\frac$"
 VOID = {"meta", "link", "img", "br", "wbr", "path"}

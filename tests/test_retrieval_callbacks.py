@@ -12,17 +12,17 @@ import pytest
 import tensorflow as tf
 from harness import tensorflow_only, tiny_model
 
-from kerastrip import inference
 from kerastrip.callbacks import (
     RetrievalEvaluation,
     VerificationEvaluation,
 )
-from kerastrip.evaluation import retrieval_metrics
-from kerastrip.inference import embed
+from kerastrip.evaluation import embedding as inference
+from kerastrip.evaluation.embedding import embed
+from kerastrip.evaluation.retrieval import retrieval_metrics
+from kerastrip.evaluation.verification import verification_metrics
 from kerastrip.losses import TripletLoss
-from kerastrip.sampler import PKSampler
+from kerastrip.sampling.sampler import PKSampler
 from kerastrip.sources import Subset
-from kerastrip.verification import verification_metrics
 
 pytestmark = pytest.mark.backend
 
@@ -302,7 +302,7 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
 from kerastrip.callbacks import RetrievalEvaluation
-from kerastrip.inference import embed
+from kerastrip.evaluation.embedding import embed
 with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
     model.compile("sgd", "mse")

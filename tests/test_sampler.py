@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from harness import run_script, tensorflow_only, until
 
-from kerastrip import _batch, _checks
-from kerastrip.augmentation import Augmentation
+from kerastrip import _checks
+from kerastrip.augmentation.pipeline import Augmentation
 from kerastrip.callbacks import EpochSync
-from kerastrip.plan import PKPlan
-from kerastrip.sampler import PKSampler
+from kerastrip.sampling import batch_parts as _batch
+from kerastrip.sampling.plan import PKPlan
+from kerastrip.sampling.sampler import PKSampler
 
 P, K, SIZE = 4, 3, 6
 SHAPE = {"classes_per_batch": P, "samples_per_class": K}
@@ -726,7 +727,7 @@ import os, signal, sys, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import keras, numpy as np
 from kerastrip.callbacks import EpochSync
-from kerastrip.sampler import PKSampler
+from kerastrip.sampling.sampler import PKSampler
 
 parent = os.getpid()
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kerastrip._schedule import Balanced, Coverage, _fill_level
+from kerastrip.sampling.epoch_modes import Balanced, Coverage, _fill_level
 
 
 @st.composite

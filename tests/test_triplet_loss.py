@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from kerastrip import losses, mining
+from kerastrip.distances import DISTANCES
 from kerastrip.losses import ContrastiveLoss
 from kerastrip.losses.triplet import (
     TripletHardLoss,
@@ -86,7 +87,7 @@ def test_golden_values_and_gradients(case, metric, triplet_golden):
 
 @pytest.mark.backend
 @pytest.mark.parametrize("word", mining.MININGS)
-@pytest.mark.parametrize("distance", mining.DISTANCES)
+@pytest.mark.parametrize("distance", DISTANCES)
 def test_every_word_and_distance_agrees_with_the_loops(word, distance, rng):
     assert_like_the_loops(*batch(rng), rng, mining=word, distance=distance)
 
@@ -172,7 +173,7 @@ def test_batches_without_triplets_have_value_and_gradient_0(word, labels):
 
 @pytest.mark.backend
 @pytest.mark.parametrize("word", mining.MININGS)
-@pytest.mark.parametrize("distance", mining.DISTANCES)
+@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 def test_duplicates_and_large_rows_stay_finite(word, distance, scale, rng):
     labels = np.array([0, 0, 0, 1, 1, 2, 2])

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 from harness import forking, until
 
-from kerastrip import _look_ahead, _workers
-from kerastrip._look_ahead import InFlight, LookAhead, in_thread
-from kerastrip._workers import WorkerPool
+from kerastrip.sampling import look_ahead as _look_ahead
+from kerastrip.sampling import workers as _workers
+from kerastrip.sampling.look_ahead import InFlight, LookAhead, in_thread
+from kerastrip.sampling.workers import WorkerPool
 
 pytestmark = pytest.mark.backend
 
@@ -228,7 +229,7 @@ def test_a_killed_worker_is_an_error_and_no_hang(run):
         import os, signal, threading, time
         import multiprocessing
         from test_workers import LAYOUT, work
-        from kerastrip._workers import WorkerPool
+        from kerastrip.sampling.workers import WorkerPool
 
         pool = WorkerPool(work, LAYOUT, processes=2)
         victim = multiprocessing.active_children()[0].pid
@@ -263,7 +264,7 @@ def test_workers_leave_with_a_killed_parent(run):
         """
         import multiprocessing, os, signal
         from test_workers import LAYOUT, work
-        from kerastrip._workers import WorkerPool
+        from kerastrip.sampling.workers import WorkerPool
 
         pools = [WorkerPool(work, LAYOUT, processes=2) for _ in range(2)]
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
@@ -297,7 +298,7 @@ def test_the_process_ends_beside_a_worker_that_hangs(run, end):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         from harness import until
         from test_workers import LAYOUT, work
-        from kerastrip._workers import WorkerPool
+        from kerastrip.sampling.workers import WorkerPool
 
         pool = WorkerPool(work, LAYOUT, processes=1)
         for _ in range(2):
@@ -393,7 +394,7 @@ def test_a_pool_answers_beside_busy_threads(run, what):
         f"""
         import os, threading, time
         from test_workers import LAYOUT, work
-        from kerastrip._workers import WorkerPool
+        from kerastrip.sampling.workers import WorkerPool
 
         def busy():
             while True:
@@ -447,8 +448,8 @@ def test_a_fork_leaves_the_workers_to_its_parent(run):
         """
         import os, sys
         from test_workers import LAYOUT, work
-        from kerastrip._look_ahead import in_thread
-        from kerastrip._workers import WorkerPool
+        from kerastrip.sampling.look_ahead import in_thread
+        from kerastrip.sampling.workers import WorkerPool
 
         pool = WorkerPool(work, LAYOUT, processes=2)
         pool(1)
@@ -477,7 +478,7 @@ def test_a_stopped_worker_leaves_with_its_parent(run):
         """
         import os, signal
         from test_workers import LAYOUT, work
-        from kerastrip._workers import WorkerPool
+        from kerastrip.sampling.workers import WorkerPool
 
         pool = WorkerPool(work, LAYOUT, processes=1)
         pid = pool._workers[0].process.pid

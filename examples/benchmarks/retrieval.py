@@ -16,9 +16,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from kerastrip.evaluation import retrieval_metrics
-from kerastrip.inference import search
-from kerastrip.verification import verification_metrics
+from kerastrip.evaluation.embedding import search
+from kerastrip.evaluation.retrieval import retrieval_metrics
+from kerastrip.evaluation.verification import verification_metrics
 
 
 def peak_memory() -> float:

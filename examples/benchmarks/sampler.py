@@ -29,7 +29,7 @@ import warnings
 
 import numpy as np
 
-from kerastrip.plan import PKPlan
+from kerastrip.sampling.plan import PKPlan
 
 P, K = 32, 4
 SETS = [(10**4, 10**2), (10**6, 10**3), (10**6, 10**5), (10**8, 10**6)]

@@ -29,7 +29,7 @@ import warnings
 
 import numpy as np
 
-from kerastrip.plan import EPOCH_MODES, PKPlan
+from kerastrip.sampling.plan import EPOCH_MODES, PKPlan
 
 LARGE = 10**9, 10**7
 

@@ -11,7 +11,7 @@ import numpy as np
 from kerastrip._outputs import embedding_output
 from kerastrip.callbacks.collapse import Alarm
 from kerastrip.callbacks.epoch_sync import sampler_beside
-from kerastrip.recalibration import Figures, compare_modes
+from kerastrip.evaluation.recalibration import Figures, compare_modes
 
 # Rows that are looked at, about; and the fewest classes of held-out rows whose own mean
 # and variance tell of the averages. (Of two unseen classes they tell of these classes.)

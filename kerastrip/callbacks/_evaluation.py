@@ -19,15 +19,15 @@ from kerastrip.callbacks._averages import (
 )
 from kerastrip.callbacks.collapse import Alarm
 from kerastrip.distances import DISTANCES
-from kerastrip.evaluation import label_table, shared_rows
-from kerastrip.inference import (
+from kerastrip.evaluation.embedding import (
     embed_with_targets,
     is_batches,
     is_sampler,
     source_of,
     unusable_rows,
 )
-from kerastrip.recalibration import moving_averages
+from kerastrip.evaluation.recalibration import moving_averages
+from kerastrip.evaluation.retrieval import label_table, shared_rows
 from kerastrip.sources import ArraySource, Subset
 
 

@@ -54,7 +54,7 @@ class EpochSync(keras.callbacks.Callback):
 
     Example:
         >>> import numpy as np
-        >>> from kerastrip.sampler import PKSampler
+        >>> from kerastrip.sampling.sampler import PKSampler
         >>> train = PKSampler(np.zeros((6, 2)), [0, 0, 0, 1, 1, 1],
         ...                   classes_per_batch=2, samples_per_class=2)
         >>> sync = EpochSync(train)  # model.fit(train, callbacks=[sync], shuffle=False)

@@ -14,10 +14,10 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip._files import write_whole
-from kerastrip._pictures import png
 from kerastrip.callbacks._copies import without_model
 from kerastrip.callbacks._evaluation import HeldOut
-from kerastrip.callbacks._images import Thumbnails, thumbnails_of
+from kerastrip.plotting.pictures import png
+from kerastrip.plotting.thumbnails import Thumbnails, thumbnails_of
 
 # What the projector reads: so many points, and a sprite of so many pixels a side.
 _MOST_POINTS = 100_000

@@ -14,7 +14,7 @@ from kerastrip.callbacks._evaluation import (
     EpochEvaluation,
     HeldOut,
 )
-from kerastrip.evaluation import (
+from kerastrip.evaluation.retrieval import (
     check_metrics,
     common_codes,
     lookup_figures,

@@ -20,7 +20,7 @@ from kerastrip._outputs import embedding_output
 from kerastrip.callbacks._copies import without_model
 from kerastrip.callbacks._traces import retrace
 from kerastrip.metrics import FRACTIONS
-from kerastrip.mining import MININGS
+from kerastrip.mining.engine import MININGS
 
 
 class MarginSchedule(keras.callbacks.Callback):

@@ -10,7 +10,7 @@ import keras
 from kerastrip import _checks
 from kerastrip.callbacks._copies import without_model
 from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
-from kerastrip.verification import (
+from kerastrip.evaluation.verification import (
     VerificationCurve,
     check_codes,
     check_metrics,

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from kerastrip._numerics import as_given, plain
-from kerastrip._replicas import gathered
+from kerastrip.mining.replicas import gathered
 
 
 class _Bound(keras.losses.Loss):

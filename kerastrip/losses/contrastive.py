@@ -10,7 +10,7 @@ from keras import ops
 from kerastrip import _checks
 from kerastrip.distances import DISTANCES
 from kerastrip.losses._label_loss import LabelLoss
-from kerastrip.mining import AVERAGES, contrastive_losses
+from kerastrip.mining.engine import AVERAGES, contrastive_losses
 
 
 @keras.saving.register_keras_serializable(package="kerastrip")

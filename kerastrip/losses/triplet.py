@@ -9,7 +9,7 @@ import keras
 from kerastrip import _checks
 from kerastrip.distances import DISTANCES
 from kerastrip.losses._label_loss import LabelLoss
-from kerastrip.mining import check_choice, triplet_losses
+from kerastrip.mining.engine import check_choice, triplet_losses
 
 _TFA_DISTANCES = {
     "L2": "euclidean",

@@ -14,7 +14,12 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip._labels import LabelTable
-from kerastrip.inference import Space, embeddings_array, nearest, row_distances
+from kerastrip.evaluation.embedding import (
+    Space,
+    embeddings_array,
+    nearest,
+    row_distances,
+)
 
 METRICS = (
     "recall@1",

@@ -11,11 +11,11 @@ import keras
 import numpy as np
 
 from kerastrip import plotting
-from kerastrip.callbacks import _page
-from kerastrip.callbacks._images import Thumbnails
 from kerastrip.callbacks.collapse import Alarm
-from kerastrip.evaluation import retrieval_metrics
-from kerastrip.verification import verification_curve
+from kerastrip.callbacks.report import page as _page
+from kerastrip.evaluation.retrieval import retrieval_metrics
+from kerastrip.evaluation.verification import verification_curve
+from kerastrip.plotting.thumbnails import Thumbnails
 
 _RETRIEVAL = ("recall@1", "recall@5", "precision@5", "r_precision", "map@r", "mrr")
 _SETTINGS = ("margin", "mining", "distance", "gamma")  # of a loss

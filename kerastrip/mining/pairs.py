@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from kerastrip import _mining_blocks as blocks
-from kerastrip import _mining_dense as dense
-from kerastrip._mining_blocks import Anchors, Batch, Rule, Terms
 from kerastrip._numerics import safe_divide, safe_sqrt
+from kerastrip.mining import blocks, dense
+from kerastrip.mining.blocks import Anchors, Batch, Rule, Terms
 
 
 class Found(NamedTuple):

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from kerastrip import _mining_blocks as blocks
-from kerastrip._mining_blocks import Anchors, Batch, Rule, Terms
+from kerastrip.mining import blocks
+from kerastrip.mining.blocks import Anchors, Batch, Rule, Terms
 
 KEPT_ROWS = 2048
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from keras import ops
 
-from kerastrip import _mining_blocks as blocks
-from kerastrip._mining_blocks import Anchors, Batch
+from kerastrip.mining import blocks
+from kerastrip.mining.blocks import Anchors, Batch
 
 
 def count_two(d: Any, low: Any, high: Any) -> tuple[Any, Any]:

@@ -14,12 +14,13 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._files import refuse_devices, write_whole
 from kerastrip._outputs import embedding_output
-from kerastrip.callbacks import _page, _report_parts
 from kerastrip.callbacks._copies import without_model
 from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
-from kerastrip.callbacks._images import thumbnails_of
 from kerastrip.callbacks.collapse import CollapseGuard
-from kerastrip.verification import check_codes
+from kerastrip.callbacks.report import page as _page
+from kerastrip.callbacks.report import sections as _report_parts
+from kerastrip.evaluation.verification import check_codes
+from kerastrip.plotting.thumbnails import thumbnails_of
 
 
 class TrainingReport(keras.callbacks.Callback):

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from kerastrip import _checks, _labels, _permutation, _schedule
-from kerastrip._permutation import mix
+from kerastrip import _checks, _labels
+from kerastrip.sampling import epoch_modes as _schedule
+from kerastrip.sampling import permutation as _permutation
+from kerastrip.sampling.permutation import mix
 
 EPOCH_MODES = ("balanced", "coverage")
 SMALL_CLASSES = ("repeat", "drop", "error")

@@ -33,11 +33,6 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from kerastrip import _checks
-from kerastrip import _mining_blocks as blocks
-from kerastrip import _mining_census as census
-from kerastrip import _mining_dense as dense
-from kerastrip import _mining_pairs as pairs
-from kerastrip._mining_blocks import Batch, Rule
 from kerastrip._numerics import (
     integer_labels,
     nan_unless,
@@ -46,6 +41,8 @@ from kerastrip._numerics import (
     with_gradient,
 )
 from kerastrip.distances import DISTANCES, prepare
+from kerastrip.mining import blocks, census, dense, pairs
+from kerastrip.mining.blocks import Batch, Rule
 
 __all__ = ["Census", "contrastive_losses", "triplet_census", "triplet_losses"]
 

@@ -20,8 +20,8 @@ import keras
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip.augmentation import Augmentation
-from kerastrip.plan import PKPlan
+from kerastrip.augmentation.pipeline import Augmentation
+from kerastrip.sampling.plan import PKPlan
 from kerastrip.sources import BrokenSamples, CachedImages, as_source
 from kerastrip.sources.arrays import ArraySource, from_data_set
 

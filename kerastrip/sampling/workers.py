@@ -63,7 +63,7 @@ from typing import Any
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip._look_ahead import in_flight, inherited
+from kerastrip.sampling.look_ahead import in_flight, inherited
 from kerastrip.sources._turns import own_files
 
 Layout = Sequence[tuple[tuple[int, ...], np.dtype]]

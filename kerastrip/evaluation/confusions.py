@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kerastrip.inference import search
+from kerastrip.evaluation.embedding import search
 
 
 class Confusion(NamedTuple):

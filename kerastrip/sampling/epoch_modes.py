@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kerastrip import _permutation
-from kerastrip._permutation import mix, permute
+from kerastrip.sampling import permutation as _permutation
+from kerastrip.sampling.permutation import mix, permute
 
 # Parts of a coverage table: in one part, classes of one row do not meet.
 _PARTS = 3

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip._pictures import file_names, limits_of, pictures, thumbnail
-from kerastrip.inference import is_batches, source_of
+from kerastrip.evaluation.embedding import is_batches, source_of
+from kerastrip.plotting.pictures import file_names, limits_of, pictures, thumbnail
 from kerastrip.sources import as_source
 
 # So many samples tell the range of the values of all.

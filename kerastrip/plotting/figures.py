@@ -22,13 +22,13 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip._files import readable
-from kerastrip._neighbours import confusions, nearest_others, spread_rows
-from kerastrip._pictures import file_names, pictures
-from kerastrip.evaluation import label_table
-from kerastrip.inference import embeddings_array
+from kerastrip.evaluation.confusions import confusions, nearest_others, spread_rows
+from kerastrip.evaluation.embedding import embeddings_array
+from kerastrip.evaluation.retrieval import label_table
+from kerastrip.evaluation.verification import VerificationCurve
 from kerastrip.metrics import FRACTIONS as FRACTIONS
+from kerastrip.plotting.pictures import file_names, pictures
 from kerastrip.sources import as_source
-from kerastrip.verification import VerificationCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -278,7 +278,7 @@ def plot_distances(
 
     Example:
 
-    >>> from kerastrip.verification import verification_curve
+    >>> from kerastrip.evaluation.verification import verification_curve
     >>> curve = verification_curve([[0.0], [1.0], [5.0], [7.0]], [0, 0, 1, 1])
     >>> figure = plot_distances(curve, margin=2.0)
     >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
@@ -338,7 +338,7 @@ def plot_roc(
 
     Example:
 
-    >>> from kerastrip.verification import verification_curve
+    >>> from kerastrip.evaluation.verification import verification_curve
     >>> curve = verification_curve([[0.0], [1.0], [5.0], [7.0]], [0, 0, 1, 1])
     >>> figure = plot_roc(curve)
     >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]

@@ -20,7 +20,7 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._outputs import embedding_output
 from kerastrip.distances import DISTANCES
-from kerastrip.inference import (
+from kerastrip.evaluation.embedding import (
     batches_of,
     is_batches,
     is_sampler,

@@ -14,10 +14,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from kerastrip import _batch, _checks
-from kerastrip._look_ahead import Ending, LookAhead, in_flight, in_thread
-from kerastrip._workers import WorkerPool
-from kerastrip.plan import PKPlan
+from kerastrip import _checks
+from kerastrip.sampling import batch_parts as _batch
+from kerastrip.sampling.look_ahead import Ending, LookAhead, in_flight, in_thread
+from kerastrip.sampling.plan import PKPlan
+from kerastrip.sampling.workers import WorkerPool
 from kerastrip.sources import as_source
 
 
@@ -362,7 +363,7 @@ class PKSampler(keras.utils.PyDataset):
         Raises:
             ValueError: if no input of the model is made of images.
         """
-        from kerastrip.plotting import plot_batch
+        from kerastrip.plotting.figures import plot_batch
 
         epoch = self._epoch if epoch is None else epoch
         arrays = keras.tree.flatten(self.batch(step, epoch)[0])

@@ -15,8 +15,13 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip.distances import DISTANCES
-from kerastrip.evaluation import label_table
-from kerastrip.inference import Space, embeddings_array, row_distances, unit_rows
+from kerastrip.evaluation.embedding import (
+    Space,
+    embeddings_array,
+    row_distances,
+    unit_rows,
+)
+from kerastrip.evaluation.retrieval import label_table
 
 METRICS = (
     "auc",

@@ -22,10 +22,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from kerastrip import _augmentation_json, _checks, _targets
+from kerastrip import _checks
 from kerastrip._files import refuse_devices, write_whole
-from kerastrip._keyed import SCHEME, KeyedRandom
 from kerastrip._version import __version__
+from kerastrip.augmentation import pipeline_io as _targets
+from kerastrip.augmentation import serialization as _augmentation_json
+from kerastrip.augmentation.keyed_random import SCHEME, KeyedRandom
 
 # albumentations asks the network for a newer version in every process that
 # imports it. The variable is set here, not round an import of ours, because a

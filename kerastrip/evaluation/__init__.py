@@ -1,0 +1,28 @@
+"""Embedding of whole data sets, nearest neighbours, and what the embeddings are worth."""
+
+from kerastrip.evaluation.embedding import embed, search
+from kerastrip.evaluation.recalibration import recalibrate
+from kerastrip.evaluation.retrieval import retrieval_metrics
+from kerastrip.evaluation.verification import (
+    FoldedAccuracy,
+    OperatingPoint,
+    VerificationCurve,
+    pair_distances,
+    verification_curve,
+    verification_folds,
+    verification_metrics,
+)
+
+__all__ = [
+    "FoldedAccuracy",
+    "OperatingPoint",
+    "VerificationCurve",
+    "embed",
+    "pair_distances",
+    "recalibrate",
+    "retrieval_metrics",
+    "search",
+    "verification_curve",
+    "verification_folds",
+    "verification_metrics",
+]

@@ -1,0 +1,29 @@
+"""Figures of a training, with matplotlib."""
+
+from kerastrip.metrics import FRACTIONS as FRACTIONS
+from kerastrip.plotting.figures import (
+    COLOURS,
+    DIFFERENT,
+    SAME,
+    plot_batch,
+    plot_confusions,
+    plot_distances,
+    plot_embeddings,
+    plot_mining,
+    plot_neighbours,
+    plot_roc,
+)
+
+__all__ = [
+    "COLOURS",
+    "DIFFERENT",
+    "FRACTIONS",
+    "SAME",
+    "plot_batch",
+    "plot_confusions",
+    "plot_distances",
+    "plot_embeddings",
+    "plot_mining",
+    "plot_neighbours",
+    "plot_roc",
+]
