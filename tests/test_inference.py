@@ -6,7 +6,7 @@ import pytest
 from harness import tiny_model
 
 from kerastrip.augmentation.pipeline import Augmentation
-from kerastrip.evaluation import embedding as inference
+from kerastrip.evaluation import embedding
 from kerastrip.evaluation.embedding import embed, embed_with_targets, nearest, search
 from kerastrip.losses import TripletLoss
 from kerastrip.sampling.sampler import PKSampler
@@ -443,7 +443,7 @@ class TestEmbed:
             embed(image, np.ones((2, 4, 4, 1)))
 
     def test_progress_bar_only_when_asked(self, capsys, monkeypatch):
-        monkeypatch.setattr(inference, "_LONG", 0.0)
+        monkeypatch.setattr(embedding, "_LONG", 0.0)
         embed(linear_model(), np.ones((6, 4)), batch_size=2)
         assert capsys.readouterr().out == ""
         embed(linear_model(), np.ones((6, 4)), batch_size=2, verbose=True)

@@ -11,7 +11,7 @@ from keras import ops
 
 from kerastrip import mining
 from kerastrip.distances import DISTANCES
-from kerastrip.mining import dense as _mining_dense
+from kerastrip.mining import dense
 from kerastrip.mining.blocks import block_rows, compiled_on_tensorflow, padded_size
 from kerastrip.mining.pairs import nearest_beyond
 
@@ -244,7 +244,7 @@ def test_coefficients_made_again_give_the_gradient_of_those_kept(
         return tape.gradient(total, x).numpy()
 
     kept = gradient()
-    monkeypatch.setattr(_mining_dense, "KEPT_ROWS", 0)
+    monkeypatch.setattr(dense, "KEPT_ROWS", 0)
     compiled_on_tensorflow.cache_clear()
     again = gradient()
     compiled_on_tensorflow.cache_clear()

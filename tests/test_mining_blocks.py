@@ -11,16 +11,16 @@ from keras import ops
 
 from kerastrip import mining
 from kerastrip.distances import DISTANCES
-from kerastrip.mining import blocks as _mining_blocks
+from kerastrip.mining import blocks
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 16 rows; what was compiled for others is left out."""
-    monkeypatch.setattr(_mining_blocks, "block_rows", lambda padded: 16)
-    _mining_blocks.compiled_on_tensorflow.cache_clear()
+    monkeypatch.setattr(blocks, "block_rows", lambda padded: 16)
+    blocks.compiled_on_tensorflow.cache_clear()
     yield
-    _mining_blocks.compiled_on_tensorflow.cache_clear()
+    blocks.compiled_on_tensorflow.cache_clear()
 
 
 def ragged_batch(rng, large=0, size=72):
@@ -112,7 +112,7 @@ def test_census_with_ties(word, large, small_blocks, rng):
 def test_blocks_of_their_own_size(rng):
     """200 rows are four blocks of 64."""
     labels, rows = smooth_batch(rng, size=200)
-    assert _mining_blocks.block_rows(_mining_blocks.padded_size(200)) < 200
+    assert blocks.block_rows(blocks.padded_size(200)) < 200
     got = reference.value_and_gradient(
         lambda x: mining.triplet_losses(labels, x, margin=0.7), rows
     )

@@ -22,52 +22,27 @@ import kerastrip
 
 PACKAGE = ROOT / "kerastrip"
 
-# Who stands on whom: the modules that each one may import, with all that those may
-# import in turn. Everybody may import `_checks` and `_version`. A subpackage is one
-# name unless a module of it has its own line.
-BELOW = {
-    "_checks": set(),
-    "_files": set(),
-    "_version": set(),
-    "_labels": set(),
-    "_outputs": set(),
-    "_permutation": set(),
-    "_keyed": set(),
-    "_targets": set(),
-    "_look_ahead": set(),
-    "_workers": {"_look_ahead", "sources"},
-    "_numerics": set(),
-    "_replicas": set(),
-    "distances": {"_numerics"},
-    "_mining_blocks": {"distances"},
-    "_mining_dense": {"_mining_blocks"},
-    "_mining_pairs": {"_mining_dense"},
-    "_mining_census": {"_mining_blocks"},
-    "mining": {"_mining_census", "_mining_pairs"},
-    "metrics": {"mining", "_replicas"},
-    "losses._label_loss": {"_numerics", "_replicas"},
-    "losses.focal": {"losses._label_loss"},
-    "losses": {"mining", "_replicas", "losses._label_loss"},
-    "_schedule": {"_permutation"},
-    "plan": {"_schedule", "_labels"},
-    "sources": {"_files", "_labels"},
-    "_augmentation_json": {"_keyed"},
-    "augmentation": {"_augmentation_json", "_files", "_targets"},
-    "_batch": {"plan", "sources", "augmentation"},
-    "sampler": {"_batch", "_look_ahead", "_workers"},
-    "inference": {"distances", "sources", "_outputs"},
-    "recalibration": {"inference"},
-    "evaluation": {"inference", "_labels"},
+# The folders, and the files beside them, that each of them may import. The ground is for all.
+GROUND = {"_checks", "_files", "_labels", "_numerics", "_outputs", "_version"}
+MAY_IMPORT = {
+    "distances": set(),
+    "sources": set(),
+    "augmentation": set(),
+    "sampling": {"sources", "augmentation"},
+    "mining": {"distances"},
+    "losses": {"distances", "mining"},
+    "metrics": {"distances", "mining"},
+    "evaluation": {"distances", "sources"},
     "verification": {"evaluation"},
-    "_pictures": set(),
-    "_neighbours": {"inference"},
-    "plotting": {"verification", "metrics", "_files", "_pictures", "_neighbours"},
-    "callbacks": {"metrics", "plotting", "recalibration"},
+    "plotting": {"distances", "sources", "metrics", "evaluation"},
 }
-BELOW["__init__"] = set(BELOW)
-# Only inside a function, so that neither needs the other.
-LAZY = {("sampler", "plotting")}
-FREE_OF_KERAS = {"_checks", "_labels", "_permutation", "_schedule", "_version", "plan"}
+MAY_IMPORT["callbacks"] = set(MAY_IMPORT) - {"losses", "verification"}
+MAY_IMPORT["__init__"] = set(MAY_IMPORT)
+# `PKSampler.plot_batch` shows a batch with the figure for it, when it is called.
+EXCEPTION = ("sampling.sampler", "plotting")
+FREE_OF_KERAS = {"_checks", "_labels", "_version"} | {
+    f"sampling.{name}" for name in ("epoch_modes", "permutation", "plan")
+}
 OPTIONAL = {"albumentations", "cv2", "faiss", "matplotlib", "sklearn", "tensorboard"}
 BACKENDS = {"jax", "tensorflow", "torch"}
 # The one private name of Keras, and the standard library's way out of a process.
@@ -268,27 +243,11 @@ def test_public_names_have_arguments_and_an_example(value):
 # Layering
 
 
-def layer(name):
-    """The name under which a module stands in BELOW."""
-    return name if name in BELOW else name.split(".")[0]
-
-
-def reachable(start):
-    seen, todo = set(), [start]
-    while todo:
-        for other in BELOW[todo.pop()] - seen:
-            seen.add(other)
-            todo.append(other)
-    return seen
-
-
 def imports(tree):
-    """(dotted name, inside a function) of every import that runs."""
+    """(dotted name, inside a function) of every import, for type checkers too."""
     found = []
 
     def visit(node, inside):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            return
         if isinstance(node, ast.Import):
             found.extend((alias.name, inside) for alias in node.names)
         if isinstance(node, ast.ImportFrom):
@@ -304,45 +263,62 @@ def imports(tree):
     return found
 
 
-def own_imports(name):
-    """(module of the package, inside a function) that the module `name` imports."""
-    for target, inside in imports(TREES[name]):
+def own_imports(tree):
+    """The modules of the package that a tree imports."""
+    for target, _ in imports(tree):
         package, _, rest = target.partition(".")
         if package != "kerastrip":
             continue
         # The longest part that is a module: what follows is a name in it.
         while rest and rest not in PATHS:
             rest = rest.rpartition(".")[0]
-        yield rest or "__init__", inside
+        yield rest or "__init__"
 
 
-@each_module
-def test_imports_run_one_way(name):
-    assert layer(name) in BELOW, f"give {name} a place in BELOW"
-    mine = layer(name)
-    allowed = reachable(mine) | {"_checks", "_version"}
-    for other, inside in own_imports(name):
-        if inside and (mine, layer(other)) in LAZY:
-            continue
-        is_sibling = layer(other) == mine == name.split(".")[0] and mine != name
-        is_face = PATHS[name].name == "__init__.py" and other.startswith(f"{name}.")
-        if is_sibling or is_face:
-            continue
-        assert layer(other) in allowed, f"{name} imports {other}"
-
-
-def test_the_layers_have_no_cycle():
-    for name in BELOW:
-        assert name not in reachable(name)
-    for name in TREES:
+def broken_rules(trees):
+    """What is wrong with the imports of a package: a line for each."""
+    arrows = {name: set(own_imports(tree)) for name, tree in trees.items()}
+    wrong = []
+    for name, others in arrows.items():
+        folder = name.split(".")[0]
+        for other in others:
+            to = other.split(".")[0]
+            may = GROUND | MAY_IMPORT.get(folder, set()) | {folder}
+            if to not in may and (name, other) != EXCEPTION:
+                wrong.append(f"{name} must not import {other}")
+    for name in arrows:
         seen, todo = set(), [name]
         while todo:
-            here = todo.pop()
-            for other, inside in own_imports(here):
-                if not inside and other not in seen:
-                    seen.add(other)
-                    todo.append(other)
-        assert name not in seen, f"{name} imports itself in the end"
+            new = arrows[todo.pop()] - seen
+            seen |= new
+            todo += new
+        if name in seen:
+            wrong.append(f"{name} imports itself in the end")
+    return wrong
+
+
+def test_imports_run_one_way():
+    folders = {name.split(".")[0] for name in PATHS}
+    assert folders == GROUND | set(MAY_IMPORT)
+    assert broken_rules(TREES) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("mining.blocks", "from kerastrip import callbacks"),
+        ("evaluation.retrieval", "def f():\n    from kerastrip.losses import triplet"),
+        ("sampling.plan", "if TYPE_CHECKING:\n    import kerastrip.mining.engine"),
+        ("mining.blocks", "def f():\n    from kerastrip.mining import pairs"),
+        ("_checks", "from kerastrip._labels import LabelTable"),
+        ("callbacks.collapse", "import kerastrip"),
+    ],
+)
+def test_one_line_that_breaks_a_rule_is_seen(name, line):
+    added = ast.parse(f"{PATHS[name].read_text('utf-8')}\n{line}\n")
+    wrong = broken_rules({**TREES, name: added})
+    assert wrong
+    assert any(name in one for one in wrong)
 
 
 @each_module
@@ -355,7 +331,7 @@ def test_foreign_imports(name):
         assert top != "tf_keras"
         heavy = OPTIONAL | BACKENDS
         assert inside or top not in heavy, f"{name} imports {top} at the top"
-        if layer(name) in FREE_OF_KERAS:
+        if name in FREE_OF_KERAS:
             assert top not in {"keras", *BACKENDS}, f"{name} needs NumPy only"
 
 

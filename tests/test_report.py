@@ -22,7 +22,7 @@ from harness import tiny_model
 from kerastrip import plotting, sources
 from kerastrip.callbacks import CollapseGuard, TrainingReport
 from kerastrip.callbacks.collapse import Alarm
-from kerastrip.callbacks.report import sections as _report_parts
+from kerastrip.callbacks.report import sections
 from kerastrip.evaluation.embedding import embed, search
 from kerastrip.evaluation.retrieval import retrieval_metrics
 from kerastrip.evaluation.verification import verification_curve
@@ -219,7 +219,7 @@ def test_the_settings_stand_at_the_top(model, tmp_path):
     assert re.search(r"SGD, learning rate 0 · \d+ parameters · 3 epochs", words)
     two = keras.Model(model.inputs, [model.outputs[0], model.outputs[0]])
     two.compile("adam", ["mse", TripletLoss(mining="hard")])
-    told = _report_parts.settings(two, {"epochs": 2, "steps": 5})
+    told = sections.settings(two, {"epochs": 2, "steps": 5})
     assert told.startswith("mse · TripletLoss, margin 0.2, mining hard, ")
     assert told.endswith(" · 2 epochs of 5 steps")
 
@@ -227,7 +227,7 @@ def test_the_settings_stand_at_the_top(model, tmp_path):
 def test_the_best_epoch():
     def best(losses, results=None, **history):
         history = {"loss": losses, **history}
-        return _report_parts.best_epoch(range(len(losses)), history, results or {})
+        return sections.best_epoch(range(len(losses)), history, results or {})
 
     assert best([1.0]) is None
     told = "Epoch 2 is the best (loss 0.5); the last one is worse (0.75)."
@@ -245,13 +245,11 @@ def test_the_best_epoch():
 
 def test_the_best_value_and_its_epoch():
     results = {
-        epoch: dict.fromkeys((*_report_parts._RETRIEVAL, "auc", "eer"), value)
+        epoch: dict.fromkeys((*sections._RETRIEVAL, "auc", "eer"), value)
         | {"queries": 9, "lone_queries": 2}
         for epoch, value in ((0, 0.5), (3, 0.25), (5, 0.75), (6, 0.625))
     }
-    section = _report_parts.held_out_section(
-        _report_parts.Look(results[6], "", "", ""), results
-    )
+    section = sections.held_out_section(sections.Look(results[6], "", "", ""), results)
     rows = re.findall(r'row">(.*?)</th>.*</td><td>(.*?) <small>\((.*?)\)', section)
     assert ("eer", "0.25", "4") in rows  # the least
     assert ("mrr", "0.75", "6") in rows  # the greatest

@@ -18,7 +18,7 @@ from harness import run_script, tensorflow_only, until
 from kerastrip import _checks
 from kerastrip.augmentation.pipeline import Augmentation
 from kerastrip.callbacks import EpochSync
-from kerastrip.sampling import batch_parts as _batch
+from kerastrip.sampling import batch_parts
 from kerastrip.sampling.plan import PKPlan
 from kerastrip.sampling.sampler import PKSampler
 
@@ -105,7 +105,7 @@ def test_large_images_are_read_in_parts_and_the_batch_is_the_same(
 
     whole, reads = batch()
     assert reads == (P * K,)
-    monkeypatch.setattr(_batch, "_AT_ONCE", 5 * (images[0].nbytes + 8))
+    monkeypatch.setattr(batch_parts, "_AT_ONCE", 5 * (images[0].nbytes + 8))
     parts, reads = batch()
     assert reads == (5,) * (P * K // 5) + (P * K % 5,) * (P * K % 5 > 0)
     equal(whole, parts)

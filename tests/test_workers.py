@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 from harness import forking, until
 
-from kerastrip.sampling import look_ahead as _look_ahead
-from kerastrip.sampling import workers as _workers
+from kerastrip.sampling import look_ahead, workers
 from kerastrip.sampling.look_ahead import InFlight, LookAhead, in_thread
 from kerastrip.sampling.workers import WorkerPool
 
@@ -183,14 +182,14 @@ def test_the_work_is_done_elsewhere(pool):
 def test_spawned_workers_give_the_same(monkeypatch):
     for name, value in LIGHT.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(_workers, "_START", "spawn")
+    monkeypatch.setattr(workers, "_START", "spawn")
     pool = WorkerPool(work, LAYOUT, processes=1)
     np.testing.assert_array_equal(pool(7)[1], work(7)[1])
     pool.close()
 
 
 def test_work_that_cannot_be_sent_says_so(monkeypatch):
-    monkeypatch.setattr(_workers, "_START", "spawn")
+    monkeypatch.setattr(workers, "_START", "spawn")
     with pytest.raises(RuntimeError, match=r"could not be started.*picklable"):
         WorkerPool(lambda: [], LAYOUT, processes=1)
 
@@ -212,7 +211,7 @@ def test_an_error_surfaces_and_the_pool_lives_on(pool):
 
 
 def test_a_worker_that_takes_for_ever_is_told_of(pool, monkeypatch):
-    monkeypatch.setattr(_workers, "_PATIENCE", 0.02)
+    monkeypatch.setattr(workers, "_PATIENCE", 0.02)
     with pytest.warns(UserWarning, match=r"busy for 0.02 s.*forked"):
         pool(1, "slow")
 
@@ -310,7 +309,7 @@ def test_the_process_ends_beside_a_worker_that_hangs(run, end):
     )
 
 
-forks = pytest.mark.skipif(_workers._START != "fork", reason="needs fork")
+forks = pytest.mark.skipif(workers._START != "fork", reason="needs fork")
 
 
 @contextlib.contextmanager
@@ -335,7 +334,7 @@ def held(lock):
 
 @forks
 def test_a_worker_forked_beside_a_held_lock_is_forked_again(monkeypatch):
-    monkeypatch.setattr(_workers, "_SILENCE", 0.5)
+    monkeypatch.setattr(workers, "_SILENCE", 0.5)
     with held(LOCK) as leave:
         pool = WorkerPool(work, LAYOUT, processes=1)
         threading.Timer(0.2, leave.set).start()
@@ -347,7 +346,7 @@ def test_a_worker_forked_beside_a_held_lock_is_forked_again(monkeypatch):
 
 @forks
 def test_a_worker_that_always_hangs_is_told_of(monkeypatch):
-    monkeypatch.setattr(_workers, "_SILENCE", 0.2)
+    monkeypatch.setattr(workers, "_SILENCE", 0.2)
     with held(LOCK):
         pool = WorkerPool(work, LAYOUT, processes=1)
         with pytest.raises(RuntimeError, match=r"hangs.*holds a lock.*multiprocessing"):
@@ -413,7 +412,7 @@ def test_a_pool_answers_beside_busy_threads(run, what):
 
 
 def test_workers_rest_when_others_start_and_come_back(monkeypatch):
-    monkeypatch.setattr(_workers, "_REST", 0.1)
+    monkeypatch.setattr(workers, "_REST", 0.1)
     train = WorkerPool(work, LAYOUT, processes=2)
     val = WorkerPool(work, LAYOUT, processes=1)
     assert [len(pool._workers) for pool in (train, val)] == [2, 1]  # val is yet to work
@@ -433,7 +432,7 @@ def test_workers_rest_when_others_start_and_come_back(monkeypatch):
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
 def test_workers_of_samplers_that_are_never_freed_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(_workers, "_REST", 0.0)
+    monkeypatch.setattr(workers, "_REST", 0.0)
     kept = []
     for _ in range(6):
         kept.append(WorkerPool(work, LAYOUT, processes=2))
@@ -581,7 +580,7 @@ def test_a_thread_hands_over_what_it_made_or_raised():
 
 
 def test_threads_are_used_again_and_end_without_work(monkeypatch):
-    monkeypatch.setattr(_look_ahead, "_IDLE", 0.3)
+    monkeypatch.setattr(look_ahead, "_IDLE", 0.3)
     before = threading.active_count()
     seen = set()
     for _ in range(50):
@@ -593,7 +592,7 @@ def test_threads_are_used_again_and_end_without_work(monkeypatch):
 
 
 def test_a_thread_keeps_nothing_of_what_it_made(monkeypatch):
-    monkeypatch.setattr(_look_ahead, "_IDLE", 30)
+    monkeypatch.setattr(look_ahead, "_IDLE", 30)
 
     class Batch:
         pass

@@ -25,8 +25,7 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._files import refuse_devices, write_whole
 from kerastrip._version import __version__
-from kerastrip.augmentation import pipeline_io as _targets
-from kerastrip.augmentation import serialization as _augmentation_json
+from kerastrip.augmentation import pipeline_io, serialization
 from kerastrip.augmentation.keyed_random import SCHEME, KeyedRandom
 
 # albumentations asks the network for a newer version in every process that
@@ -217,11 +216,11 @@ class Augmentation:
                     "else, write lambda image, rng: function(image)."
                 ) from error
         elif isinstance(image, dict):
-            _targets.check_targets(run, image)
+            pipeline_io.check_targets(run, image)
             result = run(**{name: own(value) for name, value in image.items()})
             result = {name: result[name] for name in image}
         else:
-            _targets.check_image("image", image)
+            pipeline_io.check_image("image", image)
             result = run(image=own(image))["image"]
         if not isinstance(result, dict if isinstance(image, dict) else np.ndarray):
             raise TypeError(
@@ -285,13 +284,15 @@ class Augmentation:
             >>> both["image"].shape, both["mask"].shape
             ((4, 6, 6, 3), (4, 6, 6))
         """
-        samples = _targets.samples(images, rows)
+        samples = pipeline_io.samples(images, rows)
         shape: tuple[int, ...] = (len(samples),)
         if views is not None:
             shape += (_checks.integer("views", views, minimum=1),)
             copy = True
         bare = not isinstance(images, dict)
-        batch = _targets.Batch(self._pipeline, shape, {"image": out} if bare else out)
+        batch = pipeline_io.Batch(
+            self._pipeline, shape, {"image": out} if bare else out
+        )
         turn = _turn if _is_small(samples[0]) else contextlib.nullcontext()
         with turn, self._clone(bare) as clone:
             keyed = self._draws(clone.random, key, first, shape)
@@ -485,7 +486,7 @@ class Augmentation:
                     "draws from self.random_generator, or as an "
                     "albumentations.Lambda(name=...); or pickle the Augmentation."
                 )
-            transform = _augmentation_json.written(self._pipeline)
+            transform = serialization.written(self._pipeline)
         content = {
             "kerastrip": __version__,
             "scheme": SCHEME,
@@ -493,7 +494,7 @@ class Augmentation:
             "versions": {} if transform is None else _versions(),
             "transform": transform,
         }
-        return json.dumps(content, indent=1, default=_augmentation_json.plain) + "\n"
+        return json.dumps(content, indent=1, default=serialization.plain) + "\n"
 
     @classmethod
     def from_json(
@@ -523,7 +524,7 @@ class Augmentation:
             >>> again.seed, again.to_json() == aug.to_json()
             (7, True)
         """
-        scheme, seed, versions, transform = _augmentation_json.read(text)
+        scheme, seed, versions, transform = serialization.read(text)
         if transform is None:
             return cls(_unchanged, seed)
         here = {"scheme": SCHEME, **_versions()}
@@ -538,7 +539,7 @@ class Augmentation:
                 f"The augmentation was written with {'; '.join(changed)}: "
                 "its views may differ from those it was trained with.",
             )
-        return cls(_augmentation_json.pipeline(transform, lambdas or {}), seed)
+        return cls(serialization.pipeline(transform, lambdas or {}), seed)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write `to_json()` to a file, such as augmentation.json beside a model.

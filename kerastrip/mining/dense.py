@@ -8,7 +8,7 @@ coefficient of a row a and another row b, divided by the distance if that is a r
 
 Batches of up to `KEPT_ROWS` keep the coefficients for the backward pass, larger ones
 make them again. It serves what takes every triplet or every pair of the batch, and the
-rows with so many positives that `_mining_pairs` would not keep them.
+rows with so many positives that `mining.pairs` would not keep them.
 """
 
 from __future__ import annotations

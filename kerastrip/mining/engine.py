@@ -15,10 +15,10 @@ The way of a batch through the engine:
 
     labels, embeddings      checked; cosine rows are brought to length 1/sqrt(2), so that
                             their squared distance is 1 - cos
-      -> ordered by label   so that a class is one stretch of rows (_mining_blocks)
-      -> losses             one chosen negative per pair or anchor (_mining_pairs),
-                            or all of the row (_mining_dense)
-      -> census             counts of every kind (_mining_census)
+      -> ordered by label   so that a class is one stretch of rows (mining.blocks)
+      -> losses             one chosen negative per pair or anchor (mining.pairs),
+                            or all of the row (mining.dense)
+      -> census             counts of every kind (mining.census)
       -> restored           in the order of the batch, without the padding
 
 Which rows are chosen carries no gradient; `losses` keeps what the gradient needs, and

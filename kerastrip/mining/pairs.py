@@ -7,7 +7,7 @@
 
 By anchors ("hard") the table is (2, padded): the positive and the negative of every row.
 
-Rows with more than `MOST_RANKS` positives do not fit the table: `_mining_dense` takes
+Rows with more than `MOST_RANKS` positives do not fit the table: `mining.dense` takes
 them, and what it finds is added here.
 """
 

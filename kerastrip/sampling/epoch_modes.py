@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kerastrip.sampling import permutation as _permutation
+from kerastrip.sampling import permutation
 from kerastrip.sampling.permutation import mix, permute
 
 # Parts of a coverage table: in one part, classes of one row do not meet.
@@ -88,7 +88,7 @@ class Balanced:
         slots = self._turns_before(start + self.batches, group) * p - past
         batch = self._turns_before(start + steps, group) - past // p
         full_rounds, extra = np.divmod(slots, size)
-        round_, place, head, tail = _permutation.deal(batch, columns, size, p)
+        round_, place, head, tail = permutation.deal(batch, columns, size, p)
         key = mix(self._key, epoch, group)
 
         roomy = size >= 2 * (p - 1)
@@ -97,13 +97,13 @@ class Balanced:
             held = np.where(round_ < full_rounds, size, np.maximum(extra, 1))
             tail = np.where(round_ < full_rounds, tail, 0)
             half = np.minimum((size + 1) // 2, held)
-            item = _permutation.arrange(place, held, head, tail, half, mix(key, round_))
+            item = permutation.arrange(place, held, head, tail, half, mix(key, round_))
         if not roomy.all():
             # The last turn of the circle begins with the extra classes.
             turns = p // np.gcd(size, p)
             turn = round_ // turns
             first = np.where(turn == full_rounds // turns, extra, 0)
-            circle = _permutation.split_permute(place, first, size, mix(key, turn))
+            circle = permutation.split_permute(place, first, size, mix(key, turn))
             item = np.where(roomy, item, circle)
 
         # Items below `extra` are the extra ones of this epoch.

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from kerastrip import _checks, _labels
-from kerastrip.sampling import epoch_modes as _schedule
-from kerastrip.sampling import permutation as _permutation
+from kerastrip.sampling import epoch_modes, permutation
 from kerastrip.sampling.permutation import mix
 
 EPOCH_MODES = ("balanced", "coverage")
@@ -313,15 +312,15 @@ class PKPlan:
         self._limits = self._sizes
         if self.max_per_class is not None:
             self._limits = np.minimum(self._sizes, self.max_per_class)
-        self._schedule: _schedule.Balanced | _schedule.Coverage
+        self._schedule: epoch_modes.Balanced | epoch_modes.Coverage
         if self.epoch_mode == "balanced":
-            self._schedule = _schedule.Balanced(
+            self._schedule = epoch_modes.Balanced(
                 self._group_sizes, p, batches_per_epoch or -(-kept // (p * k)), key
             )
             return self._schedule.batches
         seen = self._limits
         needed = -(-seen // k)
-        self._schedule = _schedule.Coverage(self._group_sizes, needed, p, key)
+        self._schedule = epoch_modes.Coverage(self._group_sizes, needed, p, key)
         rows = self._schedule.batches * p * k
         if rows > 2 * seen.sum():
             most = self.classes_[self._codes_of_units[np.argmax(seen)]]
@@ -393,7 +392,7 @@ class PKPlan:
         cycled = np.where(size >= k, k, k % size)
         row = np.arange(k)
         whole = row < k - cycled
-        item = _permutation.cycle(
+        item = permutation.cycle(
             draw,
             np.where(whole, 0, row - (k - cycled)),
             size,
@@ -403,7 +402,7 @@ class PKPlan:
         item = np.where(whole, row % size, item)
         if self.max_per_class is not None:
             key = mix(self.seed, _LIMIT, unit)
-            item = _permutation.cycle(
+            item = permutation.cycle(
                 np.full_like(unit, epoch), item, self._sizes[unit], size, key
             )
         rows = self._order[self._starts[unit] + item]
@@ -430,7 +429,7 @@ class PKPlan:
         key = mix(self.seed, _SUBSTITUTES, epoch, step, self.first_row + position)
         for first in range(0, size, 64):
             places = np.arange(first, min(first + 64, size))
-            places = _permutation.permute(places, size, key)
+            places = permutation.permute(places, size, key)
             yield from self._order[start + places].tolist()
 
     def encode(self, labels: Any) -> np.ndarray:
@@ -501,7 +500,7 @@ def split_classes(
     present = np.unique(table.codes)
     if isinstance(test, (float, int, np.number)):
         count = _share("test", test, np.array([len(present)]), "classes")
-        order = _permutation.permute(
+        order = permutation.permute(
             np.arange(len(present)), len(present), mix(seed, _SPLIT)
         )
         held_out = present[order[: count[0]]]
@@ -560,7 +559,7 @@ def split_samples(
         )
     count = _share("test", test, sizes, "samples of the smallest class")
     at = np.arange(len(order)) - starts[unit]
-    shuffled = _permutation.permute(at, sizes[unit], mix(seed, _SPLIT, code))
+    shuffled = permutation.permute(at, sizes[unit], mix(seed, _SPLIT, code))
     in_test = np.zeros(len(order), bool)
     in_test[order] = shuffled < count[unit]
     return np.flatnonzero(~in_test), np.flatnonzero(in_test)

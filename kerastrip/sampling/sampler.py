@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip.sampling import batch_parts as _batch
+from kerastrip.sampling import batch_parts
 from kerastrip.sampling.look_ahead import Ending, LookAhead, in_flight, in_thread
 from kerastrip.sampling.plan import PKPlan
 from kerastrip.sampling.workers import WorkerPool
@@ -177,12 +177,12 @@ class PKSampler(keras.utils.PyDataset):
         super().__init__(workers=0)
         self.fixed = _checks.boolean("fixed", fixed)
         self.check_replicas(replicas)
-        self._targets = _batch.targets(targets, self.plan)
-        self._weights = _batch.weights(sample_weight, targets, len(self.labels))
+        self._targets = batch_parts.targets(targets, self.plan)
+        self._weights = batch_parts.weights(sample_weight, targets, len(self.labels))
         self.asked = 0
         self._epoch, self._due, self._begun, self._closed = 0, 0, False, False
-        self._rows = _batch.Rows(self.plan)
-        self._inputs = _batch.Inputs(self.source, augment, self.plan, self._rows)
+        self._rows = batch_parts.Rows(self.plan)
+        self._inputs = batch_parts.Inputs(self.source, augment, self.plan, self._rows)
         if self._processes:
             self._inputs.check_fixed_size()
         self._employ(start=True)
@@ -278,7 +278,7 @@ class PKSampler(keras.utils.PyDataset):
                 make = self._inputs.arrays if self._pool is None else self._pool
                 rows, arrays = self._rows.read(make, epoch, step, begun)
                 x = self._inputs.packed(arrays)
-                y = _batch.gather(self._targets, rows)
+                y = batch_parts.gather(self._targets, rows)
             except SystemExit as error:
                 # Keras' threads would swallow it and wait for the batch for ever.
                 raise RuntimeError(
@@ -287,7 +287,7 @@ class PKSampler(keras.utils.PyDataset):
                 ) from error
         if self._weights is None:
             return x, y
-        return x, y, _batch.gather(self._weights, rows)
+        return x, y, batch_parts.gather(self._weights, rows)
 
     def as_dataset(self, initial_epoch: int | None = None) -> Any:
         """The same batches as a `tf.data.Dataset`: one epoch each time it is read.

@@ -1,0 +1,21 @@
+"""The names of `kerastrip.evaluation.verification`, where they were before."""
+
+from kerastrip.evaluation.verification import (
+    FoldedAccuracy,
+    OperatingPoint,
+    VerificationCurve,
+    pair_distances,
+    verification_curve,
+    verification_folds,
+    verification_metrics,
+)
+
+__all__ = [
+    "FoldedAccuracy",
+    "OperatingPoint",
+    "VerificationCurve",
+    "pair_distances",
+    "verification_curve",
+    "verification_folds",
+    "verification_metrics",
+]
