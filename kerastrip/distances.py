@@ -16,6 +16,14 @@ from keras import ops
 from kerastrip import _checks
 from kerastrip._numerics import plain, safe_sqrt
 
+__all__ = [
+    "DISTANCES",
+    "is_rooted",
+    "pairwise_distances",
+    "prepare",
+    "squared_distances",
+]
+
 DISTANCES = ("euclidean", "squared_euclidean", "cosine")
 
 

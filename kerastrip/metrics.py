@@ -15,6 +15,12 @@ from kerastrip.mining.blocks import choose
 from kerastrip.mining.engine import Census, triplet_census
 from kerastrip.mining.replicas import gathered, whole
 
+__all__ = [
+    "FRACTIONS",
+    "KEYS",
+    "TripletCensus",
+]
+
 # Every figure is the sum of its own name, over rows and batches, divided by another sum.
 # Whoever adds one adds a line here, the two sums in `_counts` or `_measure`, and a line in
 # the table of `TripletCensus`.

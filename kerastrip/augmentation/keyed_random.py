@@ -17,6 +17,12 @@ import numpy as np
 
 from kerastrip import _checks
 
+__all__ = [
+    "SCHEME",
+    "KeyedRandom",
+    "PythonRandom",
+]
+
 # The way from a key to random numbers. All of a key but its last integer is hashed by
 # BLAKE2b, as 64-bit integers, little-endian, with the seed and the length before them;
 # the hash is the key of a Philox. The last integer, times 5, is the counter where 20

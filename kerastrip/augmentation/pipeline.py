@@ -28,6 +28,10 @@ from kerastrip._version import __version__
 from kerastrip.augmentation import pipeline_io, serialization
 from kerastrip.augmentation.keyed_random import SCHEME, KeyedRandom
 
+__all__ = [
+    "Augmentation",
+]
+
 # albumentations asks the network for a newer version in every process that
 # imports it. The variable is set here, not round an import of ours, because a
 # worker process imports albumentations while it unpickles a pipeline.

@@ -12,6 +12,13 @@ import numpy as np
 
 from kerastrip import _checks
 
+__all__ = [
+    "Batch",
+    "check_image",
+    "check_targets",
+    "samples",
+]
+
 _UINT8, _FLOAT32 = np.dtype("uint8"), np.dtype("float32")
 _MASKS = ("uint8", "uint16", "int16", "int32", "float32")
 _ROUNDING = 1e-3  # how far outside [0, 1] a float image may lie

@@ -16,6 +16,13 @@ import numpy as np
 
 from kerastrip import _checks
 
+__all__ = [
+    "pipeline",
+    "plain",
+    "read",
+    "written",
+]
+
 _KEYS = {"kerastrip", "scheme", "seed", "versions", "transform"}
 _NAME = "__class_fullname__"
 _DEEPEST = 50  # copies of a pipeline go some frames deep for each level

@@ -12,6 +12,11 @@ from kerastrip._outputs import embedding_output
 from kerastrip.callbacks._copies import without_model
 from kerastrip.metrics import KEYS
 
+__all__ = [
+    "Alarm",
+    "CollapseGuard",
+]
+
 ACTIONS = ("warn", "stop", "reduce_lr")
 
 # Healthy training from scratch starts at a spread of 0.01 to 0.1 and passes 0.002 on

@@ -9,6 +9,11 @@ import keras
 
 from kerastrip import _checks
 
+__all__ = [
+    "EpochSync",
+    "sampler_beside",
+]
+
 # Places between two epochs in a stream of random numbers: more than one epoch uses.
 _DRAWS = 2**20
 # Every living EpochSync that has been in a `fit`, in the order of their first.

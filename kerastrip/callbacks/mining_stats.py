@@ -49,6 +49,10 @@ from kerastrip.callbacks._traces import Traces
 from kerastrip.distances import DISTANCES
 from kerastrip.metrics import FRACTIONS, KEYS, TripletCensus
 
+__all__ = [
+    "MiningStats",
+]
+
 # UnitNormalization in bfloat16 leaves the lengths within 0.4 % of 1.
 _SAME_LENGTH = 0.01
 

@@ -19,6 +19,10 @@ from kerastrip.callbacks._evaluation import HeldOut
 from kerastrip.plotting.pictures import png
 from kerastrip.plotting.thumbnails import Thumbnails, thumbnails_of
 
+__all__ = [
+    "EmbeddingProjector",
+]
+
 # What the projector reads: so many points, and a sprite of so many pixels a side.
 _MOST_POINTS = 100_000
 _SPRITE = 8192

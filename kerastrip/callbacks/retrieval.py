@@ -21,6 +21,10 @@ from kerastrip.evaluation.retrieval import (
     themselves,
 )
 
+__all__ = [
+    "RetrievalEvaluation",
+]
+
 
 class RetrievalEvaluation(keras.callbacks.Callback):
     """Adds `val_recall@1`, `val_map@r`, ... of held-out data to the epoch logs.

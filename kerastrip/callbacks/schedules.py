@@ -22,6 +22,11 @@ from kerastrip.callbacks._traces import retrace
 from kerastrip.metrics import FRACTIONS
 from kerastrip.mining.engine import MININGS
 
+__all__ = [
+    "MarginSchedule",
+    "MiningSchedule",
+]
+
 
 class MarginSchedule(keras.callbacks.Callback):
     """Set the margin of the compiled loss at the beginning of every epoch.

@@ -19,6 +19,10 @@ from kerastrip.evaluation.verification import (
     verification_curve,
 )
 
+__all__ = [
+    "VerificationEvaluation",
+]
+
 
 class VerificationEvaluation(keras.callbacks.Callback):
     """Adds `val_auc`, `val_eer`, `val_tar@0.01` of held-out data to the epoch logs.

@@ -8,6 +8,13 @@ import numpy as np
 
 from kerastrip.evaluation.embedding import search
 
+__all__ = [
+    "Confusion",
+    "confusions",
+    "nearest_others",
+    "spread_rows",
+]
+
 
 class Confusion(NamedTuple):
     """Queries of one class whose nearest neighbour is of one other class.

@@ -22,6 +22,23 @@ from kerastrip._outputs import Output, embedding_output
 from kerastrip.distances import DISTANCES
 from kerastrip.sources import as_source
 
+__all__ = [
+    "Space",
+    "batches_of",
+    "embed",
+    "embed_with_targets",
+    "embeddings_array",
+    "is_batches",
+    "is_sampler",
+    "nearest",
+    "progress",
+    "row_distances",
+    "search",
+    "source_of",
+    "unit_rows",
+    "unusable_rows",
+]
+
 # A block of distances is at most so many rows, and at most so many numbers.
 _ROWS, _NUMBERS = 512, 1 << 25
 # Neighbours are picked from so many numbers at a time.

@@ -29,6 +29,13 @@ from kerastrip.evaluation.embedding import (
     unit_rows,
 )
 
+__all__ = [
+    "Figures",
+    "compare_modes",
+    "moving_averages",
+    "recalibrate",
+]
+
 # What BatchNormalization calls its averages; the last is that of its `renorm`.
 _AVERAGES = ("moving_mean", "moving_variance", "moving_stddev")
 # An average that keeps more than this of itself in a step is frozen.

@@ -21,6 +21,17 @@ from kerastrip.evaluation.embedding import (
     row_distances,
 )
 
+__all__ = [
+    "METRICS",
+    "check_metrics",
+    "common_codes",
+    "label_table",
+    "lookup_figures",
+    "retrieval_metrics",
+    "shared_rows",
+    "themselves",
+]
+
 METRICS = (
     "recall@1",
     "recall@5",

@@ -23,6 +23,21 @@ from kerastrip.evaluation.embedding import (
 )
 from kerastrip.evaluation.retrieval import label_table
 
+__all__ = [
+    "METRICS",
+    "FoldedAccuracy",
+    "OperatingPoint",
+    "VerificationCurve",
+    "check_codes",
+    "check_metrics",
+    "flags_array",
+    "pair_distances",
+    "pairs_array",
+    "verification_curve",
+    "verification_folds",
+    "verification_metrics",
+]
+
 METRICS = (
     "auc",
     "eer",

@@ -12,6 +12,10 @@ from kerastrip.distances import DISTANCES
 from kerastrip.losses._label_loss import LabelLoss
 from kerastrip.mining.engine import AVERAGES, contrastive_losses
 
+__all__ = [
+    "ContrastiveLoss",
+]
+
 
 @keras.saving.register_keras_serializable(package="kerastrip")
 class ContrastiveLoss(LabelLoss):

@@ -24,6 +24,16 @@ from keras import ops
 from kerastrip import _checks, _numerics
 from kerastrip.losses._label_loss import LabelLoss
 
+__all__ = [
+    "BinaryFocalLoss",
+    "CategoricalFocalLoss",
+    "SparseCategoricalFocalLoss",
+    "binary_focal_loss",
+    "categorical_focal_loss",
+    "class_balanced_alpha",
+    "sparse_categorical_focal_loss",
+]
+
 Alpha = float | Sequence[float] | None
 INFINITE = float("inf")
 

@@ -11,6 +11,14 @@ from kerastrip.distances import DISTANCES
 from kerastrip.losses._label_loss import LabelLoss
 from kerastrip.mining.engine import check_choice, triplet_losses
 
+__all__ = [
+    "TripletHardLoss",
+    "TripletLoss",
+    "TripletSemiHardLoss",
+    "triplet_hard_loss",
+    "triplet_semihard_loss",
+]
+
 _TFA_DISTANCES = {
     "L2": "euclidean",
     "squared-L2": "squared_euclidean",

@@ -30,6 +30,43 @@ from keras import ops
 
 from kerastrip.distances import is_rooted, squared_distances
 
+__all__ = [
+    "INFINITE",
+    "MOST_RANKS",
+    "NOT_NEGATIVE",
+    "TINY",
+    "Anchors",
+    "Batch",
+    "Rule",
+    "Terms",
+    "add_margin",
+    "block_rows",
+    "choose",
+    "compiled_on_jax",
+    "compiled_on_tensorflow",
+    "count_below",
+    "count_true",
+    "entry",
+    "find_anchors",
+    "first_true",
+    "flag",
+    "inverse_order",
+    "loss_and_slope",
+    "near_the_origin",
+    "order_by_label",
+    "over_blocks",
+    "over_ranks",
+    "padded_size",
+    "positive_column",
+    "positive_entries",
+    "put",
+    "rank_seen_from",
+    "ranks",
+    "row_sum",
+    "signed_distances",
+    "take_padded",
+]
+
 INFINITE = float("inf")
 TINY = 2e-38  # the least distance of a positive: above every denormal number
 NOT_NEGATIVE = -0.75 * TINY  # between what is no negative and the negatives
@@ -93,6 +130,7 @@ class Terms(NamedTuple):
 
 
 def flag(condition: Any) -> Any:
+    """1 or 0, a Python integer for a Python bool."""
     if isinstance(condition, bool):
         return int(condition)
     return ops.cast(condition, "int32")

@@ -14,6 +14,11 @@ from keras import ops
 from kerastrip.mining import blocks
 from kerastrip.mining.blocks import Anchors, Batch
 
+__all__ = [
+    "count",
+    "count_two",
+]
+
 
 def count_two(d: Any, low: Any, high: Any) -> tuple[Any, Any]:
     """How many entries of every row are <= low, and how many in (low, high).

@@ -22,6 +22,13 @@ from keras import ops
 from kerastrip.mining import blocks
 from kerastrip.mining.blocks import Anchors, Batch, Rule, Terms
 
+__all__ = [
+    "Block",
+    "gradient",
+    "losses",
+    "no_losses",
+]
+
 KEPT_ROWS = 2048
 
 
@@ -320,8 +327,9 @@ def gradient(batch: Batch, margin: Any, weights: Any, kept: Any, rule: Rule) -> 
     """Gradient of sum(weights * losses) with respect to the rows, (padded, dim).
 
     Args:
-        batch, margin, rule: what `losses` got.
+        batch, margin: what `losses` got.
         weights: (padded,) float32.
         kept: the coefficients that `losses` kept.
+        rule: what `losses` got.
     """
     return _compile_outer(_gradient, rule)(batch, margin, weights, kept)

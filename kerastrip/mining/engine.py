@@ -44,7 +44,15 @@ from kerastrip.distances import DISTANCES, prepare
 from kerastrip.mining import blocks, census, dense, pairs
 from kerastrip.mining.blocks import Batch, Rule
 
-__all__ = ["Census", "contrastive_losses", "triplet_census", "triplet_losses"]
+__all__ = [
+    "AVERAGES",
+    "MININGS",
+    "Census",
+    "check_choice",
+    "contrastive_losses",
+    "triplet_census",
+    "triplet_losses",
+]
 
 MININGS = ("semi_hard", "semi_hard_or_hard", "hard", "all")
 AVERAGES = ("all", "active")

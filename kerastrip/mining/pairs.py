@@ -21,6 +21,18 @@ from kerastrip._numerics import safe_divide, safe_sqrt
 from kerastrip.mining import blocks, dense
 from kerastrip.mining.blocks import Anchors, Batch, Rule, Terms
 
+__all__ = [
+    "Found",
+    "choose_anchors",
+    "choose_negatives",
+    "farthest_negative",
+    "farthest_positive",
+    "gradient",
+    "losses",
+    "nearest_beyond",
+    "nearest_negative",
+]
+
 
 class Found(NamedTuple):
     """What is found for the rows with few positives.
@@ -254,9 +266,10 @@ def gradient(batch: Batch, margin: Any, weights: Any, kept: Any, rule: Rule) -> 
     """Gradient of sum(weights * losses) with respect to the rows, (padded, dim).
 
     Args:
-        batch, margin, rule: what `losses` got.
+        batch, margin: what `losses` got.
         weights: (padded,) float32.
         kept: what `losses` kept.
+        rule: what `losses` got.
     """
     found, coefficients = kept
     result = blocks.compiled_on_tensorflow(_gradient_of_few, rule=rule)(

@@ -7,6 +7,11 @@ from typing import Any
 
 import keras
 
+__all__ = [
+    "gathered",
+    "whole",
+]
+
 
 def whole(x: Any) -> Any:
     """`x` as it is."""

@@ -34,6 +34,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = [
+    "COLOURS",
+    "plot_batch",
+    "plot_confusions",
+    "plot_distances",
+    "plot_embeddings",
+    "plot_mining",
+    "plot_neighbours",
+    "plot_roc",
+]
+
 COLOURS = {"easy": "#cdd6de", "semi_hard": "#f2a541", "hard": "#b5371f"}
 # Blue and vermilion differ for every kind of colour vision (Okabe and Ito 2008).
 SAME, DIFFERENT = "#0072b2", "#d55e00"

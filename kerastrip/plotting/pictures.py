@@ -9,6 +9,14 @@ import numpy as np
 
 from kerastrip import _checks
 
+__all__ = [
+    "file_names",
+    "limits_of",
+    "pictures",
+    "png",
+    "thumbnail",
+]
+
 
 def pictures(name: str, images: Any, limits: tuple[float, float] | None = None) -> Any:
     """`images` as uint8, (n, height, width) or (n, height, width, 3).

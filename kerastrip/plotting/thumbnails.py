@@ -11,6 +11,11 @@ from kerastrip.evaluation.embedding import is_batches, source_of
 from kerastrip.plotting.pictures import file_names, limits_of, pictures, thumbnail
 from kerastrip.sources import as_source
 
+__all__ = [
+    "Thumbnails",
+    "thumbnails_of",
+]
+
 # So many samples tell the range of the values of all.
 _PROBED = 256
 _SIZE = 128  # pixels: as many as a screen of a phone gives to a sample of a figure

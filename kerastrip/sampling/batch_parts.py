@@ -25,6 +25,14 @@ from kerastrip.sampling.plan import PKPlan
 from kerastrip.sources import BrokenSamples, CachedImages, as_source
 from kerastrip.sources.arrays import ArraySource, from_data_set
 
+__all__ = [
+    "Inputs",
+    "Rows",
+    "gather",
+    "targets",
+    "weights",
+]
+
 Reader = Callable[..., Any]
 
 _WORDS = ("label", "one_hot")

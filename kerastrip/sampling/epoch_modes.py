@@ -14,6 +14,11 @@ import numpy as np
 from kerastrip.sampling import permutation
 from kerastrip.sampling.permutation import mix, permute
 
+__all__ = [
+    "Balanced",
+    "Coverage",
+]
+
 # Parts of a coverage table: in one part, classes of one row do not meet.
 _PARTS = 3
 

@@ -14,6 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+__all__ = [
+    "Ending",
+    "InFlight",
+    "LookAhead",
+    "in_thread",
+]
+
 _IDLE = 5.0  # seconds for which a thread waits for work
 # Objects whose threads or processes stay with the parent when this process is forked.
 inherited: weakref.WeakSet = weakref.WeakSet()

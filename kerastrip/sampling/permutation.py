@@ -11,6 +11,15 @@ from typing import Any
 
 import numpy as np
 
+__all__ = [
+    "arrange",
+    "cycle",
+    "deal",
+    "mix",
+    "permute",
+    "split_permute",
+]
+
 _MASK = (1 << 64) - 1
 # Odd 64-bit constants: the golden ratio (Weyl sequence) and the two multipliers
 # of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number

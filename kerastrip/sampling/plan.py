@@ -17,6 +17,13 @@ from kerastrip import _checks, _labels
 from kerastrip.sampling import epoch_modes, permutation
 from kerastrip.sampling.permutation import mix
 
+__all__ = [
+    "PKPlan",
+    "SamplingReport",
+    "split_classes",
+    "split_samples",
+]
+
 EPOCH_MODES = ("balanced", "coverage")
 SMALL_CLASSES = ("repeat", "drop", "error")
 

@@ -21,6 +21,10 @@ from kerastrip.sampling.plan import PKPlan
 from kerastrip.sampling.workers import WorkerPool
 from kerastrip.sources import as_source
 
+__all__ = [
+    "PKSampler",
+]
+
 
 class PKSampler(keras.utils.PyDataset):
     """Batches of P classes with K samples each, as a Keras dataset.
@@ -363,7 +367,7 @@ class PKSampler(keras.utils.PyDataset):
         Raises:
             ValueError: if no input of the model is made of images.
         """
-        from kerastrip.plotting.figures import plot_batch
+        from kerastrip.plotting import plot_batch
 
         epoch = self._epoch if epoch is None else epoch
         arrays = keras.tree.flatten(self.batch(step, epoch)[0])

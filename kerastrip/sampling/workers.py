@@ -66,6 +66,10 @@ from kerastrip import _checks
 from kerastrip.sampling.look_ahead import in_flight, inherited
 from kerastrip.sources._turns import own_files
 
+__all__ = [
+    "WorkerPool",
+]
+
 Layout = Sequence[tuple[tuple[int, ...], np.dtype]]
 Work = Callable[..., Sequence[np.ndarray]]
 

@@ -15,6 +15,10 @@ from kerastrip.sources._listing import is_image, labelled_images
 from kerastrip.sources.decoding import MAX_PIXELS, check_bytes, check_head
 from kerastrip.sources.images import ImageFiles, is_wrong_with_file
 
+__all__ = [
+    "ZipImages",
+]
+
 _STORED_OR_DEFLATED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 # A few bytes may unpack to gigabytes. Of a larger member the first bytes are looked at
 # before the rest is unpacked.

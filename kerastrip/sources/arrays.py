@@ -24,6 +24,17 @@ from kerastrip import _checks
 from kerastrip.sources._headers import read_header
 from kerastrip.sources._turns import is_safe, turn
 
+__all__ = [
+    "ArraySource",
+    "BrokenSamples",
+    "LazyArraySource",
+    "RowSource",
+    "StructureSource",
+    "Subset",
+    "as_source",
+    "from_data_set",
+]
+
 _NO_NUMBERS = "OSUTMm"  # dtype kinds that hold no numbers
 _NO_INPUT = "OTMm"  # ... and no texts either
 _TEXTS = "OSUT"

@@ -34,6 +34,11 @@ from kerastrip import _checks
 from kerastrip._files import write_whole
 from kerastrip.sources.arrays import ArraySource, as_source
 
+__all__ = [
+    "CachedImages",
+    "cache_images",
+]
+
 _VERSION = 2
 _SECONDS = 2.0  # of work, at most, are lost with a killed process
 _ROWS, _BYTES = 256, 1 << 26  # what is read at a time, at most

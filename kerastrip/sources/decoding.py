@@ -15,6 +15,20 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip.sources._headers import Header, is_known, read_header
 
+__all__ = [
+    "CHANNELS",
+    "MAX_PIXELS",
+    "Reading",
+    "check_bytes",
+    "check_head",
+    "check_ways",
+    "checked_reading",
+    "checked_size",
+    "decode_image",
+    "read_file",
+    "read_image",
+]
+
 CHANNELS = {"rgb": 3, "gray": 1}
 MAX_PIXELS = 200_000_000
 # A `reading` names them, so that one that is stored says all, and other ways may come.

@@ -29,6 +29,12 @@ from kerastrip.sources.decoding import (
     read_file,
 )
 
+__all__ = [
+    "ImageFiles",
+    "ImageFolder",
+    "is_wrong_with_file",
+]
+
 ON_ERROR = ("raise", "skip")
 # Errors of the system that say something about a file, and not about the moment.
 _OF_THE_FILE = (

@@ -36,6 +36,10 @@ from kerastrip.sources.decoding import (
     checked_size,
 )
 
+__all__ = [
+    "TFRecordSource",
+]
+
 _VERSION = 2
 _LENGTH, _HEAD, _FRAME = 8, 12, 16  # bytes: a length, all before the data, and round it
 _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")  # in no text

@@ -22,6 +22,10 @@ from kerastrip.callbacks.report import sections as _report_parts
 from kerastrip.evaluation.verification import check_codes
 from kerastrip.plotting.thumbnails import thumbnails_of
 
+__all__ = [
+    "TrainingReport",
+]
+
 
 class TrainingReport(keras.callbacks.Callback):
     """Write a page on the training, anew after every epoch.

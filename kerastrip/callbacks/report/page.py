@@ -12,6 +12,19 @@ from html import escape
 
 import numpy as np
 
+__all__ = [
+    "bullets",
+    "chart",
+    "charts",
+    "digits",
+    "header",
+    "number",
+    "page",
+    "section",
+    "spark",
+    "table",
+]
+
 # No scripts, no network: the page cannot load anything but what it carries.
 _HEAD = """<!doctype html>
 <html lang="en">
@@ -106,6 +119,7 @@ def header(
 
 
 def section(heading: str, hint: str, body: str, kind: str = "") -> str:
+    """A part of the page under a heading, with a line of explanation."""
     return (
         f'<section class="{kind}"><h2>{escape(heading)}</h2>'
         f'<p class="soft">{escape(hint)}</p>\n{body}</section>\n'
@@ -113,10 +127,12 @@ def section(heading: str, hint: str, body: str, kind: str = "") -> str:
 
 
 def bullets(lines: Iterable[str]) -> str:
+    """A list of lines."""
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>\n"
 
 
 def charts(bodies: Iterable[str]) -> str:
+    """Charts side by side, on a phone below each other."""
     return f'<div class="charts">{"".join(bodies)}</div>\n'
 
 

@@ -17,6 +17,19 @@ from kerastrip.evaluation.retrieval import retrieval_metrics
 from kerastrip.evaluation.verification import verification_curve
 from kerastrip.plotting.thumbnails import Thumbnails
 
+__all__ = [
+    "Look",
+    "alarms_section",
+    "best_epoch",
+    "held_out_section",
+    "lead",
+    "logs_section",
+    "look",
+    "mining_section",
+    "settings",
+    "tiles",
+]
+
 _RETRIEVAL = ("recall@1", "recall@5", "precision@5", "r_precision", "map@r", "mrr")
 _SETTINGS = ("margin", "mining", "distance", "gamma")  # of a loss
 _TILES = ("loss", "val_loss", "easy", "hard")
