@@ -50,7 +50,7 @@ class TripletLoss(LabelLoss):
             as `margin` may.
         distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"` (1 - cos).
         soft: take the softplus instead of the hinge. Default False.
-        average_over: `"all"` units, or the `"active"` ones, those with a loss > 0.
+        average_over: `"all"` units, or the `"active"` units, whose loss is > 0.
             The softplus is always > 0, so `soft=True` wants `"all"`.
         gather: under a `tf.distribute` strategy, mine over the batch of all replicas;
             the update is then that of one device with the whole batch. False mines
@@ -76,7 +76,7 @@ class TripletLoss(LabelLoss):
     Raises:
         ValueError: for a margin that is not > 0, unknown words, `soft` with
             `"active"`; when called, for embeddings that are not 2-D, lengths that
-            differ, or labels that are seen to be none.
+            differ, or labels that are seen to name no class.
         TypeError: for a margin that is no number.
 
     Example:
