@@ -28,6 +28,9 @@ from kerastrip.sources.decoding import (
     checked_size,
     read_file,
 )
+from kerastrip.sources.decoding import (
+    decode_image as decode_image,
+)  # where it was in version 0.1
 
 ON_ERROR = ("raise", "skip")
 # Errors of the system that say something about a file, and not about the moment.
