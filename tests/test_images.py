@@ -788,3 +788,9 @@ def test_a_subset_has_the_rows_labels_and_errors_of_its_source(folder):
     ):
         with pytest.raises(error, match=r"positions in 0\.\.24"):
             Subset(source, rows)
+
+
+def test_decode_image_is_still_found_where_it_was():
+    assert (
+        kerastrip.sources.images.decode_image is kerastrip.sources.decoding.decode_image
+    )

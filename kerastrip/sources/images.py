@@ -28,6 +28,9 @@ from kerastrip.sources.decoding import (
     checked_size,
     read_file,
 )
+from kerastrip.sources.decoding import (
+    decode_image as decode_image,
+)  # where it was in version 0.1
 
 __all__ = [
     "ImageFiles",
