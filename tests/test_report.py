@@ -23,8 +23,9 @@ from kerastrip import plotting, sources
 from kerastrip.callbacks import CollapseGuard, TrainingReport
 from kerastrip.callbacks.collapse import Alarm
 from kerastrip.callbacks.report import sections
-from kerastrip.evaluation.embedding import embed, search
+from kerastrip.evaluation.embedding import embed
 from kerastrip.evaluation.retrieval import retrieval_metrics
+from kerastrip.evaluation.search import search
 from kerastrip.evaluation.verification import verification_curve
 from kerastrip.losses import TripletLoss
 from kerastrip.plotting.thumbnails import thumbnails_of

@@ -24,10 +24,10 @@ from kerastrip.evaluation.embedding import (
     is_batches,
     is_sampler,
     source_of,
-    unusable_rows,
 )
 from kerastrip.evaluation.recalibration import moving_averages
 from kerastrip.evaluation.retrieval import label_table, shared_rows
+from kerastrip.evaluation.search import unusable_rows
 from kerastrip.sources import ArraySource, Subset
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kerastrip.evaluation.embedding import search
+from kerastrip.evaluation.search import search
 
 __all__ = [
     "Confusion",

@@ -24,10 +24,9 @@ from kerastrip.evaluation.embedding import (
     batches_of,
     is_batches,
     is_sampler,
-    row_distances,
     source_of,
-    unit_rows,
 )
+from kerastrip.evaluation.search import row_distances, unit_rows
 
 __all__ = [
     "Figures",

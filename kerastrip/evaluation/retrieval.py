@@ -14,7 +14,7 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip._labels import LabelTable
-from kerastrip.evaluation.embedding import (
+from kerastrip.evaluation.search import (
     Space,
     embeddings_array,
     nearest,

@@ -15,13 +15,13 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip.distances import DISTANCES
-from kerastrip.evaluation.embedding import (
+from kerastrip.evaluation.retrieval import label_table
+from kerastrip.evaluation.search import (
     Space,
     embeddings_array,
     row_distances,
     unit_rows,
 )
-from kerastrip.evaluation.retrieval import label_table
 
 __all__ = [
     "METRICS",

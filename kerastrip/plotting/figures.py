@@ -23,8 +23,8 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._files import readable
 from kerastrip.evaluation.confusions import confusions, nearest_others, spread_rows
-from kerastrip.evaluation.embedding import embeddings_array
 from kerastrip.evaluation.retrieval import label_table
+from kerastrip.evaluation.search import embeddings_array
 from kerastrip.evaluation.verification import VerificationCurve
 from kerastrip.metrics import FRACTIONS as FRACTIONS
 from kerastrip.plotting.pictures import file_names, pictures
