@@ -17,7 +17,7 @@ __all__ = [
     "CollapseGuard",
 ]
 
-ACTIONS = ("warn", "stop", "reduce_lr")
+_ACTIONS = ("warn", "stop", "reduce_lr")
 
 # Healthy training from scratch starts at a spread of 0.01 to 0.1 and passes 0.002 on
 # the way when mining is hard; what has collapsed stays under 0.0005.
@@ -125,7 +125,7 @@ class CollapseGuard(keras.callbacks.Callback):
         output: int | str | None = None,
     ) -> None:
         super().__init__()
-        self.action = _checks.one_of("action", action, ACTIONS)
+        self.action = _checks.one_of("action", action, _ACTIONS)
         self.patience = {
             "not_finite": 1,
             "exploded": 1,

@@ -26,7 +26,7 @@ from kerastrip.evaluation.confusions import confusions, nearest_others, spread_r
 from kerastrip.evaluation.retrieval import label_table
 from kerastrip.evaluation.search import embeddings_array
 from kerastrip.evaluation.verification import VerificationCurve
-from kerastrip.metrics import FRACTIONS as FRACTIONS
+from kerastrip.metrics import FRACTIONS
 from kerastrip.plotting.pictures import file_names, pictures
 from kerastrip.sources import as_source
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLOURS",
+    "DIFFERENT",
+    "SAME",
     "plot_batch",
     "plot_confusions",
     "plot_distances",

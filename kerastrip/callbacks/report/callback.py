@@ -17,8 +17,7 @@ from kerastrip._outputs import embedding_output
 from kerastrip.callbacks._copies import without_model
 from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
 from kerastrip.callbacks.collapse import CollapseGuard
-from kerastrip.callbacks.report import page as _page
-from kerastrip.callbacks.report import sections as _report_parts
+from kerastrip.callbacks.report import page, sections
 from kerastrip.evaluation.verification import check_codes
 from kerastrip.plotting.thumbnails import thumbnails_of
 
@@ -141,7 +140,7 @@ class TrainingReport(keras.callbacks.Callback):
                 verbose=None,
             )
         self._logs: dict[int, dict[str, float]] = {}
-        self._latest: _report_parts.Look | None = None
+        self._latest: sections.Look | None = None
         self._begun = 0.0
         self._first: int | None = None
         self._ended = False
@@ -186,7 +185,7 @@ class TrainingReport(keras.callbacks.Callback):
     ) -> dict[str, float]:
         loss = embedding_output(self.model, self._output).loss
         margin = getattr(loss, "margin", None)
-        self._latest = _report_parts.look(
+        self._latest = sections.look(
             embeddings,
             labels,
             distance=distance,
@@ -200,7 +199,7 @@ class TrainingReport(keras.callbacks.Callback):
     def _write(self) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path, _page.page(self._title, self._sections()))
+            write_whole(self._path, page.page(self._title, self._sections()))
         except OSError as error:
             if not self._told:
                 _checks.warn(
@@ -221,26 +220,26 @@ class TrainingReport(keras.callbacks.Callback):
         if self._evaluation is not None:
             results = self._evaluation.results
             alarms = [*(alarms or []), *self._evaluation.alarms] or alarms
-        best = _report_parts.best_epoch(epochs, history, results)
+        best = sections.best_epoch(epochs, history, results)
         notes = [
             self._state(len(epochs)),
-            _report_parts.settings(self.model, self.params or {}),
+            sections.settings(self.model, self.params or {}),
         ]
-        sections = [
-            _page.header(
+        parts = [
+            page.header(
                 self._title,
                 notes,
-                _report_parts.lead(best, history, results, latest),
-                _report_parts.tiles(best, history, results, alarms),
+                sections.lead(best, history, results, latest),
+                sections.tiles(best, history, results, alarms),
             ),
-            _report_parts.alarms_section(alarms),
-            _report_parts.mining_section([e + 1 for e in epochs], history),
+            sections.alarms_section(alarms),
+            sections.mining_section([e + 1 for e in epochs], history),
         ]
         if self._evaluation is not None:
-            sections.append(_report_parts.held_out_section(latest, results))
+            parts.append(sections.held_out_section(latest, results))
         if latest is not None:
-            sections.append(latest.samples)
-        return [*sections, _report_parts.logs_section(history)]
+            parts.append(latest.samples)
+        return [*parts, sections.logs_section(history)]
 
     def _state(self, epochs: int) -> str:
         """How far the training is, how long it has run, and when that was."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from kerastrip import plotting
 from kerastrip.callbacks.collapse import Alarm
-from kerastrip.callbacks.report import page as _page
+from kerastrip.callbacks.report import page
 from kerastrip.evaluation.retrieval import retrieval_metrics
 from kerastrip.evaluation.verification import verification_curve
 from kerastrip.plotting.thumbnails import Thumbnails
@@ -35,7 +35,7 @@ _SETTINGS = ("margin", "mining", "distance", "gamma")  # of a loss
 _TILES = ("loss", "val_loss", "easy", "hard")
 
 # One value for each epoch, NaN where there is none.
-History = Mapping[str, Sequence[float]]
+_History = Mapping[str, Sequence[float]]
 
 
 class Look(NamedTuple):
@@ -87,9 +87,9 @@ def look(
     others = "The nearest others, ✓ right or ✗ wrong (dashed), with class and distance."
     photos = images is not None
     sheets = [_chart(confused, beside, photos), _chart(near, others, photos)]
-    samples = _page.section("Samples", "", _page.charts(sheets))
+    samples = page.section("Samples", "", page.charts(sheets))
     worst = f"{confused.get_label()}\n".split("\n")[1]
-    return Look(figures, _page.charts(charts), samples, worst)
+    return Look(figures, page.charts(charts), samples, worst)
 
 
 def settings(model: Any, params: Mapping[str, Any]) -> str:
@@ -112,7 +112,7 @@ def settings(model: Any, params: Mapping[str, Any]) -> str:
 
 
 def best_epoch(
-    epochs: Sequence[int], history: History, results: Mapping[int, Any]
+    epochs: Sequence[int], history: _History, results: Mapping[int, Any]
 ) -> tuple[int, str] | None:
     """The epoch of the best held-out figure, else of the least loss, and it in words.
 
@@ -130,7 +130,7 @@ def best_epoch(
             continue
         choose = max if name == "map@r" else min
         best, last = choose(finite, key=finite.__getitem__), max(values)
-        value, end = _page.digits(finite[best]), _page.digits(values[last])
+        value, end = page.digits(finite[best]), page.digits(values[last])
         if values[last] == finite[best]:
             return last, f"The last epoch is the best so far ({name} {value})."
         told = f"Epoch {best + 1} is the best ({name} {value}); the last one is worse"
@@ -140,7 +140,7 @@ def best_epoch(
 
 def lead(
     best: tuple[int, str] | None,
-    history: History,
+    history: _History,
     results: Mapping[int, Any],
     latest: Look | None,
 ) -> str:
@@ -165,7 +165,7 @@ def lead(
 
 def tiles(
     best: tuple[int, str] | None,
-    history: History,
+    history: _History,
     results: Mapping[int, Any],
     alarms: Sequence[Alarm] | None,
 ) -> list[tuple[str, str]]:
@@ -175,7 +175,7 @@ def tiles(
     }
     for figures in filter(None, results.values()):
         values |= {name: figures[name] for name in ("recall@1", "map@r", "eer")}
-    told = [(name, _page.digits(value)) for name, value in values.items()]
+    told = [(name, page.digits(value)) for name, value in values.items()]
     if best is not None:
         told.append(("best epoch", str(best[0] + 1)))
     return told if alarms is None else [*told, ("alarms", str(len(alarms)))]
@@ -191,7 +191,7 @@ def held_out_section(latest: Look | None, results: Mapping[int, Any]) -> str:
             "not finite: the training has diverged."
         )
     if latest is None:
-        return _page.section(heading, broken, "")
+        return page.section(heading, broken, "")
     hint = (
         "Every sample is looked up among all others, and all pairs are told apart by "
         "their distance; the epoch of the best value is in brackets."
@@ -206,23 +206,23 @@ def held_out_section(latest: Look | None, results: Mapping[int, Any]) -> str:
             (
                 name,
                 [
-                    _page.spark(name, list(values.values())),
-                    _page.number(values[epochs[0]]),
-                    _page.number(values[best], f"({best + 1})"),
-                    _page.number(values[epochs[-1]]),
+                    page.spark(name, list(values.values())),
+                    page.number(values[epochs[0]]),
+                    page.number(values[best], f"({best + 1})"),
+                    page.number(values[epochs[-1]]),
                 ],
             )
         )
     columns = ["figure", "curve", f"epoch {epochs[0] + 1}", "best"]
-    table = _page.table([*columns, f"epoch {epochs[-1] + 1}"], rows)
+    table = page.table([*columns, f"epoch {epochs[-1] + 1}"], rows)
     counts = measured[epochs[-1]]
     hint += f" {counts['queries']} queries"
     if counts["lone_queries"]:
         hint += f", and {counts['lone_queries']} without a partner, left out"
-    return _page.section(heading, f"{hint}. {broken}", f"{table}<br>\n{latest.charts}")
+    return page.section(heading, f"{hint}. {broken}", f"{table}<br>\n{latest.charts}")
 
 
-def mining_section(epochs: Sequence[int], history: History) -> str:
+def mining_section(epochs: Sequence[int], history: _History) -> str:
     """The stacked fractions of training and validation; '' if none are logged."""
     parts = [
         _chart(plotting.plot_mining(history, prefix=prefix, epochs=epochs))
@@ -231,11 +231,11 @@ def mining_section(epochs: Sequence[int], history: History) -> str:
     ]
     if not parts:
         return ""
-    return _page.section(
+    return page.section(
         "Mining",
         "Hard: a negative is nearer than the positive; this should fall. Semi-hard: "
         "farther, but by less than the margin; from this the loss learns. Easy: done.",
-        _page.charts(parts),
+        page.charts(parts),
     )
 
 
@@ -244,16 +244,16 @@ def alarms_section(alarms: Sequence[Alarm] | None) -> str:
     if alarms is None:
         return ""
     if not alarms:
-        return _page.section("Alarms", "None from CollapseGuard so far.", "")
-    return _page.section(
+        return page.section("Alarms", "None from CollapseGuard so far.", "")
+    return page.section(
         "Alarms",
         "What was noticed, with what to try.",
-        _page.bullets(alarm.message for alarm in alarms),
+        page.bullets(alarm.message for alarm in alarms),
         "alarms",
     )
 
 
-def logs_section(history: History) -> str:
+def logs_section(history: _History) -> str:
     """Every logged figure: curve, first, best and latest value."""
     rows = []
     names = dict.fromkeys(key.removeprefix("val_") for key in history)
@@ -263,16 +263,16 @@ def logs_section(history: History) -> str:
             (
                 name,
                 [
-                    _page.spark(name, train, held),
-                    *(_page.number(one) for one in _ends(train)),
-                    _page.number(_ends(held)[1]),
+                    page.spark(name, train, held),
+                    *(page.number(one) for one in _ends(train)),
+                    page.number(_ends(held)[1]),
                 ],
             )
         )
-    return _page.section(
+    return page.section(
         "All figures of the logs",
         "Curves and latest values of training (grey) and validation (blue, dashed).",
-        _page.table(["figure", "curve", "first", "latest", "validation"], rows),
+        page.table(["figure", "curve", "first", "latest", "validation"], rows),
     )
 
 
@@ -296,4 +296,4 @@ def _chart(figure: Any, caption: str = "", photos: bool = False) -> str:
     )
     width = 65 * figure.get_size_inches()[0]
     kind = "photos" if photos else "chart"
-    return _page.chart(file.getvalue(), kind, width, figure.get_label(), caption)
+    return page.chart(file.getvalue(), kind, width, figure.get_label(), caption)
