@@ -32,7 +32,7 @@ class Output:
     count: int = 1
     trained: tuple[int | None, ...] = ()
 
-    def take(self, structure: Any) -> Any:
+    def part_of(self, structure: Any) -> Any:
         """This output's part of outputs or targets: a tensor, a sequence or a dict.
 
         Targets may leave out the outputs without a loss, as Keras allows.

@@ -8,7 +8,7 @@ import pytest
 from kerastrip import plotting, sources
 from kerastrip.evaluation.confusions import confusions, nearest_others
 from kerastrip.evaluation.verification import verification_curve
-from kerastrip.plotting.pictures import png
+from kerastrip.plotting.thumbnails import png
 
 HISTORY = {
     "easy": [0.2, 0.5, 0.7],

@@ -98,8 +98,8 @@ class _OutputCensus(TripletCensus):
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         # Read here, when a step is traced, since MarginSchedule changes the loss.
         margin, distance = self.margin_and_distance()
-        take = self.output.take
-        self._count(take(y_true), take(y_pred), margin, distance)
+        part_of = self.output.part_of
+        self._count(part_of(y_true), part_of(y_pred), margin, distance)
 
     def of_step(self) -> dict[str, Any]:
         """What the logs of a step shall hold instead of the figures of the epoch so far."""

@@ -16,8 +16,7 @@ from kerastrip import _checks
 from kerastrip._files import write_whole
 from kerastrip.callbacks._copies import without_model
 from kerastrip.callbacks._evaluation import HeldOut
-from kerastrip.plotting.pictures import png
-from kerastrip.plotting.thumbnails import Thumbnails, thumbnails_of
+from kerastrip.plotting.thumbnails import Thumbnails, png, thumbnails_of
 
 __all__ = [
     "EmbeddingProjector",
@@ -52,12 +51,12 @@ class EmbeddingProjector(keras.callbacks.Callback):
         x: what to embed, at most 100,000 samples, as for `RetrievalEvaluation`.
         y: labels, likewise; not needed.
         images: an image for each sample, as an array `(n, height, width)` or
-            `(n, height, width, 1 or 3)`, or a source of such; integers in 0..255, or
+            `(n, height, width, 1 or 3)`, or a source of such images; integers in 0..255, or
             floats, drawn between their least and greatest value when they leave 0..1.
             Default None: x itself, if it holds images.
         metadata: further columns: name -> (n,) values.
         every: epochs from one writing to the next, at least 1. Default None: at the
-            end alone.
+            end only.
         output: name or position of the embedding among the outputs of the model.
             None takes the output whose loss has a `distance`, or the only one.
         batch_size: rows per call of the model. Default 128.
@@ -182,7 +181,7 @@ def _cell(value: Any) -> str:
 
 
 def _sprite(thumbnails: Thumbnails, count: int) -> tuple[np.ndarray, int, int]:
-    """A square grid of all pictures, row by row; height and width of one."""
+    """A square grid of all thumbnails, row by row, and the height and width of a thumbnail."""
     side = math.isqrt(count - 1) + 1
     size = min(_THUMBNAIL, _SPRITE // side)
     height, width, *channels = thumbnails.take([0], size)[0].shape
@@ -190,6 +189,6 @@ def _sprite(thumbnails: Thumbnails, count: int) -> tuple[np.ndarray, int, int]:
     cells = sprite.reshape(side, height, side, width, *channels)
     for first in range(0, count, side):
         row = np.arange(first, min(first + side, count))
-        for column, picture in enumerate(thumbnails.take(row, size)):
-            cells[first // side, :, column] = picture
+        for column, thumbnail in enumerate(thumbnails.take(row, size)):
+            cells[first // side, :, column] = thumbnail
     return sprite, height, width

@@ -126,7 +126,7 @@ def embed_with_targets(
             seen = [unit_rows(np.mean([unit_rows(one) for one in seen], axis=0))]
         rows.append(seen[0])
         if target is not None:
-            targets.append(_array(chosen.take(_one_array(target)), "targets"))
+            targets.append(_array(chosen.part_of(_one_array(target)), "targets"))
         done += len(seen[0])
         show(done)
     if not rows:
@@ -255,7 +255,7 @@ def _run(
             _checks.Told(f"None for a model with {len(outputs)} outputs"),
             "Give output=....",
         )
-    rows = np.asarray(chosen.take(outputs))
+    rows = np.asarray(chosen.part_of(outputs))
     if rows.ndim != 2:
         raise _checks.value_error(
             "output",

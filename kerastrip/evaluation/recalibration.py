@@ -155,7 +155,7 @@ def compare_modes(
     chosen, averages = embedding_output(model, output), moving_averages(model)
 
     def rows() -> np.ndarray:
-        return _values(chosen.take(model(inputs, training=False))).astype("float32")
+        return _values(chosen.part_of(model(inputs, training=False))).astype("float32")
 
     if not averages:
         return None

@@ -27,7 +27,7 @@ from kerastrip.evaluation.retrieval import label_table
 from kerastrip.evaluation.search import embeddings_array
 from kerastrip.evaluation.verification import VerificationCurve
 from kerastrip.metrics import FRACTIONS
-from kerastrip.plotting.pictures import file_names, pictures
+from kerastrip.plotting.thumbnails import as_uint8, file_names
 from kerastrip.sources import as_source
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def plot_batch(
     >>> [text.get_text() for text in figure.axes[0].texts]
     ['Batch', '3', '5']
     """
-    images, labels = pictures("images", images), np.asarray(labels)
+    images, labels = as_uint8("images", images), np.asarray(labels)
     if labels.shape != images.shape[:1]:
         raise _checks.value_error("labels", f"shape ({len(images)},)", labels)
     starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
@@ -408,7 +408,7 @@ def plot_confusions(
         embeddings: `(samples, dim)` finite numbers, two rows at least.
         labels: `(samples,)` integers or strings, or one-hot rows.
         images: what to show of each sample: an array as for `plot_batch`, or a
-            source of such images. Default None: the names of the samples alone.
+            source of such images. Default None: the names of the samples only.
         pairs: how many pairs of classes to show at most. Default 5.
         examples: how many samples of each to show at most. Default 3.
         names: what the distinct labels are called, in sorted order; the labels
@@ -474,7 +474,7 @@ def plot_neighbours(
         embeddings: `(samples, dim)` finite numbers, two rows at least.
         labels: `(samples,)` integers or strings, or one-hot rows.
         images: what to show of each sample: an array as for `plot_batch`, or a
-            source of such images. Default None: the names of the samples alone.
+            source of such images. Default None: the names of the samples only.
         queries: rows to look up among the others, or how many, spread over the
             classes. Default 6.
         k: neighbours of each, at least 1. Default 5.
@@ -604,7 +604,7 @@ def _sheet(
         for one in every
     ]
     if source is not None and shown:
-        images = pictures("images", source.take([*shown]))
+        images = as_uint8("images", source.take([*shown]))
         shown = dict(zip(shown, images, strict=True))
     height = 1.4 + 0.2 * max(map(len, below), default=0)
     columns = max([_COLUMNS, *(len(line) for _, line in lines)])
@@ -718,9 +718,9 @@ def _shown_figure() -> type[Figure]:
 
     class ShownFigure(Figure):
         def _repr_png_(self) -> bytes:
-            picture = io.BytesIO()
-            self.savefig(picture, format="png", dpi=120)
-            return picture.getvalue()
+            file = io.BytesIO()
+            self.savefig(file, format="png", dpi=120)
+            return file.getvalue()
 
     return ShownFigure
 

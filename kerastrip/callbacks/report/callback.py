@@ -56,7 +56,7 @@ class TrainingReport(keras.callbacks.Callback):
             logs alone. All pairs are looked at: give some thousands of samples.
         y: labels, likewise.
         images: an image for each sample, as an array `(n, height, width)` or
-            `(n, height, width, 1 or 3)`, or a source of such; integers in 0..255, or
+            `(n, height, width, 1 or 3)`, or a source of such images; integers in 0..255, or
             floats, drawn between their least and greatest value when they leave 0..1.
             Default None: x itself, if it holds images.
         guard: the `CollapseGuard` of the same training, whose alarms to show.
