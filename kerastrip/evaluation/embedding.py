@@ -35,7 +35,7 @@ def embed(
     views: int = 1,
     verbose: bool = False,
 ) -> np.ndarray:
-    """The embeddings of `x`, every sample once and in order.
+    """The embeddings of `x` by a model: every sample once, in order.
 
     With `augmentation`, sample i is seen as `augmentation(sample, view, i)` for
     view = 0 ... views - 1, and for `views > 1` the embedding is the direction of
@@ -43,21 +43,22 @@ def embed(
 
         e_i = normalise(1 / views * sum_v normalise(model(aug(x_i, v, i))))
 
-    The model runs through `predict_on_batch` on batches of one size, the last one
-    filled up, so that it is traced once, however often it is called.
+    The model runs through `predict_on_batch` on batches of one size. The last batch is
+    filled up to that size, so that the model is traced once, however often `embed` is
+    called.
 
     Args:
         model: a Keras model, compiled or not.
-        x: what to embed: (n, ...) array; dict or tuple of arrays; a
+        x: the data to embed: an (n, ...) array; dict or tuple of arrays; a
             `kerastrip.sources` object; a sampler, whose source is read (no
-            repeats, no augmentation); or batches, from a `tf.data.Dataset`, a
+            repeats, no augmentation); or batches from a `tf.data.Dataset`, a
             `keras.utils.PyDataset` or a `DataLoader` of PyTorch, of inputs or of
-            (inputs, targets, ...). Texts go to a model on TensorFlow.
-        output: name or position of the embedding among the outputs of the model; its
-            path where the outputs are dicts in one another: "head/embedding". None takes the output whose compiled loss has a `distance`, or the
-            only output there is.
-        batch_size: rows per call of the model, at least 1. Batches that come as
-            batches keep their size. Default 128.
+            (inputs, targets, ...). Only a model on TensorFlow takes texts.
+        output: name or position of the embedding among the outputs of the model; where
+            the outputs are nested dicts its path: "head/embedding". None takes the
+            output whose compiled loss has a `distance`, or else the only output.
+        batch_size: rows per call of the model, at least 1. Where `x` gives batches,
+            they keep their size. Default 128.
         augmentation: `kerastrip.Augmentation` for test-time views. Default None.
         views: augmented views per sample, at least 1. Default 1.
         verbose: whether to show a progress bar once it takes over two seconds.
@@ -68,12 +69,12 @@ def embed(
 
     Raises:
         TypeError, ValueError: if the arguments do not fit each other, `x` holds no
-            samples or dicts without an input of the model, the output is left open, or
-            it is not (batch, dim).
+            samples or holds dicts that lack an input of the model, several outputs may
+            be the embedding, or the embedding is not (batch, dim).
 
     Warns:
-        UserWarning: for floats in [0, 1] that a `Rescaling` at the input of the model,
-            by 1 / 100 or less, scales again.
+        UserWarning: for images of floats in [0, 1], if a `Rescaling` by 1 / 100 or less at
+            the input of the model scales them again.
 
     Example:
 
@@ -103,12 +104,12 @@ def embed_with_targets(
     views: int = 1,
     verbose: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """`embed`, and the targets of the embedding where `x` are batches with targets.
+    """The embeddings of `x`, and the targets of the embedding if `x` gives targets.
 
     Returns:
-        (n, dim) float32 embeddings, and the (n, ...) targets of the same output
-        or None. Both come from one pass, so the order of a shuffled dataset
-        does not matter.
+        (n, dim) float32 embeddings, and the (n, ...) targets of the embedding output,
+        or None. Both come from one pass over `x`, so a shuffled dataset may have
+        another order in every pass.
     """
     batches, total = _batches(x, batch_size, augmentation, views)
     chosen = embedding_output(model, output)
@@ -120,14 +121,16 @@ def embed_with_targets(
     for inputs, target in batches:
         if not rows:
             _warn_of_scaled_twice(model, inputs[0])
-        seen = [_run(model, chosen, one, size, single) for one in inputs]
-        size = max(size, len(seen[0]))
+        by_view = [_run(model, chosen, view, size, single) for view in inputs]
+        size = max(size, len(by_view[0]))
+        embeddings = by_view[0]  # (batch, dim)
         if views > 1:
-            seen = [unit_rows(np.mean([unit_rows(one) for one in seen], axis=0))]
-        rows.append(seen[0])
+            mean = np.mean([unit_rows(view) for view in by_view], axis=0)
+            embeddings = unit_rows(mean)
+        rows.append(embeddings)
         if target is not None:
             targets.append(_array(chosen.part_of(_one_array(target)), "targets"))
-        done += len(seen[0])
+        done += len(embeddings)
         show(done)
     if not rows:
         raise _checks.value_error("x", "at least one batch", x)
@@ -137,8 +140,8 @@ def embed_with_targets(
 def is_batches(x: Any) -> bool:
     """Whether `x` gives batches (`tf.data.Dataset`, `PyDataset`), not samples.
 
-    What can be gone through again and again, but not indexed, is taken for a loader of
-    batches (PyTorch's `DataLoader`).
+    An object that can be iterated and has a length, but cannot be indexed, counts as a
+    loader of batches, such as PyTorch's `DataLoader`.
     """
     if is_sampler(x) or isinstance(x, Set):
         return False
@@ -152,19 +155,22 @@ def is_batches(x: Any) -> bool:
 
 
 def is_sampler(x: Any) -> bool:
-    """Whether `x` draws batches from a `source` with `labels`, and is none itself."""
+    """Whether `x` draws batches from a source: has `source` and `labels`, but no `take`."""
     return hasattr(x, "source") and hasattr(x, "labels") and not hasattr(x, "take")
 
 
 def source_of(x: Any) -> Any:
-    """The source of a sampler, or of samples."""
+    """The source that a sampler reads, or a source of the samples `x`."""
     return as_source(x.source if is_sampler(x) else x)
 
 
 def _batches(
     x: Any, batch_size: int, augmentation: Any, views: int
 ) -> tuple[Iterator[tuple[list[Any], Any]], int | None]:
-    """The ([inputs of each view], targets or None) of x, and the number of samples."""
+    """The batches of `x`, and its number of samples (None if `x` gives batches).
+
+    Each batch is ([inputs of view 0, inputs of view 1, ...], targets or None).
+    """
     batch_size = _checks.integer("batch_size", batch_size, 1)
     views = _checks.integer("views", views, 1)
     if augmentation is None and views > 1:
@@ -186,7 +192,7 @@ def _batches(
 
 
 def batches_of(x: Any) -> Iterator[Any]:
-    """The batches of a dataset, in which tensors of TensorFlow are arrays."""
+    """The batches of a dataset; those of a `tf.data.Dataset` as NumPy arrays."""
     if hasattr(x, "as_numpy_iterator"):
         return x.as_numpy_iterator()
     if hasattr(x, "__getitem__"):
@@ -195,7 +201,7 @@ def batches_of(x: Any) -> Iterator[Any]:
 
 
 def _read_batches(x: Any) -> Iterator[tuple[list[Any], Any]]:
-    """The ([inputs], targets) of a dataset; targets None where there are none."""
+    """([inputs], targets or None) for each batch of a dataset."""
     if hasattr(x, "as_numpy_iterator") and int(x.cardinality()) == -1:
         advice = "Leave out its `.repeat()`."
         raise _checks.value_error("x", "a dataset that ends", x, advice)
@@ -212,7 +218,7 @@ def _read_batches(x: Any) -> Iterator[tuple[list[Any], Any]]:
 def _take_batches(
     source: Any, batch_size: int, augmentation: Any, views: int
 ) -> Iterator[tuple[list[Any], None]]:
-    """The samples of a source in order, as a list of their views."""
+    """([inputs of each view], None) for each batch of the samples of a source, in order."""
     for first in range(0, len(source), batch_size):
         samples = source.take(np.arange(first, min(first + batch_size, len(source))))
         if augmentation is None:
@@ -224,7 +230,7 @@ def _take_batches(
 def _run(
     model: Any, chosen: Output, inputs: Any, size: int, single: bool
 ) -> np.ndarray:
-    """The embeddings of one batch, filled up to `size` rows for the call.
+    """The embeddings of one batch, which is filled up to `size` rows for the model.
 
     Args:
         size: rows of the largest batch so far; 0 in the first call.
@@ -244,8 +250,8 @@ def _run(
         return array
 
     outputs = model.predict_on_batch(keras.tree.map_structure(fill, inputs))
-    # A subclassed model tells of its outputs only now; the key of a loss with the mark
-    # of a metric-learning loss tells which of them it is.
+    # A subclassed model shows its outputs only when it has run. If they are a dict, the
+    # key of the compiled loss with a `distance` tells which of them is the embedding.
     marked = hasattr(chosen.loss, "distance") and isinstance(outputs, dict)
     single = single and not (marked and chosen.name in outputs)
     if single and isinstance(outputs, (list, tuple, dict)) and len(outputs) > 1:
@@ -268,7 +274,7 @@ def _run(
 
 
 def _sample_array(value: Any) -> np.ndarray:
-    """`_array` of samples, which are texts on TensorFlow only."""
+    """Samples as an array; an error for texts on JAX and PyTorch."""
     array = _array(value, "x")
     if array.dtype.kind in "OSUT" and keras.backend.backend() != "tensorflow":
         raise _checks.type_error(
@@ -281,10 +287,10 @@ def _sample_array(value: Any) -> np.ndarray:
 
 
 def _check_shape(model: Any, arrays: list[np.ndarray]) -> None:
-    """Refuses samples of another shape than the one input of the model has.
+    """An error for samples of another shape than the only input of the model.
 
-    A network that pools takes images of any size, and embeds them otherwise than those
-    of its training.
+    Keras may not notice: a network with global pooling runs on images of any size, but
+    its embeddings are worth something only for the size that it was trained with.
     """
     if any(array.ndim == 0 for array in arrays):
         raise _no_batch("numbers or texts without an axis")
@@ -305,28 +311,29 @@ def _check_shape(model: Any, arrays: list[np.ndarray]) -> None:
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    """Whether a shape is the expected one, of which None is any number."""
+    """Whether a shape is as expected, where None allows any number."""
     pairs = zip(shape, expected, strict=True)
     return all(side in (None, given) for given, side in pairs)
 
 
-def _no_batch(told: str) -> ValueError:
+def _no_batch(received: str) -> ValueError:
+    """The error for data that are not in batches."""
     return _checks.value_error(
         "x",
         "a batch of samples, or batches of (inputs, targets)",
-        _checks.Told(told),
-        "One sample alone goes in as a batch: x[None], a tf.data.Dataset of "
+        _checks.Told(received),
+        "Give a single sample as a batch: x[None], and a tf.data.Dataset of "
         "samples in batches: x.batch(64).",
     )
 
 
 def _inputs(model: Any) -> list[Any]:
-    """The symbolic inputs of a model; of one that is not built from them, none."""
+    """The symbolic inputs of a model; [] for a subclassed model, which has none."""
     return list(getattr(model, "inputs", None) or ())
 
 
 def _check_names(model: Any, inputs: Any) -> None:
-    """Refuses a dict that lacks an input of the model."""
+    """An error for a dict that lacks an input of the model."""
     if not (isinstance(inputs, Mapping) and _inputs(model)):
         return
     own = getattr(model, "input", None)
@@ -343,7 +350,7 @@ def _check_names(model: Any, inputs: Any) -> None:
 
 
 def _warn_of_scaled_twice(model: Any, inputs: Any) -> None:
-    """Warns of images in [0, 1] before a layer that scales 0 ... 255 to a range like it.
+    """Warns if images in [0, 1] meet a `Rescaling` that is meant for 0 ... 255.
 
     Args:
         inputs: the first batch.
@@ -375,7 +382,7 @@ def _is_scaled(images: Any) -> bool:
 
 
 def _array(value: Any, name: str) -> np.ndarray:
-    """A part of a batch as an array that every backend reads rightly."""
+    """Inputs or targets of a batch as an array that every backend reads rightly."""
     if hasattr(value, "detach"):  # PyTorch: perhaps on another device, with a gradient
         value = value.detach().cpu()
     _checks.refuse_masked(name, value)
@@ -383,7 +390,10 @@ def _array(value: Any, name: str) -> np.ndarray:
 
 
 def _one_array(target: Any) -> Any:
-    """Targets, where a list of names or numbers is one target and not one per output."""
+    """Targets; a list of names or numbers becomes the array of one output's targets.
+
+    Otherwise a list is the targets of several outputs, and stays.
+    """
     if isinstance(target, (list, tuple)) and all(
         isinstance(one, (str, bytes, numbers.Number)) for one in target
     ):

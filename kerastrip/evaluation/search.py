@@ -25,16 +25,16 @@ __all__ = [
     "unusable_rows",
 ]
 
-# A block of distances is at most so many rows, and at most so many numbers.
+# A block of distances has at most `_ROWS` rows and at most `_NUMBERS` numbers.
 _ROWS, _NUMBERS = 512, 1 << 25
-# Neighbours are picked from so many numbers at a time.
+# `nearest` picks the neighbours out of about so many numbers at a time.
 _PART = 1 << 21
 # Squares of larger numbers are near the end of float32.
 _LARGE = 1e15
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows of length 1; a row of zeros stays."""
+    """The rows, scaled to length 1; a row of zeros stays zeros."""
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(length > 0, length, 1.0)
 
@@ -45,9 +45,9 @@ def search(
     """The k nearest rows of the gallery for every query: exact, by brute force.
 
     A matrix product in float32, in blocks, finds the candidates; the mean of the
-    gallery is taken off first, so that it is accurate relative to the *spread* of
-    the embeddings. The distances returned are computed again from the rows, and
-    equal ones stand in the order of the index.
+    gallery is subtracted first, so that the product is accurate relative to the
+    *spread* of the embeddings. The returned distances are computed again from the
+    rows. Neighbours at equal distances stand in the order of their rows.
 
     Candidates whose squared distances differ by less than float32 resolves
     (about 1e-7 of the squared radius of the gallery) count as equally near at
@@ -56,9 +56,10 @@ def search(
     Args:
         queries: (n, dim) embeddings.
         gallery: (m, dim) embeddings.
-        k: neighbours per query, 1 ... m.
+        k: number of neighbours per query, 1 ... m.
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
-            arrays do not tell what they were trained with: give that of the loss.
+            arrays do not tell which distance they were trained with: give the distance
+            of the loss.
 
     Returns:
         (n, k) float32 distances, ascending, and (n, k) int64 rows of the gallery.
@@ -85,7 +86,7 @@ def search(
     space = Space.of(queries, gallery, distance)
     indices = np.empty((len(queries), k), np.int64)
     distances = np.empty((len(queries), k), np.float32)
-    # A few more than k: float32 may have ordered the last ones wrongly.
+    # Eight more candidates than k: float32 may have ordered the last of them wrongly.
     taken = min(k + 8, len(gallery))
     step = max(1, _NUMBERS // (8 * taken * queries.shape[1]))
     for rows, block in space.blocks(clamp=False):
@@ -106,24 +107,25 @@ def nearest(block: np.ndarray, k: int) -> np.ndarray:
     """The columns of the k smallest numbers of every row, in order.
 
     Args:
-        block: (rows, columns) float32; what is below 0 counts as 0.
+        block: (rows, columns) float32; numbers below 0 count as 0.
         k: 1 ... columns.
 
     Returns:
         (rows, k) int64, ascending by number; equal numbers by column.
     """
-    # NumPy lets go of the interpreter lock in all that is slow here.
+    # Threads help, because the slow functions of NumPy release the interpreter lock.
     parts = np.array_split(block, min(len(block), block.size // _PART + 1))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return np.concatenate(list(pool.map(_nearest, parts, itertools.repeat(k))))
 
 
 def _nearest(block: np.ndarray, k: int) -> np.ndarray:
-    """`nearest` for some rows.
+    """`nearest` for the rows of one thread.
 
-    The columns are dealt into groups. The least numbers of the groups are numbers of
-    the row, so that the k-th smallest of them is a bound for its k smallest numbers,
-    and only the few numbers within it are sorted. For k = 2 and three groups:
+    The columns are dealt into groups, and the least number of each group is found. The
+    k-th smallest of these least numbers is a bound: k numbers of the row are at most as
+    large, so the k smallest numbers of the row are, too. Only the few numbers within
+    the bound are sorted. For k = 2 and three groups:
 
         column     0  1  2  3  4  5     groups (0, 3) (1, 4) (2, 5)
         number     7  4  9  8  5  1     least     7      4      1     bound 4
@@ -137,7 +139,8 @@ def _nearest(block: np.ndarray, k: int) -> np.ndarray:
     least = dealt.min(axis=1)  # (rows, groups), k groups or more
     bound = np.maximum(np.partition(least, k - 1, axis=1)[:, k - 1, None], 0.0)
     row, column = np.divmod(np.flatnonzero(block <= bound), columns)
-    # The numbers within move to the left, in their order; a row has k or more.
+    # The numbers within the bound move to the left of `within`, in their order. There are
+    # k or more in a row, and the rows with fewer than others are filled with infinity.
     first = np.searchsorted(row, np.arange(rows))
     place = np.arange(len(row)) - first[row]
     within = np.full((rows, place.max() + 1), np.inf, np.float32)
@@ -147,7 +150,7 @@ def _nearest(block: np.ndarray, k: int) -> np.ndarray:
 
 
 def embeddings_array(name: str, value: Any) -> np.ndarray:
-    """`value` as (n, dim) finite float32 rows, else an error that names it."""
+    """`value` as (n, dim) finite float32 rows, else an error with the name of it."""
     _checks.refuse_masked(name, value)
     rows = np.asarray(value)
     if rows.dtype.kind not in "fiub" and rows.dtype.name != "bfloat16":
@@ -172,7 +175,11 @@ def embeddings_array(name: str, value: Any) -> np.ndarray:
 
 
 def unusable_rows(rows: np.ndarray) -> np.ndarray:
-    """Which (n, dim) rows hold NaN, infinity or numbers whose squares may."""
+    """The numbers of the rows that hold NaN, infinity or numbers too large to square.
+
+    Args:
+        rows: (n, dim) floats.
+    """
     return np.flatnonzero(~(np.abs(rows) < _LARGE).all(axis=1))
 
 
@@ -184,15 +191,15 @@ class Space(NamedTuple):
         |q - g|^2 / 2 = |q|^2 / 2 + |g|^2 / 2 - q.g,
 
     so a query becomes (q, 1, |q|^2 / 2) and a gallery row (-g, |g|^2 / 2, 1). For
-    the cosine distance 1 - q.g of normalised rows the two terms are -c.g and
-    1 - |c|^2 - c.q, which holds for rows of zeros too (distance 1).
+    the cosine distance 1 - q.g of normalised rows the two terms behind q and -g are
+    -c.g and 1 - |c|^2 - c.q. They hold for rows of zeros, too (distance 1).
 
     Attributes:
         queries: (n, dim) float32 rows, normalised for the cosine distance.
-        gallery: (m, dim) float32 rows, likewise.
-        left: (n, dim + 2) float32.
-        right: (dim + 2, m) float32.
-        distance: the word.
+        gallery: (m, dim) float32 rows, normalised for the cosine distance.
+        left: (n, dim + 2) float32, the queries as rows of the product.
+        right: (dim + 2, m) float32, the gallery as columns of the product.
+        distance: one of `DISTANCES`.
     """
 
     queries: np.ndarray
@@ -231,14 +238,15 @@ class Space(NamedTuple):
     def blocks(
         self, *, upper: bool = False, clamp: bool = True, verbose: bool = False
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        """Slices of the queries and their (rows, m) distances, in one buffer.
+        """Slices of the queries, and (rows, m) numbers that stand for their distances.
 
-        The numbers are half the squared euclidean or the cosine distance.
+        The numbers are half the squared euclidean distance, or the cosine distance.
+        All blocks lie in one buffer: a block is valid until the next one is asked for.
 
         Args:
             upper: leave out the columns before the first row of a block.
-            clamp: set what rounding took below 0 to 0, which is one more pass.
-            verbose: draw a progress bar if it takes long.
+            clamp: set numbers that rounding took below 0 to 0, in one more pass.
+            verbose: draw a progress bar if the work takes long.
         """
         columns = self.right.shape[1]
         step = max(1, min(_ROWS, _NUMBERS // columns, len(self.left)))
@@ -255,7 +263,7 @@ class Space(NamedTuple):
             show(rows.stop)
 
     def distances(self, numbers: np.ndarray) -> np.ndarray:
-        """The distances that numbers of `blocks` stand for."""
+        """The distances that the numbers of `blocks` stand for."""
         if self.distance == "cosine":
             return numbers
         return np.sqrt(2 * numbers) if self.distance == "euclidean" else 2 * numbers
@@ -265,16 +273,17 @@ def row_distances(starts: np.ndarray, ends: np.ndarray, distance: str) -> np.nda
     """Distances along the last axis, from the differences: accurate near 0.
 
     Args:
-        starts: (..., dim) float32, rows of length 1 or 0 for the cosine distance.
-        ends: likewise, of the same shape or one that broadcasts with it.
-        distance: the word.
+        starts: (..., dim) float32; for the cosine distance of length 1 or 0.
+        ends: as `starts`, of a shape that broadcasts with it.
+        distance: one of `DISTANCES`.
     """
     differences = ends - starts
     squares = np.einsum("...d,...d->...", differences, differences)
     if distance == "euclidean":
         return np.sqrt(squares)
     if distance == "cosine":
-        # 1 - s.e = (|s - e|^2 + (1 - |s|^2) + (1 - |e|^2)) / 2, the lengths 0 or 1
+        # 1 - s.e = (|s - e|^2 + (1 - |s|^2) + (1 - |e|^2)) / 2, and the lengths |s| and
+        # |e| are 0 or 1, so that the last two terms count the rows of zeros.
         zeros = (~starts.any(axis=-1)).astype("float32") + ~ends.any(axis=-1)
         return (squares + zeros) / 2
     return squares
