@@ -1,12 +1,12 @@
-"""Figures of a training: what the mining does, where the embeddings lie, what is confused.
+"""Charts of a training: the mining, the embeddings, the distances, the confused classes.
 
-Every function draws a new figure (or on given matplotlib axes, where one is
-enough), writes it to `path` when one is given, and returns the
-`matplotlib.figure.Figure`. `figure.get_label()` says in words what the figure shows, as
-an alternative text of a page does. No figure needs the eye to tell red from green:
-a sign, a shape or a kind of line says the same as each colour.
-matplotlib (`pip install kerastrip[plot]`) is imported when a figure is drawn,
-and its global state (`pyplot`) is left alone.
+Every function draws a new figure, or draws on given matplotlib axes where a single axes
+is enough. It writes the figure to `path` if a path is given, and returns the
+`matplotlib.figure.Figure`. `figure.get_label()` says in words what the figure shows, for
+use as an alternative text. No chart needs the eye to tell red from green: a sign, a
+shape or a kind of line says the same as each colour.
+matplotlib (`pip install kerastrip[plot]`) is imported when a figure is drawn, and its
+global state (`pyplot`) does not change.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ _CLASS_COLOURS = np.array(
     ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#333333"]
 )
 _MARKERS = "os^DP"
-_LEGEND = 20  # so many classes have their names in the plane, not in a legend
-_NAMED = 30  # classes that are named there at most
-# Points of a curve that are drawn: more than a screen has.
+_LEGEND = 20  # from so many classes on the names stand in the plane, not in a legend
+_NAMED = 30  # at most so many classes have their names there
+# So many points of a curve are drawn: more than a screen has pixels for.
 _POINTS = 1000
-# A sheet of samples: the width of a sample in inches, and how many there is room for
-# at least, so that the words fit.
+# A sheet of samples: the width of a sample in inches, and the least number of samples
+# that a line has room for, so that the title and the headings fit.
 _CELL, _COLUMNS = 0.77, 6
 
 
@@ -81,7 +81,7 @@ def plot_mining(
         history: one sequence per key, as in `History.history`: `easy`,
             `semi_hard`, `hard` and, when present, `loss`, each with one value
             per epoch.
-        prefix: put before every key: `"val_"` draws the validation.
+        prefix: text before every key: `"val_"` draws the validation.
         epochs: the number of each epoch; 1, 2, ... by default.
         ax: the axes to draw on; a new figure by default.
         path: where to write the figure; nothing is written by default.
@@ -103,7 +103,7 @@ def plot_mining(
     lines = _mining_lines(history, prefix)
     figure, ax = _figure(ax, (7.0, 3.6))
     numbers = np.arange(1, len(lines["hard"]) + 1) if epochs is None else epochs
-    if len(numbers) == 1:  # a band, where an area would have no width
+    if len(numbers) == 1:  # a band of width 1: the area over one point has no width
         x = np.array([-0.5, 0.5]) + numbers
         lines = {key: np.repeat(line, 2) for key, line in lines.items()}
         ax.set_xticks(numbers)
@@ -126,10 +126,10 @@ def plot_mining(
     ends = [
         f"{key} from {line[0]:.3g} to {line[-1]:.3g}" for key, line in lines.items()
     ]
-    told = (
+    words = (
         f"Triplets in {data}, epochs {numbers[0]} to {numbers[-1]}: {', '.join(ends)}."
     )
-    return _written(figure, told, path)
+    return _written(figure, words, path)
 
 
 def _mining_lines(
@@ -162,14 +162,14 @@ def plot_embeddings(
 ) -> Figure:
     """Draw embeddings in the plane of their first two principal components.
 
-    Up to 19 classes have a legend. Of twenty and more the largest 30 have their name
-    at the mean of their points, as far as there is room.
+    Up to 19 classes are named in a legend. Of twenty and more classes the largest 30
+    have their names at the means of their points, as far as there is room.
 
     Args:
         embeddings: `(samples, dim)` numbers, dim >= 2.
-        labels: `(samples,)` labels; each has a colour and a shape.
-        names: what the distinct labels are called, in sorted order; the labels
-            themselves by default.
+        labels: `(samples,)` labels; each label has a colour and a shape.
+        names: names of the distinct labels, in sorted order; the labels themselves by
+            default.
         ax: the axes to draw on; a new figure by default.
         path: where to write the figure; nothing is written by default.
 
@@ -214,8 +214,10 @@ def plot_embeddings(
             text.set_parse_math(False)
     else:
         _name_means(ax, points, codes, names)
-    told = f"{len(points)} embeddings of {len(names)} classes in their principal plane."
-    return _written(figure, told, path)
+    words = (
+        f"{len(points)} embeddings of {len(names)} classes in their principal plane."
+    )
+    return _written(figure, words, path)
 
 
 def plot_batch(
@@ -232,8 +234,8 @@ def plot_batch(
             with 1 or 3 channels; integers in 0..255, or floats, which are
             drawn between their least and greatest value when they leave 0..1.
         labels: `(rows,)` labels, rows of one class side by side.
-        names: what each row of the grid is called, in order; the labels
-            themselves by default.
+        names: name of each row of the grid, in order; the labels themselves by
+            default.
         path: where to write the figure; nothing is written by default.
 
     Returns:
@@ -274,14 +276,15 @@ def plot_distances(
 ) -> Figure:
     """Draw histograms of the distances of positives and of negatives.
 
-    The less they overlap, the better a threshold tells them apart. Every pair that
-    the curve has counted is in the figure; each histogram has the area 1.
+    The less the two histograms overlap, the better a threshold tells positives from
+    negatives. Every pair that the curve has counted is drawn; each histogram has the
+    area 1.
 
     Args:
         curve: from `kerastrip.verification.verification_curve(embeddings, labels)`.
         margin: the margin of the loss. Shades mean positive distance ... + margin;
             the negatives should lie to the right of it.
-        distance: the word for the distances of the curve, for the axis.
+        distance: name of the distance, for the label of the axis.
         bins: number of bins, at least 1. Default 60.
         ax: the axes to draw on; a new figure by default.
         path: where to write the figure; nothing is written by default.
@@ -323,11 +326,11 @@ def plot_distances(
     axis = f"{distance or ''} distance".replace("_", " ").strip()
     ax.set(xlabel=axis, ylabel="density of pairs", xlim=(0, edges[-1]), ylim=(0, None))
     _headed(ax, "Distances of positive and negative pairs")
-    told = (
+    words = (
         f"Histograms of the {axis} of {curve.same[-1]:,} positive and "
         f"{curve.different[-1]:,} negative pairs; equal error rate {curve.eer:.4g}."
     )
-    return _written(figure, told, path)
+    return _written(figure, words, path)
 
 
 def plot_roc(
@@ -337,11 +340,11 @@ def plot_roc(
     ax: Axes | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw the ROC: true accepts over false accepts, with the equal error rate.
+    """Draw the ROC: the rate of true accepts over that of false accepts, and the EER.
 
     Args:
         curve: from `kerastrip.verification.verification_curve(embeddings, labels)`.
-        log: whether the axis of the false accepts is logarithmic, down to one
+        log: whether the axis of the false accepts is logarithmic; it then begins at one
             false accept. Default False.
         ax: the axes to draw on; a new figure by default.
         path: where to write the figure; nothing is written by default.
@@ -383,8 +386,8 @@ def plot_roc(
     else:
         ax.set_xlim(-0.02, 1)
     _headed(ax, "ROC of all pairs")
-    told = f"ROC of all pairs: AUC {curve.auc:.4f}, equal error rate {eer:.4f}."
-    return _written(figure, told, path)
+    words = f"ROC of all pairs: AUC {curve.auc:.4f}, equal error rate {eer:.4f}."
+    return _written(figure, words, path)
 
 
 def plot_confusions(
@@ -401,19 +404,20 @@ def plot_confusions(
 ) -> Figure:
     """Draw the classes that nearest neighbours confuse most, with examples.
 
-    A line for each pair of classes: samples of the first (left) beside their nearest
-    neighbour, which is of the second (right, in a dashed frame), the nearest first.
+    There is a line for each pair of classes. It shows samples of the first class, each
+    beside its nearest neighbour, which is of the second class and has a dashed frame.
+    The sample nearest to its neighbour comes first.
 
     Args:
         embeddings: `(samples, dim)` finite numbers, two rows at least.
         labels: `(samples,)` integers or strings, or one-hot rows.
-        images: what to show of each sample: an array as for `plot_batch`, or a
-            source of such images. Default None: the names of the samples only.
-        pairs: how many pairs of classes to show at most. Default 5.
-        examples: how many samples of each to show at most. Default 3.
-        names: what the distinct labels are called, in sorted order; the labels
-            themselves by default.
-        samples: what the samples are called. Default: as the files that `images`
+        images: an image of each sample: an array as for `plot_batch`, or a source of
+            images. Default None: the figure shows the names of the samples only.
+        pairs: the largest number of pairs of classes to show. Default 5.
+        examples: the largest number of samples to show of each pair. Default 3.
+        names: names of the distinct labels, in sorted order; the labels themselves by
+            default.
+        samples: names of the samples. Default: the names of the files that `images`
             reads, else "sample 12".
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
         path: where to write the figure; nothing is written by default.
@@ -447,8 +451,8 @@ def plot_confusions(
             for a, b in couples
             for row, right in ((a, None), (b, False))
         ]
-        told = f"{names[one.code]} taken for {names[one.taken_for]}"
-        lines.append((f"{told}, {len(one.queries)} of {one.total}", line))
+        heading = f"{names[one.code]} taken for {names[one.taken_for]}"
+        lines.append((f"{heading}, {len(one.queries)} of {one.total}", line))
     title = "Confused classes" if lines else "No confused classes"
     title = f"{title} by {distance.replace('_', ' ')} distance"
     return _written(*_sheet(title, lines, source, samples, named=True), path)
@@ -468,19 +472,20 @@ def plot_neighbours(
 ) -> Figure:
     """Draw some samples and their nearest neighbours.
 
-    Right neighbours have ✓ and a blue frame, wrong ones ✗ and a dashed red frame.
+    Neighbours of the class of the sample have ✓ and a blue frame, neighbours of another
+    class ✗ and a dashed red frame.
 
     Args:
         embeddings: `(samples, dim)` finite numbers, two rows at least.
         labels: `(samples,)` integers or strings, or one-hot rows.
-        images: what to show of each sample: an array as for `plot_batch`, or a
-            source of such images. Default None: the names of the samples only.
-        queries: rows to look up among the others, or how many, spread over the
-            classes. Default 6.
-        k: neighbours of each, at least 1. Default 5.
-        names: what the distinct labels are called, in sorted order; the labels
-            themselves by default.
-        samples: what the samples are called. Default: as the files that `images`
+        images: an image of each sample: an array as for `plot_batch`, or a source of
+            images. Default None: the figure shows the names of the samples only.
+        queries: the rows whose neighbours to show, or a number of rows, which are then
+            spread over the classes. Default 6.
+        k: number of neighbours of each sample, at least 1. Default 5.
+        names: names of the distinct labels, in sorted order; the labels themselves by
+            default.
+        samples: names of the samples. Default: the names of the files that `images`
             reads, else "sample 12".
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
         path: where to write the figure; nothing is written by default.
@@ -520,12 +525,12 @@ def plot_neighbours(
     looked_up = nearest_others(rows, k, distance, asked)
     for query, fars, nearest in zip(asked, *looked_up, strict=True):
         right = codes[nearest] == codes[query]
-        found = [
+        neighbours = [
             _Sample(row, f"{'✓' if ok else '✗'} {names[codes[row]]}\n{far:.2g}", ok)
             for row, far, ok in zip(nearest, fars, right, strict=True)
         ]
-        told = f"{names[codes[query]]}, {right.sum()} of {len(found)} right"
-        lines.append((f"{samples[query]}: {told}", [_Sample(query), *found]))
+        summary = f"{names[codes[query]]}, {right.sum()} of {len(neighbours)} right"
+        lines.append((f"{samples[query]}: {summary}", [_Sample(query), *neighbours]))
     title = f"Nearest neighbours by {distance.replace('_', ' ')} distance"
     return _written(*_sheet(title, lines, source, samples), path)
 
@@ -533,7 +538,7 @@ def plot_neighbours(
 def _labelled(
     embeddings: Any, labels: Any, names: Sequence[str] | None
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Checked rows, the code of each, and what the codes are called."""
+    """The rows after their check, the code of each row, and the names of the codes."""
     rows = embeddings_array("embeddings", embeddings)
     if len(rows) < 2:
         raise _checks.value_error("embeddings", "two rows or more", rows)
@@ -550,7 +555,7 @@ def _labelled(
 def _shown(
     images: Any, samples: Sequence[str] | None, length: int
 ) -> tuple[Any, Sequence[str]]:
-    """The source of the images, None without, and what the samples are called."""
+    """The source of the images (None without images), and the names of the samples."""
     source = None if images is None else as_source(images, "images")
     if source is not None and len(source) != length:
         raise _checks.value_error(
@@ -564,7 +569,11 @@ def _shown(
 
 
 class _Sample(NamedTuple):
-    """A sample of a sheet: its row, a text, and whether it is right (None: no matter)."""
+    """A sample of a sheet: its row, a text below it, and which frame it has.
+
+    `right` is True for a neighbour of the right class, False for one of another class,
+    and None for a sample that is no neighbour.
+    """
 
     row: int
     text: str = ""
@@ -578,10 +587,10 @@ def _sheet(
     names: Sequence[str],
     named: bool = False,
 ) -> tuple[Figure, str]:
-    """Lines of samples, each under its heading, and what they show in words.
+    """A figure of lines of samples, each line under its heading; and its text in words.
 
-    One axes holds everything, because dozens of axes would take a second. Its unit is
-    the width of a sample:
+    One axes holds all samples, because dozens of axes would take a second to make. Its
+    unit is the width of a sample:
 
         heading           0.38 high
         +-----+ +-----+
@@ -592,8 +601,8 @@ def _sheet(
 
     Args:
         lines: (heading, samples) of each line.
-        source: of the images, or None: then the names stand in their place.
-        names: what the samples are called.
+        source: the source of the images, or None: then the names stand in their place.
+        names: the names of all samples, by row.
         named: whether the names stand below the images.
     """
     every = [one for _, line in lines for one in line]
@@ -620,15 +629,17 @@ def _sheet(
         write(0.06, top + 0.2, _short(heading, 9 * columns), fontsize=9, weight="bold")
         for x, one in enumerate(line):
             _cell(ax, x + 0.5, top + 0.88, shown[one.row], one.right, next(texts))
-        told = (" ".join(f"{names[one.row]} {one.text}".split()) for one in line)
-        words += [heading, "  " + ", ".join(told)]
+        texts_of_line = (
+            " ".join(f"{names[one.row]} {one.text}".split()) for one in line
+        )
+        words += [heading, "  " + ", ".join(texts_of_line)]
     return figure, "\n".join(words)
 
 
 def _cell(
     ax: Axes, x: float, y: float, shown: Any, right: bool | None, below: Sequence[str]
 ) -> None:
-    """An image, or lines of text, in a frame around (x, y), and lines below it."""
+    """An image, or lines of text, in a frame around (x, y), and lines of text below it."""
     write = functools.partial(
         ax.text, ha="center", fontsize=8.5, linespacing=1.15, parse_math=False
     )
@@ -652,7 +663,7 @@ def _cell(
 
 
 def _short(text: str, most: int) -> str:
-    """The text; of a long one the beginning and the end."""
+    """The text; of a text longer than `most` the beginning and the end."""
     if len(text) <= most:
         return text
     return f"{text[: most // 2]}…{text[most // 2 + 1 - most :]}"
@@ -665,7 +676,7 @@ def _wrapped(name: str) -> list[str]:
 
 
 def _headed(ax: Axes, title: str, handles: Any = None) -> None:
-    """A title, and below it the legend, which covers nothing there."""
+    """Puts a title above the axes, and the legend between both, where it covers nothing."""
     ax.set_title(title, pad=26)
     between: dict[str, Any] = {
         "loc": "lower center",
@@ -683,10 +694,16 @@ def _headed(ax: Axes, title: str, handles: Any = None) -> None:
 def _name_means(
     ax: Axes, points: np.ndarray, codes: np.ndarray, names: Sequence[str]
 ) -> None:
-    """The names of the largest classes at the means of their points.
+    """Writes the names of the largest classes at the means of their points.
 
-    A name that would cover another one moves to the nearest free place, with a line to
-    its mean, or is left out where there is none.
+    A name that would cover another name moves to the nearest free place, with a line to
+    its mean, or is left out if no place is free. The places tried are a grid around the
+    mean, in hundredths of the width of the plane:
+
+              -20 -15 ... 0 ... 15 20
+        -18    x   x      x     x   x
+         ...
+         18    x   x      x     x   x
     """
     sizes = np.bincount(codes)
     sums = [np.bincount(codes, part) for part in points.T]
@@ -713,7 +730,10 @@ def _name_means(
 
 @functools.cache
 def _shown_figure() -> type[Figure]:
-    """A Figure that a notebook shows, with or without `%matplotlib inline`."""
+    """A Figure class that a notebook shows, with or without `%matplotlib inline`.
+
+    Made when it is first used, because matplotlib is imported no earlier.
+    """
     from matplotlib.figure import Figure
 
     class ShownFigure(Figure):
@@ -726,27 +746,28 @@ def _shown_figure() -> type[Figure]:
 
 
 def _new_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure of (width, height) in inches."""
     return _shown_figure()(figsize=size, layout="constrained")
 
 
 def _figure(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """The axes to draw on and their figure: those given, or new ones."""
+    """The axes to draw on and their figure: the given axes, or axes of a new figure."""
     if ax is None:
         ax = _new_figure(size).add_subplot()
     return cast("Figure", ax.get_figure(root=True)), ax
 
 
-def _written(figure: Figure, told: str, path: str | os.PathLike[str] | None) -> Figure:
-    """The figure, which knows in words what it shows, as a file if one is asked for."""
+def _written(figure: Figure, words: str, path: str | os.PathLike[str] | None) -> Figure:
+    """The figure with its text in words as its label; written if a path is given."""
     before = str(figure.get_label())  # of other axes of the same figure
-    figure.set_label(f"{before}\n{told}" if before else told)
+    figure.set_label(f"{before}\n{words}" if before else words)
     if path is not None:
         figure.savefig(path, dpi=120)
     return figure
 
 
 def _principal_plane(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`(samples, 2)` coordinates on the two directions of largest variance, (2,) shares."""
+    """(samples, 2) coordinates in the principal plane, and (2,) shares of the variance."""
     centred = embeddings - embeddings.mean(axis=0)
     _, scales, directions = np.linalg.svd(centred, full_matrices=False)
     # The sign of a direction is arbitrary: fix it, so that figures compare.
