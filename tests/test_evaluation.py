@@ -5,7 +5,7 @@ import pytest
 from sklearn import metrics as sk
 from sklearn.cluster import KMeans
 
-from kerastrip import verification
+from kerastrip.evaluation import verification
 from kerastrip.evaluation.retrieval import METRICS, retrieval_metrics
 from kerastrip.evaluation.verification import (
     pair_distances,

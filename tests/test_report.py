@@ -254,7 +254,7 @@ def test_the_best_value_and_its_epoch():
     rows = re.findall(r'row">(.*?)</th>.*</td><td>(.*?) <small>\((.*?)\)', section)
     assert ("eer", "0.25", "4") in rows  # the least
     assert ("mrr", "0.75", "6") in rows  # the greatest
-    assert "9 queries, and 2 without a partner, left out" in section
+    assert "9 queries, and 2 without a positive, left out" in section
 
 
 def test_text_of_the_user_is_escaped(model, data, tmp_path):

@@ -39,7 +39,7 @@ class AveragesWatch:
     def __init__(self) -> None:
         self.alarms: list[Alarm] = []
         self.epoch: int | None = None
-        self._streak, self._told = 0, False
+        self._streak, self._warned = 0, False
 
     def look(
         self, model: Any, output: Any, rows: tuple[Any, Any], epoch: int, last: bool
@@ -48,14 +48,14 @@ class AveragesWatch:
         self.epoch = epoch
         found = compare_modes(model, *rows, output=output)
         if found is None or not lags(*found):
-            self._streak, self._told = 0, False
+            self._streak, self._warned = 0, False
             return ""
         self._streak += 1
         steps = int(getattr(model.optimizer, "iterations", 0) + 0)  # or a tensor
-        late = self._streak >= _PATIENCE and steps >= _STEPS and not self._told
+        late = self._streak >= _PATIENCE and steps >= _STEPS and not self._warned
         if not (last or late):
             return ""
-        self._told = True
+        self._warned = True
         seen, used = found
         message = (
             f"Epoch {epoch + 1}: BatchNormalization's moving averages lag behind the "

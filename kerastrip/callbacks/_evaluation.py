@@ -160,7 +160,7 @@ class EpochEvaluation:
     ):
         self.results: dict[int, dict[str, float]] = {}
         self._latest: dict[str, float] | None = None
-        self._begun = self._told_of_nan = self._told_of_keys = False
+        self._begun = self._warned_of_nan = self._warned_of_keys = False
         self._watch = AveragesWatch()
         self._callback = callback
         self._data = data
@@ -180,7 +180,7 @@ class EpochEvaluation:
     def begin(self) -> None:
         """Looks for what would fail at the end of the first epoch."""
         self._latest = None
-        self._begun = self._told_of_nan = self._told_of_keys = False
+        self._begun = self._warned_of_nan = self._warned_of_keys = False
         self._watch = watch_of(self._callback.model, self._output)
         self._used_distance = self._distance_to_use()
 
@@ -243,8 +243,8 @@ class EpochEvaluation:
 
     def _warn_of_taken_keys(self, logs: dict[str, Any]) -> None:
         taken = sorted(set(self._keys.values()) & set(logs))
-        if taken and not self._told_of_keys:
-            self._told_of_keys = True
+        if taken and not self._warned_of_keys:
+            self._warned_of_keys = True
             _checks.warn(
                 f"The logs had {', '.join(map(repr, taken))} before {self._name} put "
                 "its own figures there: the others are lost. Give it another prefix= "
@@ -265,8 +265,8 @@ class EpochEvaluation:
             )
             bad = unusable_rows(embeddings)
             if len(bad):
-                if not self._told_of_nan:
-                    self._told_of_nan = True
+                if not self._warned_of_nan:
+                    self._warned_of_nan = True
                     _checks.warn(
                         f"{self._name}: {len(bad)} of "
                         f"{len(embeddings)} embeddings hold NaN, infinity or more than "

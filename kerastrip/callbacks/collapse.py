@@ -141,7 +141,7 @@ class CollapseGuard(keras.callbacks.Callback):
         self.alarms: list[Alarm] = []
         self._kind: str | None = None  # what the latest epoch showed,
         self._epochs = 0  # and how many epochs in a row
-        self._told = False
+        self._warned = False
         self._where: Any = None  # the output it watches
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class CollapseGuard(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         self._where = embedding_output(self.model, self.output)
         self._kind, self._epochs = None, 0
-        self._told = False
+        self._warned = False
         self.alarms = []
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -158,8 +158,8 @@ class CollapseGuard(keras.callbacks.Callback):
         names = {key: self.prefix + key for key in KEYS}
         missing = [name for name in names.values() if name not in logs]
         if missing:
-            if not self._told:
-                self._told = True
+            if not self._warned:
+                self._warned = True
                 _checks.warn(
                     f"CollapseGuard sees nothing: the logs have no {missing[0]!r}. "
                     "Add MiningStats() to the callbacks, with the prefix given here "

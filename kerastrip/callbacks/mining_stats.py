@@ -345,7 +345,7 @@ class MiningStats(keras.callbacks.Callback):
         self.census: Any = None
         self._bar: _Bar | None = None
         self._fitting = False
-        self._told: set[str] = set()  # what was checked and told in this run
+        self._checked: set[str] = set()  # what was checked and told in this run
 
     def __getstate__(self) -> dict[str, Any]:
         run = {"census": None, "_bar": None, "_fitting": False}
@@ -370,7 +370,7 @@ class MiningStats(keras.callbacks.Callback):
     def set_model(self, model: Any) -> None:
         # Keras calls this first in a new run: what an interrupted one left is over.
         self._end()
-        self._told = set()
+        self._checked = set()
         super().set_model(model)
 
     def _end(self) -> None:
@@ -445,9 +445,9 @@ class MiningStats(keras.callbacks.Callback):
 
     def _check_once(self, phase: str, logs: Any) -> None:
         """Once per run and phase: was anything counted, is it normalised?"""
-        if phase in self._told:
+        if phase in self._checked:
             return
-        self._told.add(phase)
+        self._checked.add(phase)
         figures = self._figures(logs)
         if not figures:
             _checks.warn(
@@ -463,8 +463,8 @@ class MiningStats(keras.callbacks.Callback):
         odd = norm < 0.5 or norm > 2 or std > _SAME_LENGTH * norm  # False for NaN
         if not odd or margin >= 2 or soft or distance == "cosine":
             return
-        if "norm" not in self._told:
-            self._told.add("norm")
+        if "norm" not in self._checked:
+            self._checked.add("norm")
             _checks.warn(
                 f"The embeddings have a mean length of {norm:.3g} with a standard "
                 f"deviation of {std:.2g}, while a margin of {margin:g} "
@@ -480,17 +480,17 @@ class MiningStats(keras.callbacks.Callback):
             figures.get(key, 1.0)
             for key in ("easy", "active", "anchors_without_positive")
         )
-        if easy != easy and "nan" not in self._told:
-            self._told.add("nan")
+        if easy != easy and "nan" not in self._checked:
+            self._checked.add("nan")
             _checks.warn(
                 f"The figures of MiningStats are NaN for the {phase}: an embedding is NaN "
                 "or infinite, or a label names no class (rows that are not one-hot, "
                 "fractions). Look for NaN in the inputs; compile with run_eagerly=True "
                 "to have the row of a wrong label named."
             )
-        if easy + active != 0 or phase in self._told:
+        if easy + active != 0 or phase in self._checked:
             return
-        self._told.add(phase)
+        self._checked.add(phase)
         why = (
             "no row met another row of its label"
             if alone == 1

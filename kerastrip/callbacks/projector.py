@@ -101,13 +101,13 @@ class EmbeddingProjector(keras.callbacks.Callback):
         if self._data.length is not None:
             self._check_length(self._data.length)
 
-        self._told = False
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         return without_model(self)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._told = False
+        self._warned = False
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self._every is not None and (epoch + 1) % self._every == 0:
@@ -159,12 +159,12 @@ class EmbeddingProjector(keras.callbacks.Callback):
             for name, content in files.items():
                 write_whole(self._directory / name, content)
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 _checks.warn(
                     f"EmbeddingProjector cannot write into {self._directory} "
                     f"({error.strerror or error}). The training goes on."
                 )
-            self._told = True
+            self._warned = True
 
 
 def _table(columns: Mapping[str, Any]) -> str:

@@ -128,7 +128,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
                 "gallery_labels", "`gallery` with it", gallery_labels
             )
         self._own = None if gallery is None else data[0].rows_in(data[1])
-        self._told = False
+        self._warned = False
         self._evaluation = EpochEvaluation(
             self,
             data,
@@ -174,8 +174,8 @@ class RetrievalEvaluation(keras.callbacks.Callback):
             distance=distance,
             verbose=verbose,
         )
-        if len(met) and not self._told:
-            self._told = True
+        if len(met) and not self._warned:
+            self._warned = True
             _checks.warn(f"{type(self).__name__}: {themselves(met, len(embeddings))}")
         return figures
 
@@ -184,7 +184,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         return self._evaluation.results
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._told = False
+        self._warned = False
         self._evaluation.begin()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:

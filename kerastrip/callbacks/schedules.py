@@ -179,14 +179,14 @@ class MiningSchedule(keras.callbacks.Callback):
         self.stage = 0
         self._lent = _Lent("mining")
         self._epochs_below = 0
-        self._told = False
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         return without_model(self)
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._lent.begin(self.model, self.output)
-        self._told = False
+        self._warned = False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if epoch == 0:
@@ -203,8 +203,8 @@ class MiningSchedule(keras.callbacks.Callback):
             return
         value = logs.get(self.monitor)
         if value is None:
-            if not self._told:
-                self._told = True
+            if not self._warned:
+                self._warned = True
                 _checks.warn(
                     f"MiningSchedule stays at {self.words[self.stage]!r}: the logs "
                     f"have no {self.monitor!r}, only {sorted(logs)}. Add MiningStats() "
