@@ -135,6 +135,7 @@ def some_rows(codes: np.ndarray) -> np.ndarray | None:
     rows = np.random.default_rng(0).permutation(len(codes))
     rows = rows[np.argsort(codes[rows], kind="stable")]
     _, first, counts = np.unique(codes[rows], return_index=True, return_counts=True)
+    # Classes of a single row have no positives.
     first, counts = first[counts > 1], counts[counts > 1]
     if len(first) < _CLASSES:
         return None

@@ -63,7 +63,7 @@ class HeldOut:
         self.table: LabelTable | None = None
         self._names = names
         self._labelled = labelled
-        if is_batches(x):
+        if is_batches(x):  # its length and labels are known only after reading
             self._x = x
             if y is not None:
                 raise _checks.value_error(
@@ -104,9 +104,9 @@ class HeldOut:
             shared = in_memory
         else:
             return None
-        place = np.full(len(other), -1)
+        place = np.full(len(other), -1)  # row of the source -> row of the gallery
         place[its_rows] = np.arange(len(its_rows))
-        shared = shared[rows]
+        shared = shared[rows]  # (n,) rows of the source of the gallery
         return np.where(shared >= 0, place[shared], -1)
 
     def some(self) -> tuple[Any, np.ndarray] | None:
@@ -121,7 +121,7 @@ class HeldOut:
         embeddings, targets = embed_with_targets(model, self._x, **options)
         table = self.table
         if targets is not None:
-            if targets.ndim == 2 and targets.shape[1] == 1:
+            if targets.ndim == 2 and targets.shape[1] == 1:  # as Keras allows
                 targets = targets[:, 0]
             table = label_table(self._names[0], targets, len(embeddings))
         elif table is None and self._labelled:
@@ -208,6 +208,7 @@ class EpochEvaluation:
         """Measures if this epoch is due, and adds the latest figures to `logs`."""
         params = self._callback.params or {}
         due = (epoch + 1) % self._every == 0 or epoch + 1 == params.get("epochs")
+        # The first epoch is always measured: from then on the logs have their keys.
         if due or self._latest is None:
             self._latest = self.results[epoch] = self._evaluate(epoch)
             self._watch_averages(epoch, epoch + 1 == params.get("epochs"))
@@ -225,6 +226,7 @@ class EpochEvaluation:
         model = self._callback.model
         if self._watch.epoch == epoch or not moving_averages(model):
             return  # another callback has looked already, or the model has no averages
+        # Rows of the training are better: their statistics are those of a step.
         rows = training_rows(self._callback, epoch) or self._data[0].some()
         if rows is None:
             return
@@ -271,7 +273,7 @@ class EpochEvaluation:
     def _evaluate(self, epoch: int) -> dict[str, float]:
         """The figures of this epoch; NaN, with a warning, if embeddings are unusable."""
         verbose = self._verbose
-        if verbose is None:
+        if verbose is None:  # as the progress bar of `fit`
             verbose = (self._callback.params or {}).get("verbose") == 1
         arguments = []
         for data in self._data:

@@ -176,6 +176,7 @@ class CollapseGuard(keras.callbacks.Callback):
 
     def _diagnose(self, now: dict[str, float]) -> tuple[str | None, str]:
         """The worst kind of alarm that fits these figures, and the reason in words."""
+        # In this order, because a kind makes the figures of the kinds below it useless.
         if not math.isfinite(now["norm"]):
             return "not_finite", (
                 "there is NaN or infinity in the embeddings, or a label names no class, "
@@ -228,7 +229,7 @@ class CollapseGuard(keras.callbacks.Callback):
         if margin is None:
             return ""
         soft = getattr(self._where.loss, "soft", False)
-        stuck = math.log(2) if soft else margin
+        stuck = math.log(2) if soft else margin  # the loss if all distances are equal
         near = max(now["pos_dist"], now["neg_dist"]) < 0.1 * margin
         if abs(now["loss"] - stuck) <= _LOSS_TOLERANCE * stuck and (
             now["hard"] > 0.95 or near

@@ -143,6 +143,7 @@ class EmbeddingProjector(keras.callbacks.Callback):
         lines = io.StringIO()
         np.savetxt(lines, embeddings, fmt="%.6g", delimiter="\t")
         config = ['tensor_name: "embedding"', 'tensor_path: "tensors.tsv"']
+        # All files are made before the first is replaced: an error leaves the old ones.
         files: dict[str, str | bytes] = {"tensors.tsv": lines.getvalue()}
         columns = self._columns if labels is None else {"label": labels} | self._columns
         if columns:
@@ -186,11 +187,13 @@ def _cell(value: Any) -> str:
 
 def _sprite(thumbnails: Thumbnails, count: int) -> tuple[np.ndarray, int, int]:
     """A square grid of all thumbnails, row by row, and the height and width of a thumbnail."""
-    side = math.isqrt(count - 1) + 1
+    side = math.isqrt(count - 1) + 1  # the least square with `count` cells
     size = min(_THUMBNAIL, _SPRITE // side)
     height, width, *channels = thumbnails.take([0], size)[0].shape
     sprite = np.full((side * height, side * width, *channels), 255, np.uint8)
+    # A view of the sprite: [row of the grid, y, column of the grid, x].
     cells = sprite.reshape(side, height, side, width, *channels)
+    # One row of the grid at a time, because the images may not fit into the memory.
     for first in range(0, count, side):
         row = np.arange(first, min(first + side, count))
         for column, thumbnail in enumerate(thumbnails.take(row, size)):

@@ -119,6 +119,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         super().__init__()
         self._metrics = check_metrics(metrics)
         data = [HeldOut(x, y)]
+        # x as its own gallery: then every sample is looked up without itself.
         if gallery is x and (gallery_labels is None or gallery_labels is y):
             gallery = gallery_labels = None
         if gallery is not None:
@@ -142,6 +143,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
             batch_size=batch_size,
             verbose=verbose,
         )
+        # Errors that would come after the first epoch, as far as labels are known now.
         own, others = data[0].table, data[-1].table
         if gallery is None:
             if own is not None and len(np.unique(own.codes)) == len(own.codes):
@@ -164,6 +166,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         distance: str,
         verbose: bool,
     ) -> dict[str, float]:
+        # Not `retrieval_metrics`, which would warn in every epoch.
         figures, met = lookup_figures(
             embeddings,
             labels,

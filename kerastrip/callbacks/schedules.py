@@ -96,9 +96,11 @@ class MarginSchedule(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         margin = self._lent.own
         if isinstance(self.schedule, Mapping):
+            # The latest entry that has begun; before the first the loss's own margin.
             begun = [start for start in self.schedule if start <= epoch]
             margin = self.schedule[max(begun)] if begun else margin
         else:
+            # Epoch 0 begins a new training, with the loss's own margin.
             if epoch > 0 and self._lent.latest is not None:
                 margin = self._lent.latest
             if not _has_nan(self._logs):
@@ -193,6 +195,7 @@ class MiningSchedule(keras.callbacks.Callback):
         if epoch == 0:
             self.stage = self._epochs_below = 0
         if isinstance(self.stages, Mapping):
+            # -1 before the first entry: then the loss has its own mining.
             self.stage = sum(start <= epoch for start in self.stages) - 1
         word = self.words[self.stage] if self.stage >= 0 else self._lent.own
         self._lent.change(word)
@@ -202,7 +205,7 @@ class MiningSchedule(keras.callbacks.Callback):
         logs["mining_stage"] = self.stage
         if isinstance(self.stages, Mapping):
             return
-        value = logs.get(self.monitor)
+        value = logs.get(self.monitor)  # NaN is not below any threshold
         if value is None:
             if not self._warned:
                 self._warned = True

@@ -99,7 +99,7 @@ class VerificationEvaluation(keras.callbacks.Callback):
             if data.table is not None:
                 check_codes("y", data.table.codes)
         else:
-            if data.length is not None:
+            if data.length is not None:  # else after the first epoch
                 pairs = pairs_array(pairs, data.length)
             if is_same is not None:
                 is_same = flags_array(is_same, len(pairs))

@@ -73,6 +73,7 @@ def confusions(
     """
     sizes = np.bincount(codes)
     wrong = np.flatnonzero((codes != codes[nearest]) & (sizes[codes] > 1))
+    # The query nearest to its neighbour comes first, in every pair of classes.
     wrong = wrong[np.argsort(distances[wrong], kind="stable")]
     pairs = codes[wrong].astype(np.int64) * len(sizes) + codes[nearest[wrong]]
     ids, counts = np.unique(pairs, return_counts=True)
@@ -90,7 +91,7 @@ def spread_rows(codes: np.ndarray, count: int) -> np.ndarray:
     """At most `count` rows, of as many different classes as possible, ordered by class."""
     order = np.argsort(codes, kind="stable")
     _, starts, sizes = np.unique(codes[order], return_index=True, return_counts=True)
-    chosen = np.arange(count) * len(starts) // count
-    nth = np.arange(count) - np.searchsorted(chosen, chosen)
+    chosen = np.arange(count) * len(starts) // count  # class of each row to choose
+    nth = np.arange(count) - np.searchsorted(chosen, chosen)  # its place in the class
     rows = np.unique(order[starts[chosen] + nth % sizes[chosen]])
     return rows[np.argsort(codes[rows], kind="stable")]

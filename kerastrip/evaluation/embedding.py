@@ -119,7 +119,7 @@ def embed_with_targets(
     targets: list[np.ndarray] = []
     done = size = 0
     for inputs, target in batches:
-        if not rows:
+        if not rows:  # the first batch
             _warn_of_scaled_twice(model, inputs[0])
         by_view = [_run(model, chosen, view, size, single) for view in inputs]
         size = max(size, len(by_view[0]))
@@ -147,6 +147,7 @@ def is_batches(x: Any) -> bool:
         return False
     if hasattr(x, "as_numpy_iterator") or isinstance(x, keras.utils.PyDataset):
         return True
+    # An array has `__getitem__`, a source has `take`, and a generator has no length.
     return (
         hasattr(x, "__iter__")
         and hasattr(x, "__len__")
@@ -240,7 +241,7 @@ def _run(
     inputs = keras.tree.map_structure(_sample_array, inputs)
     arrays = keras.tree.flatten(inputs)
     _check_shape(model, arrays)
-    count = len(arrays[0])
+    count = len(arrays[0])  # rows before the batch is filled up
 
     def fill(array: np.ndarray) -> np.ndarray:
         if array.dtype == np.float64:
@@ -363,7 +364,7 @@ def _warn_of_scaled_twice(model: Any, inputs: Any) -> None:
         if not isinstance(layer, keras.layers.Rescaling):
             continue
         scale = np.max(np.abs(layer.scale))
-        source: Any = getattr(layer, "input", None)
+        source: Any = getattr(layer, "input", None)  # perhaps an input of the model
         images = [given.get(one.name) for one in _inputs(model) if one is source]
         if scale <= 0.01 and images and _is_scaled(images[0]):
             _checks.warn(

@@ -101,8 +101,8 @@ def recalibrate(
     with _restored(model):
         fresh = _statistics(model, inputs, averages)
     if not all(value is None or np.isfinite(value).all() for value in fresh):
-        told = _checks.Told("NaN or infinity in what reaches a layer")
-        raise _checks.value_error("x", "finite statistics", told)
+        received = _checks.Told("NaN or infinity in what reaches a layer")
+        raise _checks.value_error("x", "finite statistics", received)
     moved: dict[str, dict[str, tuple]] = {}
     for variable, value in zip(averages, fresh, strict=True):
         if value is not None:
@@ -165,11 +165,11 @@ def compare_modes(
     if all(value is None for value in fresh):
         return None
     with _restored(model):
-        used = rows()
+        used = rows()  # by the moving averages
         for variable, value in zip(averages, fresh, strict=True):
             if value is not None:
                 variable.assign(value)
-        seen = rows()
+        seen = rows()  # by the statistics of these rows
     if not (np.isfinite(used).all() and np.isfinite(seen).all()):
         return None
     if seen.var(axis=0).sum() <= _POINT * np.mean(np.sum(seen**2, axis=1)):
@@ -275,7 +275,7 @@ def _figures(rows: np.ndarray, labels: np.ndarray, distance: str) -> Figures:
     spread = float(rows.var(axis=0, dtype="float64").sum())
     if distance == "cosine":
         rows = unit_rows(rows)
-    first, second = np.triu_indices(len(rows), 1)
+    first, second = np.triu_indices(len(rows), 1)  # the two rows of every pair
     apart = row_distances(rows[first], rows[second], distance)
     same = labels[first] == labels[second]
     return Figures(spread, float(apart[same].mean()), float(apart[~same].mean()))

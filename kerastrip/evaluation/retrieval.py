@@ -108,11 +108,11 @@ def retrieval_metrics(
 
     Example:
 
-    >>> found = retrieval_metrics(
+    >>> figures = retrieval_metrics(
     ...     [[0.0], [1.0], [5.0], [7.0], [99.0]], ["a", "a", "b", "b", "c"],
     ...     metrics=("recall@1", "map@r"),
     ... )
-    >>> found
+    >>> figures
     {'recall@1': 1.0, 'map@r': 1.0, 'queries': 4, 'lone_queries': 1}
 
     References:
@@ -178,10 +178,10 @@ def lookup_figures(
     # neighbours than its own queries need.
     chosen = chosen[np.argsort(positives[chosen], kind="stable")]
     sums = dict.fromkeys(metrics, 0.0)
-    met = [np.empty(0, np.int64)]
+    met = [np.empty(0, np.int64)]  # numbers of the queries that meet themselves
     space = Space.of(lookup.queries[chosen], lookup.rows, distance)
     for span, numbers in space.blocks(verbose=verbose):
-        who = chosen[span]
+        who = chosen[span]  # numbers of the queries of this block
         depth = _depth(metrics, positives[who], len(lookup.rows))
         block = _Block.of(lookup, who, positives[who], numbers, depth)
         unknown = lookup.own[who] < 0
@@ -277,7 +277,7 @@ class _Block(NamedTuple):
         codes, own = lookup.codes[who], lookup.own[who]
         known = np.flatnonzero(own >= 0)
         numbers[known, own[known]] = np.inf
-        rows = nearest(numbers, depth)
+        rows = nearest(numbers, depth)  # (n, depth)
         neighbours = lookup.row_codes[rows]
         neighbours[rows == own[:, None]] = -1
         hits = neighbours == codes[:, None]
@@ -287,11 +287,11 @@ class _Block(NamedTuple):
         """(n,) the value of a metric for every query; the metric is the mean of them."""
         name, _, k = metric.partition("@")
         if metric in ("map@r", "r_precision"):
-            rank = np.arange(1, self.hits.shape[1] + 1)
+            rank = np.arange(1, self.hits.shape[1] + 1)  # (depth,)
             hits_within_r = self.hits & (rank <= self.positives[:, None])
             if metric == "r_precision":
                 return hits_within_r.sum(axis=1) / self.positives
-            precision = np.cumsum(self.hits, axis=1) / rank
+            precision = np.cumsum(self.hits, axis=1) / rank  # (n, depth)
             return (precision * hits_within_r).sum(axis=1) / self.positives
         if metric == "mrr":
             return 1.0 / self._first_rank()
@@ -304,6 +304,8 @@ class _Block(NamedTuple):
     def _first_rank(self) -> np.ndarray:
         """(n,) rank, from 1, of the first hit of every query among all rows."""
         ranks = self.hits.argmax(axis=1) + 1
+        # Queries without a hit among their nearest rows: the nearest positive is sought
+        # among all rows, and the rows nearer than it are counted.
         for i in np.flatnonzero(~self.hits.any(axis=1)):
             same = np.flatnonzero(self.row_codes == self.codes[i])
             first = same[self.numbers[i, same].argmin()]
@@ -334,6 +336,8 @@ def shared_rows(queries: Any, gallery: Any) -> np.ndarray | None:
     begin, gallery_begin = (
         array.__array_interface__["data"][0] for array in (queries, gallery)
     )
+    # A row of the queries is a row of the gallery if it begins a whole number of rows
+    # after the beginning of the gallery.
     offsets = begin - gallery_begin + np.arange(len(queries)) * queries.strides[0]
     rows, rest = np.divmod(offsets, gallery.strides[0])
     rows[(rest != 0) | (rows < 0) | (rows >= len(gallery))] = -1
@@ -375,6 +379,7 @@ def _meets_itself(space: Space, span: slice, block: _Block) -> np.ndarray:
 
 def _depth(metrics: Sequence[str], positives: np.ndarray, available: int) -> int:
     """How many neighbours the metrics of one block look at."""
+    # `_meets_itself` looks at two.
     wanted = [
         2,
         *(int(metric.partition("@")[2]) for metric in metrics if _has_k(metric)),
@@ -388,6 +393,7 @@ def _vote(neighbours: np.ndarray) -> np.ndarray:
     """The most frequent code of every row; of equally frequent codes the first."""
     best = neighbours[:, 0].copy()
     most = np.zeros(len(neighbours), np.int64)
+    # A later label must be more frequent to win, so of equals the nearest stays.
     for column in neighbours.T:
         count = (neighbours == column[:, None]).sum(axis=1)
         better = count > most
@@ -447,6 +453,7 @@ def label_table(name: str, value: Any, length: int) -> LabelTable:
 
 def common_codes(own: LabelTable, others: LabelTable) -> tuple[np.ndarray, np.ndarray]:
     """The codes of two sets of labels by one common table of classes."""
+    # In one array integers would become strings without a word.
     kinds = [table.classes.dtype.kind in "iu" for table in (own, others)]
     if kinds[0] != kinds[1]:
         raise _checks.type_error(

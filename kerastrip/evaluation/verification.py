@@ -112,6 +112,7 @@ class VerificationCurve:
     @property
     def eer(self) -> float:
         """Equal error rate: where FAR = 1 - TAR on the straight lines of the ROC."""
+        # FAR + TAR - 1 rises from -1 to 1 and passes 0 between the points i - 1 and i.
         far, excess = self.far, self.far + self.tar - 1.0
         i = int(np.searchsorted(excess, 0.0))
         share = -excess[i - 1] / (excess[i] - excess[i - 1])
@@ -132,6 +133,7 @@ class VerificationCurve:
             # F1 = 2 TP / (TP + FP + all same pairs)
             score = self.same / (self.same + self.different + self.same[-1])
         else:
+            # accuracy = (TP + all different pairs - FP) / all pairs
             score = self.same - self.different
         return self._point(int(score.argmax()))
 
@@ -392,6 +394,7 @@ def pair_distances(
     pairs = pairs_array(pairs, len(rows))
     if distance == "cosine":
         rows = unit_rows(rows)
+    # In blocks, because all differences at once may be larger than the memory.
     step = max(1, (1 << 22) // rows.shape[1])
     parts = [pairs[low : low + step] for low in range(0, len(pairs), step)]
     return np.concatenate(
@@ -403,6 +406,7 @@ def _curve(distances: np.ndarray, is_same: np.ndarray) -> VerificationCurve:
     """The curve of pairs by sorting their distances."""
     order = np.argsort(distances)
     ascending = distances[order]
+    # A threshold accepts all pairs at equal distances: only the last of them is a point.
     last = np.append(np.flatnonzero(ascending[1:] != ascending[:-1]), len(order) - 1)
     same = np.cumsum(is_same[order])[last]
     return _with_start(ascending[last], same, last + 1 - same)
@@ -426,6 +430,8 @@ def _curve_of_all(
     if len(rows) * (len(rows) - 1) // 2 <= _SORTED:
         values, same = (np.concatenate(part) for part in zip(*parts, strict=True))
         return _curve(space.distances(values), same)
+    # No number of a block is larger: half a squared distance is at most 4 times the
+    # largest |row - mean|^2 / 2, and a cosine distance at most 2, up to rounding.
     largest = 5 * space.left[:, -1].max() if distance != "cosine" else 2.5
     base = int(_cell_of(np.float32(largest))) - _CELLS + 1
     counts, counts_same = np.zeros(_CELLS, np.int64), np.zeros(_CELLS, np.int64)
@@ -489,7 +495,7 @@ def _all_pairs(
 
 def check_codes(name: str, codes: np.ndarray) -> None:
     """An error unless two rows share a label and two rows do not."""
-    sizes = np.bincount(codes)
+    sizes = np.bincount(codes)  # rows of each class
     same = int((sizes * (sizes - 1) // 2).sum())
     _check_both(len(codes) * (len(codes) - 1) // 2, same, name)
 
@@ -559,6 +565,7 @@ def _fold_of(folds: Any, is_same: np.ndarray) -> np.ndarray:
             "folds", f"at most {fewest}, the pairs of the rarer kind", folds
         )
     fold_of = np.empty(len(is_same), np.int64)
+    # The same and the different pairs are cut one after the other, so every fold has both.
     for kind in (is_same, ~is_same):
         members = np.flatnonzero(kind)
         fold_of[members] = np.arange(len(members)) * folds // len(members)
@@ -575,7 +582,7 @@ def check_metrics(metrics: Any) -> tuple[str, ...]:
             try:
                 far = float(metric[4:])
             except ValueError:
-                far = -1.0
+                far = -1.0  # which is refused below
             if not 0.0 < far < 1.0:
                 raise _checks.value_error("metrics", "'tar@f' with 0 < f < 1", metric)
         else:

@@ -115,6 +115,7 @@ def plot_mining(
     drawn: list[Any] = ax.stackplot(
         x, [lines[n] for n in names], colors=colours, labels=names
     )
+    # Hard triplets are hatched, so that the eye needs no colours to find them.
     drawn[0].set(hatch="///", edgecolor="#ffffff55", linewidth=0)
     ax.set(xlabel="epoch", ylabel="fraction of triplets", ylim=(0, 1), xlim=x[[0, -1]])
     if "loss" in lines:
@@ -195,6 +196,7 @@ def plot_embeddings(
     distinct, codes = np.unique(labels, return_inverse=True)
     names = [readable(name) for name in (distinct if names is None else names)]
     few = len(names) < _LEGEND
+    # One call draws a class that the legend names, or else all classes of one shape.
     groups = codes if few else codes % len(_MARKERS)
     for group in range(groups.max() + 1):
         of = groups == group
@@ -305,6 +307,7 @@ def plot_distances(
         margin = _checks.number("margin", margin, above=0)
     figure, ax = _figure(ax, (6.0, 3.6))
     edges = np.linspace(0, max(curve.thresholds[-1], 1e-12), bins + 1)
+    # For every edge the last point of the curve at or below it.
     upto = np.searchsorted(curve.thresholds, edges, side="right") - 1
     for kind, counts, colour, line in (
         ("positive", curve.same, SAME, "-"),
@@ -361,8 +364,9 @@ def plot_roc(
     ['AUC 1.0000', 'EER 0.0000', 'chance']
     """
     figure, ax = _figure(ax, (4.6, 4.2))
-    least = 1 / float(curve.different[-1])
+    least = 1 / float(curve.different[-1])  # FAR of one false accept
     grid = np.geomspace(least, 1, _POINTS) if log else np.linspace(0, 1, _POINTS)
+    # Points at even steps along both axes: a steep curve has few along the first.
     places = np.r_[
         np.searchsorted(curve.far, grid, side="right") - 1,
         np.searchsorted(curve.tar, np.linspace(0, 1, _POINTS)),
@@ -607,6 +611,7 @@ def _sheet(
     """
     every = [one for _, line in lines for one in line]
     shown: dict[int, Any] = {one.row: _wrapped(names[one.row]) for one in every}
+    # The lines of text below each sample.
     below = [
         (shown[one.row] if named and source is not None else [])
         + [_short(text, 10) for text in one.text.splitlines()]
@@ -643,7 +648,7 @@ def _cell(
     write = functools.partial(
         ax.text, ha="center", fontsize=8.5, linespacing=1.15, parse_math=False
     )
-    tall = wide = 0.44
+    tall = wide = 0.44  # half the sides of the frame
     if isinstance(shown, np.ndarray):
         tall, wide = 0.44 * np.array(shown.shape[:2]) / max(shown.shape[:2])
         edges = (x - wide, x + wide, y + tall, y - tall)
@@ -711,6 +716,7 @@ def _name_means(
     unit = 0.01 * (np.ptp(points, axis=0).max() or 1.0)
     across, down = np.meshgrid(np.arange(-20, 21, 5), np.arange(-18, 19, 6))
     steps = unit * np.stack([across.ravel(), down.ravel()], axis=1)
+    # (places, 2) steps from the mean, the shortest first.
     steps = steps[np.hypot(*steps.T).argsort(kind="stable")]
     taken = np.empty((0, 3))  # x, y and half the width of the names so far
     paper = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.5}

@@ -143,10 +143,10 @@ class TrainingReport(keras.callbacks.Callback):
                 batch_size=batch_size,
                 verbose=None,
             )
-        self._logs: dict[int, dict[str, float]] = {}
+        self._logs: dict[int, dict[str, float]] = {}  # by epoch
         self._latest: sections.Look | None = None
-        self._begun = 0.0
-        self._first: int | None = None
+        self._begun = 0.0  # when this `fit` began
+        self._first: int | None = None  # and with which epoch
         self._ended = False
         self._warned = False
 
@@ -163,7 +163,7 @@ class TrainingReport(keras.callbacks.Callback):
         if self._first is not None:
             return
         self._first = epoch
-        if epoch == 0:
+        if epoch == 0:  # a new training, not a resumed one
             self._latest = None
         # An earlier run may have left logs of the epochs that now come again.
         self._logs = {e: past for e, past in self._logs.items() if e < epoch}
@@ -171,6 +171,7 @@ class TrainingReport(keras.callbacks.Callback):
             self._evaluation.begin_epoch(epoch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        # Only single numbers can be drawn: other callbacks may log anything.
         self._logs[epoch] = {
             name: float(value)
             for name, value in (logs or {}).items()
@@ -223,6 +224,7 @@ class TrainingReport(keras.callbacks.Callback):
             name: [self._logs[e].get(name, math.nan) for e in epochs] for name in names
         }
         results: dict[int, Any] = {}
+        # None if neither a guard nor the watch of the averages is there to raise any.
         alarms = None if self._guard is None else list(self._guard.alarms)
         if self._evaluation is not None:
             results = self._evaluation.results

@@ -193,6 +193,7 @@ def spark(name: str, train: Sequence[float], held: Sequence[float] = ()) -> str:
     for kind, values in (("train", train), ("held", held)):
         # A single value is drawn from edge to edge.
         line = np.repeat(values, 2 if len(values) == 1 else 1)
+        # From 22 (the lowest value) up to 2; equal values lie in the middle.
         y = 22 - 20 * ((line - low) / (high - low) if high > low else 0 * line + 0.5)
         finite_line = np.isfinite(line)
         # M moves the pen without drawing: at the beginning and behind a gap.

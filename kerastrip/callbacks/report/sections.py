@@ -79,7 +79,7 @@ def look(
             "The less the two overlap, the better.",
         )
     ]
-    if embeddings.shape[1] > 1:
+    if embeddings.shape[1] > 1:  # a plane needs two dimensions
         charts.append(_chart(plotting.plot_embeddings(embeddings, labels)))
     by: dict[str, Any] = {"images": images, "distance": distance}
     confused = plotting.plot_confusions(embeddings, labels, pairs=pairs, **by)
@@ -93,6 +93,7 @@ def look(
     photos = images is not None
     sheets = [_chart(confused, of_pairs, photos), _chart(near, of_near, photos)]
     samples = page.section("Samples", "", page.charts(sheets))
+    # The label of the chart is its title, then the heading of the first confusion, if any.
     worst = f"{confused.get_label()}\n".split("\n")[1]
     return Look(figures, page.charts(charts), samples, worst)
 
@@ -129,6 +130,7 @@ def best_epoch(
         if name in history
     }
     held_out = {epoch: one.get("map@r", math.nan) for epoch, one in results.items()}
+    # The first of these metrics that two epochs have decides.
     for name, values in {"map@r": held_out, **kinds}.items():
         finite = {epoch: one for epoch, one in values.items() if math.isfinite(one)}
         if len(values) < 2 or not finite:
@@ -188,6 +190,7 @@ def tiles(
 
 def held_out_section(latest: Look | None, results: Mapping[int, Any]) -> str:
     """The table of metrics (first, best, latest) and the charts of held-out data."""
+    # An epoch whose embeddings are not finite has no figures.
     measured = {epoch: figures for epoch, figures in results.items() if figures}
     heading, broken = "Held-out data", ""
     if len(measured) < len(results):
@@ -262,6 +265,7 @@ def logs_section(history: _History) -> str:
     """Every key of the logs: curve, first and latest value, latest of the validation."""
     rows = []
     names = dict.fromkeys(key.removeprefix("val_") for key in history)
+    # The loss comes first, the others stay in the order of the logs.
     for name in sorted(names, key="loss".__ne__):
         train, held = history.get(name, ()), history.get(f"val_{name}", ())
         rows.append(
