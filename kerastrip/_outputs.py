@@ -159,7 +159,7 @@ def embedding_output(model: Any, output: int | str | None = None) -> Output:
 
 
 def _is_nested(structure: Any) -> bool:
-    """Whether a dict, list or tuple holds another one."""
+    """Whether a dict, list or tuple holds a further dict, list or tuple."""
     members = structure.values() if isinstance(structure, Mapping) else structure
     return isinstance(structure, _STRUCTURES) and any(
         isinstance(member, _STRUCTURES) for member in members

@@ -497,9 +497,9 @@ def test_it_opens_in_a_browser(model, data, tmp_path):
         assert console == []
         return json.loads(re.search("<pre>(.*)</pre>", tree)[1])
 
-    lone = tmp_path / "lone.html"
-    run(TrainingReport(lone), model)
-    (width,) = look(lone, 1280)["charts"]
+    only_logs = tmp_path / "logs.html"
+    run(TrainingReport(only_logs), model)
+    (width,) = look(only_logs, 1280)["charts"]
     assert {width} == {*look(path, 1280)["charts"]}  # nothing is blown up
     assert width < 500
     seen = look(path, 390)

@@ -27,7 +27,7 @@ _LOSS_TOLERANCE = 0.05
 _CHANCE = 0.02
 _IDLE = 1e-4
 
-# kind of alarm -> what to try, in this order.
+# kind of alarm -> the remedies, in the order in which to try them.
 _REMEDIES = {
     "not_finite": (
         "look for NaN and missing values in the inputs (and for a division by a "
@@ -58,11 +58,17 @@ _REMEDIES = {
 
 
 class Alarm(NamedTuple):
-    """One alarm of a `CollapseGuard`."""
+    """An alarm of a `CollapseGuard`, or one for moving averages that lag behind.
+
+    Attributes:
+        epoch: number of the epoch, counted from 0.
+        kind: `"not_finite"`, `"exploded"`, `"collapsed"`, `"at_chance"`, `"no_triplets"`
+            or `"idle"`; `"lagging"` for moving averages.
+        message: the sentence that was given as a warning.
+    """
 
     epoch: int
     kind: str
-    """`"not_finite"`, `"exploded"`, `"collapsed"`, `"at_chance"`, `"no_triplets"` or `"idle"`."""
     message: str
 
 
@@ -176,7 +182,7 @@ class CollapseGuard(keras.callbacks.Callback):
 
     def _diagnose(self, now: dict[str, float]) -> tuple[str | None, str]:
         """The worst kind of alarm that fits these figures, and the reason in words."""
-        # In this order, because a kind makes the figures of the kinds below it useless.
+        # The worst kind first: an epoch shows one kind only.
         if not math.isfinite(now["norm"]):
             return "not_finite", (
                 "there is NaN or infinity in the embeddings, or a label names no class, "

@@ -14,7 +14,7 @@ The way of the figures of a batch, from the step of the model to the logs:
         v
     logs               {"loss": ..., "easy": ..., "semi_hard": ...}, in this order to
         |-> the callbacks of the user, MiningStats among them: it warns
-        |-> History     keeps all figures, then `_Bar` leaves out what is not in `show`
+        |-> History     keeps all figures, then `_Bar` removes figures that are not in `show`
         `-> progress bar
 
 The states of a `MiningStats`, and the hooks of Keras that lead from one to the next:
@@ -318,8 +318,8 @@ class MiningStats(keras.callbacks.Callback):
     ['active', 'anchors_without_positive', 'easy', 'effective_dim']
     """
 
-    # Keras may run the batch hook late, beside later steps: it reads only what the
-    # first step has left behind.
+    # Keras may run the batch hook late, beside later steps: the hook looks at the logs of
+    # the first step only.
     async_safe = True
 
     def __init__(

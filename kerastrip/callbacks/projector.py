@@ -122,7 +122,7 @@ class EmbeddingProjector(keras.callbacks.Callback):
         if length > _MOST_POINTS:
             raise _checks.value_error(
                 "x",
-                f"at most {_MOST_POINTS} samples, what TensorBoard shows",
+                f"at most {_MOST_POINTS} samples, as many as TensorBoard shows",
                 _checks.Told(f"{length}"),
             )
         for name, values in self._columns.items():

@@ -1,4 +1,4 @@
-"""Embedding of whole data sets, nearest neighbours, and what the embeddings are worth."""
+"""Embeddings of data sets, nearest neighbours, and metrics of the embeddings."""
 
 from kerastrip.evaluation.embedding import embed
 from kerastrip.evaluation.recalibration import recalibrate

@@ -152,7 +152,7 @@ def lookup_figures(
     seed: int = 0,
     verbose: bool = False,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """What `retrieval_metrics` returns, and the queries that seem to find themselves.
+    """The dict of `retrieval_metrics`, and the queries that seem to find themselves.
 
     Args:
         embeddings, labels, gallery, gallery_labels: as for `retrieval_metrics`.

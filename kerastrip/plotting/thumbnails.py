@@ -32,7 +32,7 @@ def as_uint8(name: str, images: Any, limits: tuple[float, float] | None = None) 
     """`images` as uint8, (n, height, width) or (n, height, width, 3).
 
     Args:
-        name: what errors call the images.
+        name: name of the images in errors.
         images: `(n, height, width)` or `(n, height, width, channels)` with 1 or 3
             channels; integers in 0..255, booleans or floats.
         limits: the floats that become 0 and 255. Default: the `_limits_of` these images.
@@ -99,7 +99,7 @@ class Thumbnails:
 
     Args:
         source: a source of images.
-        name: what errors call the images.
+        name: name of the images in errors.
         paths: the names of their files, None if they have no files.
     """
 

@@ -224,7 +224,7 @@ class TrainingReport(keras.callbacks.Callback):
             name: [self._logs[e].get(name, math.nan) for e in epochs] for name in names
         }
         results: dict[int, Any] = {}
-        # None if neither a guard nor the watch of the averages is there to raise any.
+        # None without a guard, unless the watch of the averages has raised an alarm.
         alarms = None if self._guard is None else list(self._guard.alarms)
         if self._evaluation is not None:
             results = self._evaluation.results

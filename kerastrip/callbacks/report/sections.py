@@ -255,7 +255,7 @@ def alarms_section(alarms: Sequence[Alarm] | None) -> str:
         return page.section("Alarms", "None from CollapseGuard so far.", "")
     return page.section(
         "Alarms",
-        "What was noticed, with what to try.",
+        "The alarms of the training, each with remedies to try.",
         page.bullets(alarm.message for alarm in alarms),
         "alarms",
     )
