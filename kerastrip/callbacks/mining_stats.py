@@ -318,8 +318,8 @@ class MiningStats(keras.callbacks.Callback):
     ['active', 'anchors_without_positive', 'easy', 'effective_dim']
     """
 
-    # Keras may run the batch hook late, beside later steps: the hook looks at the logs of
-    # the first step only.
+    # Keras may run the batch hook late, beside later steps: the hook only reads the logs
+    # that it is given.
     async_safe = True
 
     def __init__(
