@@ -19,8 +19,9 @@ from kerastrip.callbacks import (
     TrainingReport,
     VerificationEvaluation,
 )
-from kerastrip.evaluation.embedding import embed, search
+from kerastrip.evaluation.embedding import embed
 from kerastrip.evaluation.recalibration import recalibrate
+from kerastrip.evaluation.search import search
 from kerastrip.losses import (
     BinaryFocalLoss,
     CategoricalFocalLoss,

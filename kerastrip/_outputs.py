@@ -1,4 +1,4 @@
-"""Which output of a model is the embedding, and how to take it from a structure."""
+"""Which output of a model is the embedding, and its part of outputs and targets."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _STRUCTURES = (Mapping, list, tuple)
 
 @dataclass(frozen=True)
 class Output:
-    """One output of a model: where it stands, its name and its compiled loss.
+    """One output of a model: its position, its name and its compiled loss.
 
     Attributes:
         index: position among the outputs; None if only the name is known.
-        name: the output's name, its key where the outputs are a dict, or its path
-            where dicts lie in one another: "head/embedding", as Keras names its loss.
-        loss: what `compile` got for it, None without.
+        name: the name of the output; its key if the outputs are a dict; its path if
+            they are nested dicts: "head/embedding", as Keras names the loss. None if
+            only the position is known.
+        loss: the loss that `compile` got for this output, None if it got none.
         count: number of outputs of the model.
         trained: positions of the outputs that have a loss.
     """
@@ -32,10 +33,21 @@ class Output:
     count: int = 1
     trained: tuple[int | None, ...] = ()
 
-    def take(self, structure: Any) -> Any:
-        """This output's part of outputs or targets: a tensor, a sequence or a dict.
+    def part_of(self, structure: Any) -> Any:
+        """The outputs or targets of this output, out of those of the whole model.
 
-        Targets may leave out the outputs without a loss, as Keras allows.
+        The targets may leave out the outputs without a loss, as Keras allows. For the
+        second of the outputs "P", "Q" and "R", of which "Q" and "R" have a loss:
+
+            tensor                          the tensor itself
+            {"P": p, "Q": q, "R": r}        q, by its name
+            {"a": x, "b": y, "c": z}        y: Keras pairs other keys in sorted order
+            [q]                             q, the only one
+            [q, r]                          q, the first of the outputs with a loss
+            [p, q, r]                       q, by its position
+
+        Args:
+            structure: a tensor, or a list, tuple or dict, which may be nested.
         """
         if _is_nested(structure):
             leaves = _leaves(structure)
@@ -72,7 +84,7 @@ class Output:
 
 
 def _outputs(model: Any) -> list[Output]:
-    """Every output the model or its compiled losses tell of."""
+    """Every output that the model or its compiled losses name."""
     names = list(getattr(model, "output_names", None) or [])
     loss = getattr(model, "loss", None)
     built = getattr(model, "output", None) if len(names) > 1 else None
@@ -106,8 +118,8 @@ def _outputs(model: Any) -> list[Output]:
 def embedding_output(model: Any, output: int | str | None = None) -> Output:
     """The output that holds the embedding.
 
-    It is the one named by `output`; else the only one whose compiled loss has a
-    `distance` (the mark of a metric-learning loss); else the only output there is.
+    That is the output that `output` names; else the only output whose compiled loss has
+    a `distance` (the mark of a metric-learning loss); else the only output of the model.
 
     Args:
         model: a Keras model, compiled or not.
@@ -117,10 +129,10 @@ def embedding_output(model: Any, output: int | str | None = None) -> Output:
         An `Output`.
 
     Raises:
-        ValueError: if the outputs leave it open, or `output` is not among them.
+        ValueError: if several outputs may be the embedding, or `output` names none.
     """
     outputs = _outputs(model)
-    told = ", ".join(
+    names = ", ".join(
         repr(one.name if one.name is not None else one.index) for one in outputs
     )
     if output is not None:
@@ -130,7 +142,7 @@ def embedding_output(model: Any, output: int | str | None = None) -> Output:
         if not getattr(model, "output_names", None):  # subclassed: the user knows
             index, name = (None, output) if isinstance(output, str) else (output, None)
             return Output(index, name, count=len(outputs))
-        raise _checks.value_error("output", f"one of {told}", output)
+        raise _checks.value_error("output", f"one of {names}", output)
     marked = [one for one in outputs if hasattr(one.loss, "distance")]
     if len(marked) == 1:
         return marked[0]
@@ -140,22 +152,22 @@ def embedding_output(model: Any, output: int | str | None = None) -> Output:
     raise _checks.value_error(
         "output",
         "the position or name of the embedding",
-        _checks.Told(f"None for a model with the outputs {told}"),
+        _checks.Told(f"None for a model with the outputs {names}"),
         f"It is found by the `distance` of its loss, and {which} such a loss: "
         "give output=....",
     )
 
 
 def _is_nested(structure: Any) -> bool:
-    """Whether a dict, list or tuple holds another one."""
-    parts = structure.values() if isinstance(structure, Mapping) else structure
+    """Whether a dict, list or tuple holds a further dict, list or tuple."""
+    members = structure.values() if isinstance(structure, Mapping) else structure
     return isinstance(structure, _STRUCTURES) and any(
-        isinstance(part, _STRUCTURES) for part in parts
+        isinstance(member, _STRUCTURES) for member in members
     )
 
 
 def _leaves(structure: Any) -> dict[str, Any]:
-    """What lies in dicts, lists and tuples, by its path: {"head/embedding": ...}."""
-    # In the order of Keras, which is another on PyTorch.
-    found = keras.tree.flatten_with_path(structure)
-    return {"/".join(map(str, path)): leaf for path, leaf in found}
+    """The tensors of nested dicts, lists and tuples by their paths: {"head/embedding": t}."""
+    # In the order of Keras, which differs on PyTorch.
+    leaves = keras.tree.flatten_with_path(structure)
+    return {"/".join(map(str, path)): leaf for path, leaf in leaves}

@@ -1,4 +1,4 @@
-"""The names of `kerastrip.evaluation.verification`, where they were before."""
+"""The public names of `kerastrip.evaluation.verification` under their former path."""
 
 from kerastrip.evaluation.verification import (
     FoldedAccuracy,

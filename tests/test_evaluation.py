@@ -5,7 +5,7 @@ import pytest
 from sklearn import metrics as sk
 from sklearn.cluster import KMeans
 
-from kerastrip import verification
+from kerastrip.evaluation import verification
 from kerastrip.evaluation.retrieval import METRICS, retrieval_metrics
 from kerastrip.evaluation.verification import (
     pair_distances,
@@ -78,7 +78,7 @@ class TestRetrieval:
         rng = np.random.default_rng(2024)
         x = rng.normal(size=(120, 6)).astype("float32")
         labels = np.arange(120) % 17
-        labels[:3] = [100, 101, 102]  # without a partner
+        labels[:3] = [100, 101, 102]  # without a positive
         x += 0.8 * rng.normal(size=(103, 6))[labels].astype("float32")
         words = ("map@r", "mrr", "precision@1", "r_precision")
         got = retrieval_metrics(x, labels, metrics=words)

@@ -821,14 +821,14 @@ def test_which_output_is_left_open():
 
 def test_what_an_output_takes():
     found = embedding_output(plain(["mse", TripletLoss()]))
-    assert found.take("bare") == "bare"
-    assert found.take(["x", "y"]) == found.take(("x", "y")) == "y"
-    assert found.take({"a": "x", "b": "y"}) == "y"
-    assert found.take({"P": "x", "Q": "y"}) == "y"  # Keras pairs by sorted keys
+    assert found.part_of("bare") == "bare"
+    assert found.part_of(["x", "y"]) == found.part_of(("x", "y")) == "y"
+    assert found.part_of({"a": "x", "b": "y"}) == "y"
+    assert found.part_of({"P": "x", "Q": "y"}) == "y"  # Keras pairs by sorted keys
     with pytest.raises(ValueError, match="`output`"):
-        found.take({"P": 1, "Q": 2, "R": 3})
+        found.part_of({"P": 1, "Q": 2, "R": 3})
     partly = embedding_output(plain([None, TripletLoss()]))
-    assert partly.take(["y"]) == "y"
+    assert partly.part_of(["y"]) == "y"
     assert partly.loss_key == "loss"
 
 

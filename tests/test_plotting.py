@@ -1,4 +1,4 @@
-"""Figures: what is drawn is the data, the file is a picture, bad input is told."""
+"""Figures: what is drawn is the data, the file is an image, bad input is told."""
 
 import re
 
@@ -8,7 +8,7 @@ import pytest
 from kerastrip import plotting, sources
 from kerastrip.evaluation.confusions import confusions, nearest_others
 from kerastrip.evaluation.verification import verification_curve
-from kerastrip.plotting.pictures import png
+from kerastrip.plotting.thumbnails import png
 
 HISTORY = {
     "easy": [0.2, 0.5, 0.7],
@@ -327,7 +327,7 @@ def test_samples_without_images_are_named(rows):
 
 def test_no_confusions_is_told():
     figure = plotting.plot_confusions(np.eye(4)[[0, 0, 1]], [0, 0, 1], numbered(3))
-    # The lone row is not counted.
+    # The row without a positive is not counted.
     assert figure.get_label() == "No confused classes by euclidean distance"
     assert not figure.axes[0].images
 

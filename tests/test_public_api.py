@@ -40,6 +40,12 @@ MAY_IMPORT["callbacks"] = set(MAY_IMPORT) - {"losses", "verification"}
 MAY_IMPORT["__init__"] = set(MAY_IMPORT)
 # `PKSampler.plot_batch` shows a batch with the figure for it, when it is called.
 EXCEPTION = ("sampling.sampler", "plotting")
+# What evaluates arrays of embeddings, whoever made them, and what runs a model.
+ON_ARRAYS = {
+    f"evaluation.{name}"
+    for name in ("search", "retrieval", "verification", "confusions")
+}
+RUNS_MODELS = {"_outputs", "evaluation.embedding", "evaluation.recalibration"}
 FREE_OF_KERAS = {"_checks", "_labels", "_version"} | {
     f"sampling.{name}" for name in ("epoch_modes", "permutation", "plan")
 }
@@ -294,14 +300,24 @@ def broken_rules(trees):
             if to not in may and (name, other) != EXCEPTION:
                 wrong.append(f"{name} must not import {other}")
     for name in arrows:
-        seen, todo = set(), [name]
-        while todo:
-            new = arrows[todo.pop()] - seen
-            seen |= new
-            todo += new
-        if name in seen:
+        reached = reached_from(name, arrows)
+        if name in reached:
             wrong.append(f"{name} imports itself in the end")
+        if name in ON_ARRAYS:
+            for other in reached:
+                if other in RUNS_MODELS or other.startswith("callbacks"):
+                    wrong.append(f"{name} works on arrays, and must not reach {other}")
     return wrong
+
+
+def reached_from(name, arrows):
+    """The modules that a module imports, and those that they import in turn."""
+    reached, todo = set(), [name]
+    while todo:
+        new = arrows[todo.pop()] - reached
+        reached |= new
+        todo += new
+    return reached
 
 
 def test_imports_run_one_way():
@@ -315,6 +331,11 @@ def test_imports_run_one_way():
     [
         ("mining.blocks", "from kerastrip import callbacks"),
         ("evaluation.retrieval", "def f():\n    from kerastrip.losses import triplet"),
+        (
+            "evaluation.search",
+            "def f():\n    from kerastrip.evaluation import embedding",
+        ),
+        ("evaluation.confusions", "from kerastrip.evaluation.recalibration import x"),
         ("sampling.plan", "if TYPE_CHECKING:\n    import kerastrip.mining.engine"),
         ("mining.blocks", "def f():\n    from kerastrip.mining import pairs"),
         ("_checks", "from kerastrip._labels import LabelTable"),

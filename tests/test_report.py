@@ -23,8 +23,9 @@ from kerastrip import plotting, sources
 from kerastrip.callbacks import CollapseGuard, TrainingReport
 from kerastrip.callbacks.collapse import Alarm
 from kerastrip.callbacks.report import sections
-from kerastrip.evaluation.embedding import embed, search
+from kerastrip.evaluation.embedding import embed
 from kerastrip.evaluation.retrieval import retrieval_metrics
+from kerastrip.evaluation.search import search
 from kerastrip.evaluation.verification import verification_curve
 from kerastrip.losses import TripletLoss
 from kerastrip.plotting.thumbnails import thumbnails_of
@@ -253,7 +254,7 @@ def test_the_best_value_and_its_epoch():
     rows = re.findall(r'row">(.*?)</th>.*</td><td>(.*?) <small>\((.*?)\)', section)
     assert ("eer", "0.25", "4") in rows  # the least
     assert ("mrr", "0.75", "6") in rows  # the greatest
-    assert "9 queries, and 2 without a partner, left out" in section
+    assert "9 queries, and 2 without a positive, left out" in section
 
 
 def test_text_of_the_user_is_escaped(model, data, tmp_path):
@@ -496,9 +497,9 @@ def test_it_opens_in_a_browser(model, data, tmp_path):
         assert console == []
         return json.loads(re.search("<pre>(.*)</pre>", tree)[1])
 
-    lone = tmp_path / "lone.html"
-    run(TrainingReport(lone), model)
-    (width,) = look(lone, 1280)["charts"]
+    only_logs = tmp_path / "logs.html"
+    run(TrainingReport(only_logs), model)
+    (width,) = look(only_logs, 1280)["charts"]
     assert {width} == {*look(path, 1280)["charts"]}  # nothing is blown up
     assert width < 500
     seen = look(path, 390)

@@ -16,7 +16,7 @@ from kerastrip.callbacks import (
     RetrievalEvaluation,
     VerificationEvaluation,
 )
-from kerastrip.evaluation import embedding
+from kerastrip.evaluation import _progress
 from kerastrip.evaluation.embedding import embed
 from kerastrip.evaluation.retrieval import retrieval_metrics
 from kerastrip.evaluation.verification import verification_metrics
@@ -252,7 +252,7 @@ def test_progress_bars_for_long_work(data, capsys, monkeypatch, kind):
         return capsys.readouterr().out.count("24/24")
 
     assert bars(1) == 0  # it was done at once
-    monkeypatch.setattr(embedding, "_LONG", 0.0)
+    monkeypatch.setattr(_progress, "_LONG", 0.0)
     assert bars(1) == 2  # one for the samples, one for their distances
     assert bars(0) == 0
     assert bars(0, verbose=True) == 2

@@ -16,8 +16,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from kerastrip.evaluation.embedding import search
 from kerastrip.evaluation.retrieval import retrieval_metrics
+from kerastrip.evaluation.search import search
 from kerastrip.evaluation.verification import verification_metrics
 
 

@@ -1,4 +1,4 @@
-"""An alarm for an embedding that is used with other moving averages than it has by now."""
+"""An alarm for moving averages of BatchNormalization that lag behind the weights."""
 
 from __future__ import annotations
 
@@ -13,50 +13,59 @@ from kerastrip.callbacks.collapse import Alarm
 from kerastrip.callbacks.epoch_sync import sampler_beside
 from kerastrip.evaluation.recalibration import Figures, compare_modes
 
-# Rows that are looked at, about; and the fewest classes of held-out rows whose own mean
-# and variance tell of the averages. (Of two unseen classes they tell of these classes.)
+# About so many rows are compared. Held-out rows must have so many classes at least: the
+# mean and variance of rows of two unseen classes would say more about these two classes
+# than about the averages.
 _ROWS, _CLASSES = 64, 8
 # In trainings whose averages follow, `spread` differs by a factor of 0.75 to 1.3 and the
 # ratio of the distances by 0.85 to 1.15; where they lag, by 0.02 to 0.65 or by 1.5 to 2.2.
 _SPREAD, _RATIO = 2.0, 1.5
-# At first all averages lag: those of momentum 0.9 have left their start behind after
-# some 60 steps.
+# In the first steps all averages lag: at momentum 0.9 their initial values count for
+# nothing after some 60 steps.
 _PATIENCE, _STEPS = 3, 100
 
 
 class AveragesWatch:
-    """Compares the embeddings of one set of rows, after epochs that are evaluated.
+    """Compares training mode and inference on some rows, after each evaluated epoch.
 
-    There is one for each output of a model in a `fit`, see `watch_of`.
+    There is one watch for each output of a model in a `fit`, see `watch_of`.
 
     Attributes:
-        alarms: of this `fit`: one when the averages have lagged behind in three such
-            epochs in a row and after 100 steps, another only after they had recovered,
-            and one if they lag behind in the last epoch.
-        epoch: the last epoch that was looked at, None before the first look.
+        alarms: the alarms of this `fit`. There is an alarm when the averages have
+            lagged in three evaluated epochs in a row and after 100 steps, a further
+            alarm only after they had recovered, and an alarm if they lag in the last
+            epoch.
+        epoch: the latest epoch that was compared, None before the first.
     """
 
     def __init__(self) -> None:
         self.alarms: list[Alarm] = []
         self.epoch: int | None = None
-        self._streak, self._told = 0, False
+        self._streak, self._warned = 0, False
 
     def look(
         self, model: Any, output: Any, rows: tuple[Any, Any], epoch: int, last: bool
     ) -> str:
-        """The alarm of this epoch, "" without one; `rows` are inputs and labels."""
+        """The message of an alarm in this epoch, "" without alarm.
+
+        Args:
+            model, output: the model and its embedding, as for `embedding_output`.
+            rows: inputs and labels of the rows to compare.
+            epoch: number of the epoch.
+            last: whether it is the last epoch of the `fit`.
+        """
         self.epoch = epoch
-        found = compare_modes(model, *rows, output=output)
-        if found is None or not lags(*found):
-            self._streak, self._told = 0, False
+        figures = compare_modes(model, *rows, output=output)
+        if figures is None or not lags(*figures):
+            self._streak, self._warned = 0, False
             return ""
         self._streak += 1
         steps = int(getattr(model.optimizer, "iterations", 0) + 0)  # or a tensor
-        late = self._streak >= _PATIENCE and steps >= _STEPS and not self._told
+        late = self._streak >= _PATIENCE and steps >= _STEPS and not self._warned
         if not (last or late):
             return ""
-        self._told = True
-        seen, used = found
+        self._warned = True
+        seen, used = figures
         message = (
             f"Epoch {epoch + 1}: BatchNormalization's moving averages lag behind the "
             "weights, so evaluation and the saved model use another embedding than the "
@@ -72,7 +81,7 @@ class AveragesWatch:
 
 
 def lags(seen: Figures, used: Figures) -> bool:
-    """Whether the embedding that is used is another than the one that is trained."""
+    """Whether the figures of the embedding in use differ from those in training mode."""
     factor = used.spread / seen.spread
     ratios = [one.pos_dist / max(one.neg_dist, 1e-12) for one in (seen, used)]
     return not 1 / _SPREAD <= factor <= _SPREAD or ratios[1] > _RATIO * ratios[0]
@@ -85,8 +94,9 @@ _watches = weakref.WeakKeyDictionary()  # by model and output
 def watch_of(model: Any, output: Any) -> AveragesWatch:
     """The watch of a training that begins, shared by all callbacks that ask for it.
 
-    So its alarms are given once. When a training begins, all callbacks are told so
-    before any of them looks: a watch that has looked is of an earlier training.
+    Shared, because every alarm is to be given once. All callbacks ask when the training
+    begins, before any of them compares: a watch that has compared already belongs to an
+    earlier training.
     """
     chosen = embedding_output(model, output)
     watches = _watches.setdefault(model, {})
@@ -99,7 +109,10 @@ def watch_of(model: Any, output: Any) -> AveragesWatch:
 def training_rows(
     callback: keras.callbacks.Callback, epoch: int
 ) -> tuple[Any, np.ndarray] | None:
-    """Inputs and labels of the first batches of the sampler that `EpochSync` drives."""
+    """Inputs and labels of the first batches of the sampler that `EpochSync` drives.
+
+    None without such a sampler, and if the rows have a single label.
+    """
     sampler = sampler_beside(callback)
     if not (hasattr(sampler, "batch") and hasattr(sampler, "plan")):
         return None
@@ -118,10 +131,11 @@ def _joined(*parts: Any) -> np.ndarray:
 
 
 def some_rows(codes: np.ndarray) -> np.ndarray | None:
-    """Rows of up to 16 classes, equally many of each; None if the classes are few."""
+    """Rows of up to 16 classes, as many of each class; None for fewer than 8 classes."""
     rows = np.random.default_rng(0).permutation(len(codes))
     rows = rows[np.argsort(codes[rows], kind="stable")]
     _, first, counts = np.unique(codes[rows], return_index=True, return_counts=True)
+    # Classes of a single row have no positives.
     first, counts = first[counts > 1], counts[counts > 1]
     if len(first) < _CLASSES:
         return None

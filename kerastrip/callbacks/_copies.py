@@ -10,7 +10,7 @@ import keras
 def without_model(callback: keras.callbacks.Callback) -> dict[str, Any]:
     """The state of a callback for a copy or a pickle.
 
-    What Keras has set in a `fit` (the model, its parameters) is as in a new callback:
-    a copy is for another `fit`, and not every model can be copied.
+    The attributes that Keras sets in a `fit` (the model, the parameters) are reset as in
+    a new callback: a copy is for another `fit`, and not every model can be copied.
     """
     return {**vars(callback), **vars(keras.callbacks.Callback())}

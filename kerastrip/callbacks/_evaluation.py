@@ -1,4 +1,12 @@
-"""What RetrievalEvaluation and VerificationEvaluation share: when, on what, where to."""
+"""The evaluation of held-out data after epochs, which several callbacks share.
+
+`HeldOut` holds the data, and `EpochEvaluation` decides when to embed them, calls the
+`measure` of the callback and puts the figures into the logs:
+
+    RetrievalEvaluation ----.                    .--> HeldOut.embed
+    VerificationEvaluation --+-> EpochEvaluation +--> measure(embeddings, labels, ...)
+    TrainingReport ---------'                    '--> logs, results, AveragesWatch
+"""
 
 from __future__ import annotations
 
@@ -24,25 +32,25 @@ from kerastrip.evaluation.embedding import (
     is_batches,
     is_sampler,
     source_of,
-    unusable_rows,
 )
 from kerastrip.evaluation.recalibration import moving_averages
 from kerastrip.evaluation.retrieval import label_table, shared_rows
+from kerastrip.evaluation.search import unusable_rows
 from kerastrip.sources import ArraySource, Subset
 
 
 class HeldOut:
-    """Data to embed, and their labels.
+    """Samples to embed, and their labels.
 
     Args:
         x: samples, a sampler, or a dataset of batches, as `embed` takes them.
         y: labels, or None for those that come with x.
-        names: what the callback calls x and y.
-        labelled: whether labels are needed.
+        names: the names of x and y among the arguments of the callback, for errors.
+        labelled: whether missing labels are an error.
 
     Attributes:
-        length: number of samples, None if it shows only in reading.
-        table: their labels, None likewise, or if there are none.
+        length: number of samples. None for a dataset, which must be read to know it.
+        table: the labels. None for a dataset, and if there are no labels.
 
     A copy (`copy.deepcopy`, as tuners make it of every callback) is the object itself:
     nothing here ever changes, and the data may be large.
@@ -55,7 +63,7 @@ class HeldOut:
         self.table: LabelTable | None = None
         self._names = names
         self._labelled = labelled
-        if is_batches(x):
+        if is_batches(x):  # its length and labels are known only after reading
             self._x = x
             if y is not None:
                 raise _checks.value_error(
@@ -75,9 +83,14 @@ class HeldOut:
         return self
 
     def rows_in(self, gallery: HeldOut) -> np.ndarray | None:
-        """(n,) the row of the gallery that is the same sample, -1 where none is.
+        """(n,) the row of the gallery that is the same sample, -1 where no row is.
 
-        None where nothing is known: of datasets, and of copies.
+        None if that cannot be known: for datasets, and for copies of arrays. Both sides
+        may be a `Subset` of the same source, for example rows [4, 2, 9] and [9, 5, 4]:
+
+            row of these data                     0   1   2
+            row of the source                     4   2   9
+            row of the gallery (`place`)          2  -1   0
         """
         if self.length is None or gallery.length is None:
             return None
@@ -85,30 +98,30 @@ class HeldOut:
         if source is other:
             shared = np.arange(len(source))
         elif isinstance(source, ArraySource) and isinstance(other, ArraySource):
-            found = shared_rows(source.array, other.array)
-            if found is None:
+            in_memory = shared_rows(source.array, other.array)
+            if in_memory is None:
                 return None
-            shared = found
+            shared = in_memory
         else:
             return None
-        place = np.full(len(other), -1)
+        place = np.full(len(other), -1)  # row of the source -> row of the gallery
         place[its_rows] = np.arange(len(its_rows))
-        shared = shared[rows]
+        shared = shared[rows]  # (n,) rows of the source of the gallery
         return np.where(shared >= 0, place[shared], -1)
 
     def some(self) -> tuple[Any, np.ndarray] | None:
-        """The inputs of some samples and their labels; None of datasets, or few classes."""
+        """The inputs and labels of some samples; None for datasets and for few classes."""
         if self.table is None:
             return None
         rows = some_rows(self.table.codes)
         return None if rows is None else (self._x.take(rows), self.table.codes[rows])
 
     def embed(self, model: Any, **options: Any) -> tuple[np.ndarray, Any]:
-        """(n, dim) embeddings by the model, and (n,) labels if there are any."""
+        """(n, dim) embeddings by the model, and (n,) labels, None if there are none."""
         embeddings, targets = embed_with_targets(model, self._x, **options)
         table = self.table
         if targets is not None:
-            if targets.ndim == 2 and targets.shape[1] == 1:
+            if targets.ndim == 2 and targets.shape[1] == 1:  # as Keras allows
                 targets = targets[:, 0]
             table = label_table(self._names[0], targets, len(embeddings))
         elif table is None and self._labelled:
@@ -128,19 +141,19 @@ def _origin(source: Any) -> tuple[Any, np.ndarray]:
 
 
 class EpochEvaluation:
-    """Embeds fixed sets of data every few epochs and logs what `measure` finds.
+    """Embeds fixed sets of samples every few epochs and logs the figures of `measure`.
 
     Args:
-        callback: the Keras callback this works for.
-        data: what to embed.
+        callback: the Keras callback that delegates to this object.
+        data: the sets of samples to embed.
         keys: the figures to log, in order.
-        measure: a function of the embeddings and labels of each of `data` in turn,
-            `distance` and `verbose`, that returns a dict with those figures.
-        every, prefix, names, distance, output, batch_size, verbose: arguments of the
-            callback.
+        measure: called with the embeddings and labels of each set in turn, and with
+            `distance=` and `verbose=`; returns a dict with at least these figures.
+        every, prefix, names, distance, output, batch_size, verbose: as the arguments of
+            `RetrievalEvaluation`.
 
     Attributes:
-        results: epoch -> what `measure` returned; a new dict in a new `fit`.
+        results: epoch -> the dict that `measure` returned; a new dict in each `fit`.
     """
 
     def __init__(
@@ -160,7 +173,7 @@ class EpochEvaluation:
     ):
         self.results: dict[int, dict[str, float]] = {}
         self._latest: dict[str, float] | None = None
-        self._begun = self._told_of_nan = self._told_of_keys = False
+        self._begun = self._warned_of_nan = self._warned_of_keys = False
         self._watch = AveragesWatch()
         self._callback = callback
         self._data = data
@@ -178,24 +191,25 @@ class EpochEvaluation:
         self._verbose = verbose
 
     def begin(self) -> None:
-        """Looks for what would fail at the end of the first epoch."""
+        """Finds the embedding and its distance, so that errors come before the training."""
         self._latest = None
-        self._begun = self._told_of_nan = self._told_of_keys = False
+        self._begun = self._warned_of_nan = self._warned_of_keys = False
         self._watch = watch_of(self._callback.model, self._output)
         self._used_distance = self._distance_to_use()
 
     def begin_epoch(self, epoch: int) -> None:
-        """Forgets, in the first epoch of a `fit`, what it does not resume."""
+        """In the first epoch of a `fit`, forgets results that the `fit` will make anew."""
         if not self._begun:
             self._begun = True
-            # A new dict: whoever has kept the one of the last fold still has it.
-            self.results = {e: kept for e, kept in self.results.items() if e < epoch}
+            # A new dict: a user who has kept the dict of the last fold still has it.
+            self.results = {e: past for e, past in self.results.items() if e < epoch}
 
     def end(self, epoch: int, logs: dict[str, Any] | None) -> None:
-        """Measures if it is the turn of this epoch, and adds the figures to `logs`."""
+        """Measures if this epoch is due, and adds the latest figures to `logs`."""
         params = self._callback.params or {}
-        turn = (epoch + 1) % self._every == 0 or epoch + 1 == params.get("epochs")
-        if turn or self._latest is None:
+        due = (epoch + 1) % self._every == 0 or epoch + 1 == params.get("epochs")
+        # The first epoch is always measured: from then on the logs have their keys.
+        if due or self._latest is None:
             self._latest = self.results[epoch] = self._evaluate(epoch)
             self._watch_averages(epoch, epoch + 1 == params.get("epochs"))
         if logs is not None:
@@ -204,13 +218,15 @@ class EpochEvaluation:
 
     @property
     def alarms(self) -> list[Alarm]:
-        """Of moving averages that lag behind; the warnings of a `fit` are given once."""
+        """The alarms of this `fit` for moving averages that lag behind."""
         return self._watch.alarms
 
     def _watch_averages(self, epoch: int, last: bool) -> None:
+        """Warns if moving averages lag, seen on training rows or else on held-out rows."""
         model = self._callback.model
         if self._watch.epoch == epoch or not moving_averages(model):
-            return  # another callback has looked, or there is nothing to look at
+            return  # another callback has looked already, or the model has no averages
+        # Rows of the training are better: their statistics are those of a step.
         rows = training_rows(self._callback, epoch) or self._data[0].some()
         if rows is None:
             return
@@ -223,7 +239,7 @@ class EpochEvaluation:
         return type(self._callback).__name__
 
     def _distance_to_use(self) -> str:
-        """The distance that was given, or that of the loss; warns if one is assumed."""
+        """The given distance or that of the loss; else euclidean, with a warning."""
         loss = embedding_output(self._callback.model, self._output).loss
         word = self._distance or getattr(loss, "distance", None)
         if word in DISTANCES:
@@ -231,7 +247,9 @@ class EpochEvaluation:
         if word is not None:
             fact = f"has the distance {word!r}, which {self._name} does not know"
         elif loss is None or isinstance(loss, str) or _is_known(loss):
-            return "euclidean"  # of such a loss everyone knows that it has no distance
+            return (
+                "euclidean"  # no warning: users know that such a loss has no distance
+            )
         else:
             kind = getattr(loss, "__name__", type(loss).__name__)
             fact = f"{kind!r} tells no `distance`"
@@ -242,9 +260,10 @@ class EpochEvaluation:
         return "euclidean"
 
     def _warn_of_taken_keys(self, logs: dict[str, Any]) -> None:
+        """Warns, once in a `fit`, if another callback has logged the same keys."""
         taken = sorted(set(self._keys.values()) & set(logs))
-        if taken and not self._told_of_keys:
-            self._told_of_keys = True
+        if taken and not self._warned_of_keys:
+            self._warned_of_keys = True
             _checks.warn(
                 f"The logs had {', '.join(map(repr, taken))} before {self._name} put "
                 "its own figures there: the others are lost. Give it another prefix= "
@@ -252,8 +271,9 @@ class EpochEvaluation:
             )
 
     def _evaluate(self, epoch: int) -> dict[str, float]:
+        """The figures of this epoch; NaN, with a warning, if embeddings are unusable."""
         verbose = self._verbose
-        if verbose is None:
+        if verbose is None:  # as the progress bar of `fit`
             verbose = (self._callback.params or {}).get("verbose") == 1
         arguments = []
         for data in self._data:
@@ -265,8 +285,8 @@ class EpochEvaluation:
             )
             bad = unusable_rows(embeddings)
             if len(bad):
-                if not self._told_of_nan:
-                    self._told_of_nan = True
+                if not self._warned_of_nan:
+                    self._warned_of_nan = True
                     _checks.warn(
                         f"{self._name}: {len(bad)} of "
                         f"{len(embeddings)} embeddings hold NaN, infinity or more than "
@@ -285,23 +305,23 @@ class EpochEvaluation:
 
 
 def _is_known(loss: Any) -> bool:
-    """Whether Keras or this package has made the loss, not the user."""
+    """Whether the loss comes from Keras or this package, not from the user."""
     made_by = getattr(loss, "__module__", None) or ""
     return made_by.partition(".")[0] in ("keras", "kerastrip")
 
 
 def _log_keys(
-    words: Sequence[str], prefix: str, names: Mapping[str, str] | None
+    metrics: Sequence[str], prefix: str, names: Mapping[str, str] | None
 ) -> dict[str, str]:
-    """The key in the logs of each figure."""
+    """Figure -> its key in the logs."""
     names = {} if names is None else names
     if not isinstance(names, Mapping) or not all(
         isinstance(name, str) and name for name in names.values()
     ):
         raise _checks.type_error("names", "a dict from metrics to names", names)
     for word in names:
-        _checks.one_of("names", word, words)
-    keys = {word: f"{prefix}{names.get(word, word)}" for word in words}
+        _checks.one_of("names", word, metrics)
+    keys = {word: f"{prefix}{names.get(word, word)}" for word in metrics}
     for word, key in keys.items():
         if list(keys.values()).count(key) > 1:
             raise _checks.value_error(

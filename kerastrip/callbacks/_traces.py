@@ -1,7 +1,7 @@
-"""Making a model trace its steps again, and using again what it has traced.
+"""Let a model trace its steps again, and keep traced steps for later use.
 
-What a step reads from Python (the margin of a loss, the metrics there are) is fixed when
-the step is traced. So whoever changes it calls `retrace`.
+The Python values that a step reads (the margin of a loss, the list of metrics) are fixed
+when the step is traced. So a callback that changes such a value calls `retrace`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-# Enough for the coming and going of two callbacks, in either order.
+# Enough for two callbacks that come and go in either order.
 _MOST_KEPT = 8
 
 
@@ -21,18 +21,19 @@ def retrace(model: Any) -> None:
 
 
 class Traces:
-    """The functions of a model, for each of the things that come to it and go again.
+    """The train and test functions of a model, for each set of metrics added to it.
 
-    TensorFlow never gives back all the memory of a trace: a program that calls `fit`
-    again and again, with a thing and without it, would grow with every call. So the
-    functions are exchanged, and serve again as long as nothing else has changed:
+    TensorFlow never frees all the memory of a trace: a program that calls `fit` again
+    and again, with an added metric and without it, would grow with every call. So the
+    functions are exchanged, and used again as long as nothing else has changed:
 
-        fit with the thing          fit without                fit with the thing
-        use([thing])          use([])                    use([thing])
-        |-- made, traced --|  |-- made, traced --|       |-- the first ones again --|
+        fit with a metric          fit without                fit with the metric
+        use([metric])              use([])                    use([metric])
+        |-- made and traced --|    |-- made and traced --|    |-- the first again --|
 
-    On JAX and PyTorch nothing is kept. JAX takes two functions of one method for the same:
-    as long as anyone holds the first, the second is never traced. PyTorch does not trace.
+    On JAX and PyTorch nothing is kept. JAX takes two functions made from one method for
+    the same function: as long as the first function exists, the second is never traced.
+    PyTorch does not trace.
 
     Args:
         model: a compiled model.
@@ -41,18 +42,18 @@ class Traces:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._functions: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-        self._left: Any = None  # the surroundings after the last exchange
+        self._left: Any = None  # the `_surroundings` after the last exchange
 
-    def things(self) -> list[Any]:
-        """The things for which functions are kept that still are right."""
+    def metrics(self) -> list[Any]:
+        """The metrics whose functions are kept and still valid."""
         if self._left != self._surroundings():
             self._functions.clear()
-        return [thing for things in self._functions for thing in things]
+        return [metric for metrics in self._functions for metric in metrics]
 
-    def use(self, things: list[Any]) -> None:
-        """Give the model the functions for these things, or let it make them anew."""
-        self.things()  # what is out of date is forgotten
-        key = tuple(things)
+    def use(self, metrics: list[Any]) -> None:
+        """Give the model the functions for these metrics, or let it make them anew."""
+        self.metrics()  # forgets functions that are no longer valid
+        key = tuple(metrics)
         if key in self._functions:
             self._model.train_function, self._model.test_function = self._functions[key]
         else:
@@ -64,10 +65,10 @@ class Traces:
             self._functions[key] = self._left[0]
 
     def _surroundings(self) -> tuple[Any, ...]:
-        """What a step reads besides the things, and whether others made it anew.
+        """Everything that makes kept functions invalid when it changes.
 
-        After `compile`, or when a callback has called `retrace`, the functions are
-        others than those of the last exchange.
+        The functions are among it: after `compile`, or when a callback has called
+        `retrace`, the model has other functions than after the last exchange.
         """
         model = self._model
         return (
@@ -79,6 +80,7 @@ class Traces:
 
 
 def _settings(loss: Any) -> dict[str, Any]:
+    """The plain attributes of a loss, which a trace holds as constants."""
     return {
         name: value
         for name, value in getattr(loss, "__dict__", {}).items()

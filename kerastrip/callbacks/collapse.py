@@ -17,17 +17,17 @@ __all__ = [
     "CollapseGuard",
 ]
 
-ACTIONS = ("warn", "stop", "reduce_lr")
+_ACTIONS = ("warn", "stop", "reduce_lr")
 
-# Healthy training from scratch starts at a spread of 0.01 to 0.1 and passes 0.002 on
-# the way when mining is hard; what has collapsed stays under 0.0005.
+# A healthy training from scratch starts at a spread of 0.01 to 0.1 and falls to 0.002 for
+# a while when mining is hard; a collapsed embedding stays under 0.0005.
 _SPREAD = 1e-3
 _LINE = 1.1
 _LOSS_TOLERANCE = 0.05
 _CHANCE = 0.02
 _IDLE = 1e-4
 
-# What to try, in this order.
+# kind of alarm -> the remedies, in the order in which to try them.
 _REMEDIES = {
     "not_finite": (
         "look for NaN and missing values in the inputs (and for a division by a "
@@ -58,41 +58,47 @@ _REMEDIES = {
 
 
 class Alarm(NamedTuple):
-    """One alarm of a `CollapseGuard`."""
+    """An alarm of a `CollapseGuard`, or one for moving averages that lag behind.
+
+    Attributes:
+        epoch: number of the epoch, counted from 0.
+        kind: `"not_finite"`, `"exploded"`, `"collapsed"`, `"at_chance"`, `"no_triplets"`
+            or `"idle"`; `"lagging"` for moving averages.
+        message: the sentence that was given as a warning.
+    """
 
     epoch: int
     kind: str
-    """`"not_finite"`, `"exploded"`, `"collapsed"`, `"at_chance"`, `"no_triplets"` or `"idle"`."""
     message: str
 
 
 class CollapseGuard(keras.callbacks.Callback):
     """Raise an alarm when the embedding collapses, explodes or has nothing to learn.
 
-    It reads what `MiningStats` reports (pass both, in any order) at the end of each
-    epoch. An alarm is one sentence with the figures and the remedies, in the order in
-    which to try them; it is kept in `alarms` and given out as a warning.
+    At the end of each epoch it reads the figures of `MiningStats` (pass both callbacks, in
+    any order). An alarm is one sentence with the figures and the remedies, in the order
+    in which to try them. It is kept in `alarms` and given as a warning.
 
     | kind | figures of the training batches |
     |---|---|
     | `not_finite` | NaN: an embedding of the epoch is NaN or infinite, or a label names no class |
     | `exploded` | `norm` over `max_norm` |
-    | `collapsed` | for `patience` epochs: a point, a line or a loss that is stuck, see below |
-    | `at_chance` | for `chance_patience` epochs: `hard` within 0.02 of 0.5 and `pos_dist` within 2 % of `neg_dist`: the embedding knows nothing of the labels, as with permuted labels |
+    | `collapsed` | for `patience` epochs: the embedding is a point or a line, or the loss is stuck, see below |
+    | `at_chance` | for `chance_patience` epochs: `hard` within 0.02 of 0.5 and `pos_dist` within 2 % of `neg_dist`: the embedding has nothing to do with the labels, as with permuted labels |
     | `no_triplets` | no batch of the epoch holds a triplet |
     | `idle` | for `idle_patience` epochs: `active` under 0.0001: every triplet is easy |
 
     An embedding has collapsed to a point if its `spread` is under 0.001 `norm`^2, and to a
-    line if its `effective_dim` is under 1.1 (told for embeddings of 3 and more
-    dimensions), both only while `easy` is under 0.5. The loss is stuck if it is within 5 %
-    of the margin (of ln 2 if it is soft) while `hard` is over 0.95 or both distances are
-    under a tenth of the margin.
+    line if its `effective_dim` is under 1.1 (checked for embeddings of 3 and more
+    dimensions). Both count only while `easy` is under 0.5. The loss is stuck if it is
+    within 5 % of the margin (of ln 2 if it is soft) while `hard` is over 0.95 or both
+    distances are under a tenth of the margin.
 
     Args:
         action: what to do at an alarm: `"warn"`; `"stop"` the training; or
-            `"reduce_lr"`: multiply the learning rate by `factor` at `exploded` and
-            `collapsed`, every time anew, and only warn at the others (weights that are
-            NaN stay NaN at any rate).
+            `"reduce_lr"`: multiply the learning rate by `factor` at every `exploded` and
+            `collapsed` alarm, and only warn at other alarms (weights that are NaN stay
+            NaN at any rate).
         patience: int >= 1, epochs in a row that make a collapse.
         chance_patience: int >= 1, epochs in a row at chance.
         idle_patience: int >= 1, epochs in a row without anything to learn from.
@@ -125,7 +131,7 @@ class CollapseGuard(keras.callbacks.Callback):
         output: int | str | None = None,
     ) -> None:
         super().__init__()
-        self.action = _checks.one_of("action", action, ACTIONS)
+        self.action = _checks.one_of("action", action, _ACTIONS)
         self.patience = {
             "not_finite": 1,
             "exploded": 1,
@@ -139,9 +145,9 @@ class CollapseGuard(keras.callbacks.Callback):
         self.prefix = _checks.text("prefix", prefix)
         self.output = output
         self.alarms: list[Alarm] = []
-        self._kind: str | None = None  # what the latest epoch showed,
-        self._epochs = 0  # and how many epochs in a row
-        self._told = False
+        self._kind: str | None = None  # the diagnosis of the latest epoch,
+        self._epochs = 0  # and for how many epochs in a row it has been the same
+        self._warned = False
         self._where: Any = None  # the output it watches
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,7 +156,7 @@ class CollapseGuard(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         self._where = embedding_output(self.model, self.output)
         self._kind, self._epochs = None, 0
-        self._told = False
+        self._warned = False
         self.alarms = []
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -158,8 +164,8 @@ class CollapseGuard(keras.callbacks.Callback):
         names = {key: self.prefix + key for key in KEYS}
         missing = [name for name in names.values() if name not in logs]
         if missing:
-            if not self._told:
-                self._told = True
+            if not self._warned:
+                self._warned = True
                 _checks.warn(
                     f"CollapseGuard sees nothing: the logs have no {missing[0]!r}. "
                     "Add MiningStats() to the callbacks, with the prefix given here "
@@ -175,7 +181,8 @@ class CollapseGuard(keras.callbacks.Callback):
             self._alarm(epoch, kind, seen)
 
     def _diagnose(self, now: dict[str, float]) -> tuple[str | None, str]:
-        """The worst thing that these figures show, and it in words."""
+        """The worst kind of alarm that fits these figures, and the reason in words."""
+        # The worst kind first: an epoch shows one kind only.
         if not math.isfinite(now["norm"]):
             return "not_finite", (
                 "there is NaN or infinity in the embeddings, or a label names no class, "
@@ -208,8 +215,10 @@ class CollapseGuard(keras.callbacks.Callback):
         return None, ""
 
     def _collapse(self, now: dict[str, float]) -> str:
-        """In words, how the embedding is collapsed; '' if it is not."""
-        solved = now["easy"] >= 0.5  # whatever its shape, it tells the labels apart
+        """In words, how the embedding has collapsed; "" if it has not."""
+        solved = (
+            now["easy"] >= 0.5
+        )  # whatever its shape, the embedding separates the labels
         if now["spread"] <= _SPREAD * now["norm"] ** 2 and not solved:
             return (
                 f"all embeddings lie at one point (spread {now['spread']:.2g} at a "
@@ -226,7 +235,7 @@ class CollapseGuard(keras.callbacks.Callback):
         if margin is None:
             return ""
         soft = getattr(self._where.loss, "soft", False)
-        stuck = math.log(2) if soft else margin
+        stuck = math.log(2) if soft else margin  # the loss if all distances are equal
         near = max(now["pos_dist"], now["neg_dist"]) < 0.1 * margin
         if abs(now["loss"] - stuck) <= _LOSS_TOLERANCE * stuck and (
             now["hard"] > 0.95 or near
@@ -239,7 +248,7 @@ class CollapseGuard(keras.callbacks.Callback):
         return ""
 
     def _dim(self) -> int:
-        """Columns of the embedding, 0 if the model does not tell."""
+        """Dimensions of the embedding, 0 for a subclassed model, which does not show them."""
         outputs = getattr(self.model, "outputs", None)
         if not outputs or self._where.index is None:
             return 0
@@ -249,6 +258,7 @@ class CollapseGuard(keras.callbacks.Callback):
         return float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
 
     def _alarm(self, epoch: int, kind: str, seen: str) -> None:
+        """Raises an alarm: acts, keeps it and warns."""
         lasted = self.patience[kind]
         since = f" for {lasted} epochs" if lasted > 1 else ""
         rate = f"lower the learning rate to a tenth ({0.1 * self._rate():.2g})"
@@ -264,6 +274,7 @@ class CollapseGuard(keras.callbacks.Callback):
         _checks.warn(message)
 
     def _reduce_rate(self) -> str:
+        """Reduces the learning rate; returns a sentence about it."""
         try:
             self.model.optimizer.learning_rate = self.factor * self._rate()
         except TypeError:  # a LearningRateSchedule owns the rate

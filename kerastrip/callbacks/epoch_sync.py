@@ -14,46 +14,47 @@ __all__ = [
     "sampler_beside",
 ]
 
-# Places between two epochs in a stream of random numbers: more than one epoch uses.
+# The stream of random numbers of a layer moves on by so many draws from one epoch to the
+# next: more than a layer uses in an epoch.
 _DRAWS = 2**20
-# Every living EpochSync that has been in a `fit`, in the order of their first.
+# Every living EpochSync that has been in a `fit`, in the order of its first `fit`.
 _living: weakref.WeakKeyDictionary[EpochSync, None] = weakref.WeakKeyDictionary()
 
 
 class EpochSync(keras.callbacks.Callback):
-    """Sets samplers and random layers to the epoch that `fit` passes.
+    """Sets samplers and random layers to the epoch number of `fit`.
 
-    With it, `fit(initial_epoch=k)` and a training resumed by
-    `BackupAndRestore(save_freq="epoch")` see, from the next epoch on, the batches of
-    the training that was not interrupted (with `shuffle=False`). When an epoch begins,
-    it sets
+    A training that is resumed with `fit(initial_epoch=k)` or by
+    `BackupAndRestore(save_freq="epoch")` then gets, from the next epoch on, the same
+    batches as the training without an interruption (with `shuffle=False`). At the
+    beginning of an epoch the callback
 
-    - the epoch of its samplers, which decides their batches and augmentations;
-    - the random numbers of Dropout and similar layers to a place that depends on
-      the epoch, as Keras does not save how far they have come (on PyTorch they come
-      from a generator of its own, left alone).
+    - sets the epoch of its samplers, which decides their batches and augmentations;
+    - reseeds Dropout and other random layers from the epoch number, because Keras does
+      not save their position. (On PyTorch these layers draw from a generator of
+      PyTorch, which the callback does not touch.)
 
-    It also looks for what would break that promise:
+    It also looks for faults that would break this promise:
 
-    - when training begins, it checks that the replicas of the model's distribution
-      strategy get whole classes;
-    - it warns if restored weights have gone beyond the beginning of the epoch: then the
-      process was killed between the two files of a backup, which Keras cannot see
-      (nor while it deletes them after the last epoch: `delete_checkpoint=False`
-      leaves them to you);
+    - when the training begins, it checks that each replica of the distribution strategy
+      of the model gets whole classes;
+    - it warns if the restored weights are ahead of the beginning of the epoch. This
+      happens if the process was killed between the two files of a backup, which Keras
+      cannot notice, or while Keras deleted the files after the last epoch (with
+      `delete_checkpoint=False` Keras keeps them);
     - it warns if none of its samplers gave the first batch of the training: then `fit`
       trains on another sampler, for example on a copy.
 
-    A copy of this callback (`copy.deepcopy`, as tuners make them) drives the same
-    samplers, unless they are copied together with it. A pickled one carries its
-    samplers along and drives those.
+    A copy of this callback (`copy.deepcopy`, as tuners make it) drives the same samplers,
+    unless they are copied together with it. A pickled callback contains its samplers, and
+    drives the samplers that it contains.
 
     Args:
         *samplers: `PKSampler`s, or anything with `set_epoch(epoch)`. Validation
-            samplers with `fixed=True` stay at epoch 0 and need none of this.
+            samplers with `fixed=True` stay at epoch 0 and do not belong here.
 
     Raises:
-        TypeError: if there is none, or one cannot set an epoch.
+        TypeError: without samplers, or if a sampler has no `set_epoch`.
         ValueError: for a sampler with `fixed=True`; when training begins, if the
             number of replicas does not divide `classes_per_batch`.
 
@@ -88,7 +89,9 @@ class EpochSync(keras.callbacks.Callback):
                     "One with `fixed=True` stays at epoch 0: leave it out.",
                 )
         self.samplers = samplers
+        # Steps of the optimizer before a backup was restored; None after the check.
         self._taken: int | None = None
+        # How often each sampler had been asked when the training began; [] after the check.
         self._asked: list[int] | None = None
 
     def __reduce__(self) -> tuple:
@@ -100,14 +103,14 @@ class EpochSync(keras.callbacks.Callback):
             *(memo.get(id(sampler), sampler) for sampler in self.samplers)
         )
 
-    # Before any callback restores a backup.
+    # Keras calls this before any callback restores a backup.
     def set_model(self, model: Any) -> None:
         super().set_model(model)
         self._taken = self._iterations()
         _living[self] = None
 
     def _iterations(self) -> int:
-        """Steps that the optimizer has taken."""
+        """The number of steps that the optimizer has taken."""
         optimizer = getattr(self.model, "optimizer", None)
         if optimizer is None:
             return 0
@@ -143,17 +146,23 @@ class EpochSync(keras.callbacks.Callback):
             )
 
     def _calls(self) -> list[int]:
-        """How often each sampler that counts it has been asked for a batch."""
+        """How often each sampler has been asked for a batch, if it counts that."""
         return [s.asked for s in self.samplers if hasattr(s, "asked")]
 
     def _check_restored(self, epoch: int, restored: int) -> None:
+        """Warns if the weights have come more steps than there are before this epoch.
+
+        Args:
+            epoch: number of the epoch that begins.
+            restored: steps by which the optimizer moved on when a backup was restored.
+        """
         steps = (self.params or {}).get("steps") or 0
         ahead = restored - epoch * steps
-        # Steps of more epochs than one: of a training with epochs of another length.
+        # More steps than an epoch has: the backup is of a training with longer epochs.
         if ahead > 0 and (ahead <= steps or epoch == 0):
             _checks.warn(
                 f"The restored weights are {ahead} steps ahead of epoch {epoch}, which "
-                "now begins: the training will not be that which was not interrupted. "
+                "now begins: the training will differ from one without an interruption. "
                 "The backup was cut short while it was written or deleted, or made "
                 'inside an epoch. `BackupAndRestore(save_freq="epoch", '
                 "double_checkpoint=True)` keeps the backup before: rename its `*.bkp` "
@@ -162,10 +171,11 @@ class EpochSync(keras.callbacks.Callback):
 
 
 def _set_random_layers(model: Any, epoch: int) -> None:
-    """Sets the random numbers of Dropout and similar layers to the place of an epoch.
+    """Reseeds Dropout and other random layers from the epoch number.
 
-    Each such layer has a `keras.random.SeedGenerator`, whose state is a variable (seed,
-    place). Layers keep it under different names; the name of the variable is the same.
+    Each random layer has a `keras.random.SeedGenerator`, whose state is a variable of two
+    numbers, (seed, position). Layers keep the generator under different names, but the
+    variable has the same name everywhere.
     """
     for variable in getattr(model, "non_trainable_variables", ()):
         if variable.name == "seed_generator_state":
@@ -176,9 +186,9 @@ def _set_random_layers(model: Any, epoch: int) -> None:
 def sampler_beside(callback: keras.callbacks.Callback) -> Any:
     """The first sampler that an `EpochSync` drives in the `fit` of a callback, or None.
 
-    Keras does not tell a callback of the others, but it gives one dict `params` to all
-    callbacks of a `fit`, and another one in the next `fit`. So an `EpochSync` that an
-    exception has left behind is not taken for one of this training.
+    Keras does not show a callback the other callbacks of its `fit`, but all of them get
+    the same dict `params`, and another dict in the next `fit`. So an `EpochSync` of an
+    earlier `fit` that ended in an exception is not mistaken for one of this `fit`.
     """
     for reference in _living.keyrefs():
         sync = reference()

@@ -1,6 +1,6 @@
 """MiningStats: the state of the mining in the logs of fit and evaluate.
 
-How the figures of a batch travel, from the step of the model to the logs:
+The way of the figures of a batch, from the step of the model to the logs:
 
     train_step, test_step (Keras)
         | call model.compute_metrics(x, y, y_pred) with all targets and all outputs
@@ -8,12 +8,13 @@ How the figures of a batch travel, from the step of the model to the logs:
     _Tap               stands in for `compute_metrics` while something is attached
         | census.update_state(y, y_pred), then the `compute_metrics` of the model
         v
-    _OutputCensus      takes its output's part and adds up, at the loss's margin; it is
-        |              one of `model.metrics`, so Keras resets it and reads its result
+    _OutputCensus      picks the embedding and its labels, and counts at the margin of
+        |              the loss; it is one of `model.metrics`, so that Keras resets it
+        |              and reads its result
         v
     logs               {"loss": ..., "easy": ..., "semi_hard": ...}, in this order to
         |-> the callbacks of the user, MiningStats among them: it warns
-        |-> History     keeps all figures, then `_Bar` leaves out what is not in `show`
+        |-> History     keeps all figures, then `_Bar` removes figures that are not in `show`
         `-> progress bar
 
 The states of a `MiningStats`, and the hooks of Keras that lead from one to the next:
@@ -26,9 +27,9 @@ The states of a `MiningStats`, and the hooks of Keras that lead from one to the 
 
     detached -- on_test_begin --> evaluating -- on_test_end --> detached
 
-After an exception Keras calls no hook, so the census stays attached. It goes when
+After an exception Keras calls no hook, so the census stays attached. It is detached when
 `set_model` announces another run of the same callback, when the `MiningStats` of another
-run comes to the model, or with `detach()`.
+run is attached to the model, or by `detach()`.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _SAME_LENGTH = 0.01
 
 
 class _Settings(NamedTuple):
-    """The arguments of a `MiningStats` that its census depends on."""
+    """The arguments of a `MiningStats` on which its census depends."""
 
     margin: float | None
     distance: str | None
@@ -70,12 +71,12 @@ class _Settings(NamedTuple):
 class _OutputCensus(TripletCensus):
     """The census of one output of a model, at the margin and distance of its loss.
 
-    A step hands every metric the targets and outputs of the whole model: the tap does,
-    and so does a `train_step` of one's own that updates the metrics of `self.metrics`.
+    Every metric gets the targets and outputs of the whole model: from the tap, and from a
+    `train_step` of the user that updates all of `self.metrics`.
 
     Args:
-        output: the output to count.
-        settings: of the `MiningStats`.
+        output: the output whose triplets to count.
+        settings: the settings of the `MiningStats`.
     """
 
     def __init__(self, output: Output, settings: _Settings) -> None:
@@ -88,7 +89,7 @@ class _OutputCensus(TripletCensus):
         )
 
     def margin_and_distance(self) -> tuple[float, str]:
-        """What the `MiningStats` was given, else what the loss has at this moment."""
+        """The arguments of the `MiningStats`, or else the present values of the loss."""
         loss, given = self.output.loss, self.settings
         return (
             _given_or_of_loss("margin", given.margin, loss),
@@ -96,13 +97,13 @@ class _OutputCensus(TripletCensus):
         )
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
-        # Read here, when a step is traced, since MarginSchedule changes the loss.
+        # Read here, when a step is traced, because MarginSchedule changes the loss.
         margin, distance = self.margin_and_distance()
-        take = self.output.take
-        self._count(take(y_true), take(y_pred), margin, distance)
+        part_of = self.output.part_of
+        self._count(part_of(y_true), part_of(y_pred), margin, distance)
 
     def of_step(self) -> dict[str, Any]:
-        """What the logs of a step shall hold instead of the figures of the epoch so far."""
+        """The figures for the logs of a step, in place of those of the epoch so far."""
         return self.of_latest_batch() if self.settings.per_batch else {}
 
 
@@ -122,22 +123,24 @@ def _given_or_of_loss(name: str, given: Any, loss: Any) -> Any:
 class _Tap:
     """Counts the batches of a model for every `MiningStats` that is attached to it.
 
-    It is made once for a model and stays with it, for the sake of its traces. While
-    something is attached it stands in for `compute_metrics`, the documented place to
-    update metrics, which the steps of every backend call.
+    It is made once for a model and stays with the model, so that its traces can be used
+    again. While a `MiningStats` is attached, the tap stands in for `compute_metrics`, the
+    documented place to update metrics, which the steps of every backend call.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._traces = Traces(model)
-        self._original: Any = None  # `compute_metrics`, while something is attached
-        self._shadowed: Any = None  # what the user had put in its place, if anything
+        self._original: Any = None  # the model's `compute_metrics`, while attached
+        self._shadowed: Any = (
+            None  # an instance attribute of that name, set by the user
+        )
         self.attached: dict[MiningStats, _OutputCensus] = {}
 
     @classmethod
     def of(cls, model: Any) -> _Tap:
         """The tap of a model."""
-        # Past Keras' tracking of attributes, and no container: so it is never saved.
+        # Written past Keras' tracking of attributes, so that it is never saved.
         return model.__dict__.setdefault("mining_stats_tap", cls(model))
 
     def __call__(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
@@ -150,9 +153,9 @@ class _Tap:
         return results
 
     def attach(self, stats: MiningStats) -> _OutputCensus:
-        """A census for these settings, which counts from now on."""
-        # Keras gives all callbacks of one run the same `params`: what has others is left
-        # over from a run that an exception has ended.
+        """A census for the settings of a `MiningStats`, which counts from now on."""
+        # Keras gives all callbacks of one run the same dict `params`. A `MiningStats` with
+        # another dict is left over from a run that an exception has ended.
         for other in [one for one in self.attached if one.params is not stats.params]:
             self.detach(other)
         output = embedding_output(self._model, stats.output)
@@ -168,7 +171,7 @@ class _Tap:
         return census
 
     def detach(self, stats: MiningStats) -> None:
-        """Undo `attach`; without effect where it is undone already."""
+        """Undo `attach`; without effect if the `MiningStats` is not attached."""
         census = self.attached.pop(stats, None)
         if census is None:
             return
@@ -180,12 +183,12 @@ class _Tap:
         self._traces.use(list(self.attached.values()))
 
     def _census(self, output: Output, settings: _Settings) -> _OutputCensus:
-        """A census of these settings that is not in use.
+        """A census for an output and settings that is not in use.
 
-        The census of an earlier run serves again: its variables are part of the traces.
+        If possible the census of an earlier run, whose variables are part of the traces.
         """
         in_use = self.attached.values()
-        for census in self._traces.things():
+        for census in self._traces.metrics():
             if census.settings == settings and census not in in_use:
                 return census
         strategy = getattr(self._model, "distribute_strategy", None)
@@ -193,7 +196,7 @@ class _Tap:
             return _OutputCensus(output, settings)
 
     def _check_prefix(self, census: TripletCensus) -> None:
-        """Two censuses of a model, those given to `compile` included, need two prefixes."""
+        """An error if another census of the model, or of `compile`, has the same prefix."""
         taken = [
             other.prefix
             for metric in self._model.metrics
@@ -211,12 +214,15 @@ class _Tap:
 
 
 class _Bar:
-    """Lets the progress bar of a `fit` show some figures of the logs, and in order.
+    """Makes the progress bar of a `fit` show only some figures of the logs, in order.
 
-    Keras hands one dict of logs from callback to callback: first the user's, then its
-    own `History`, last the progress bar. All but the last shall see all figures, and no
-    callback of ours can stand between the last two. So two hooks of this `History` take
-    out, when they are done, what the bar need not show.
+    Keras passes one dict of logs from callback to callback: first to the callbacks of the
+    user, then to its own `History`, at last to the progress bar. Only the progress bar
+    shall miss figures, and no callback can be put between the last two. So two hooks of
+    the `History` are wrapped: when they have run, they remove the hidden figures.
+
+        callbacks of the user --> History --> (remove and sort) --> progress bar
+              all figures           all                              `show` only
     """
 
     _HOOKS = ("on_train_batch_end", "on_epoch_end")
@@ -239,14 +245,14 @@ class _Bar:
 
 
 def _arrange(logs: dict[str, Any], shown: list[str], hidden: set[str]) -> None:
-    """Put the keys `shown` first, in place, and take out the keys `hidden`.
+    """Sort logs in place: the keys `shown` first, and without the keys `hidden`.
 
-    Both are without `val_`; the figures of the validation come behind the others.
+    Both lists hold keys without `val_`. Figures of the validation come last.
     """
 
     def place(key: str) -> tuple[bool, int]:
-        word = key.removeprefix("val_")
-        return key != word, shown.index(word) if word in shown else len(shown)
+        bare = key.removeprefix("val_")
+        return key != bare, shown.index(bare) if bare in shown else len(shown)
 
     old = dict(logs)
     logs.clear()
@@ -256,30 +262,30 @@ def _arrange(logs: dict[str, Any], shown: list[str], hidden: set[str]) -> None:
 
 
 class MiningStats(keras.callbacks.Callback):
-    """Report what the mining finds in every batch of a compiled model.
+    """Report the easy, semi-hard and hard triplets in the batches of a compiled model.
 
-    Pass it to `fit` or `evaluate` and nothing else: for that run it attaches a
-    `TripletCensus` to the model, whose figures show in the progress bar, `History`,
-    `CSVLogger`, TensorBoard and, for validation, as `val_` keys. It may stand
+    Pass it to `fit` or `evaluate`; nothing else is needed. For that run it attaches a
+    `TripletCensus` to the model, whose figures appear in the progress bar, `History`,
+    `CSVLogger`, TensorBoard and, for validation, under `val_` keys. It may stand
     anywhere among the callbacks; `EarlyStopping` and `ModelCheckpoint` can monitor
     its keys when given a `mode`. The logs hold all figures; the progress bar of `fit`
-    shows those in `show`, first and in their order.
+    shows only the figures in `show`, before other values and in their order.
 
     The figures are those of `TripletCensus`: `easy`, `semi_hard`, `hard`, `active`,
     `pairs_with_semi_hard`, `anchors_without_positive`, `pos_dist`, `neg_dist`,
-    `norm`, `norm_std`, `spread`, `effective_dim`. They are computed from the embeddings of the
-    training step itself, at the margin and distance of the compiled loss, which
-    they follow when a callback changes it. Under a `tf.distribute` strategy they are
-    those within each replica, or those of the whole batch if the loss has
+    `norm`, `norm_std`, `spread`, `effective_dim`. They are computed from the embeddings
+    of the training step itself, at the margin and distance of the compiled loss, also
+    when a callback changes the margin. Under a `tf.distribute` strategy they count the
+    triplets within each replica, or the triplets of the whole batch if the loss has
     `gather=True`.
 
-    It warns, once in a run, when the embeddings are not normalised although the margin
-    is meant for length 1, when no batch of the training or of the validation holds
-    a triplet, and when the figures are NaN.
+    It warns, once in a run, if the embeddings are not normalised although the margin
+    is meant for length 1, if no batch of the training or of the validation holds
+    a triplet, and if the figures are NaN.
 
-    It is detached when the run ends; after an exception or Ctrl-C it stays until
-    the next run with a `MiningStats` replaces it, or until `detach()`. Saving the
-    model stores nothing of it.
+    The census is detached when the run ends. After an exception or Ctrl-C it stays
+    until the next run with a `MiningStats` replaces it, or until `detach()`. A saved
+    model contains nothing of it.
 
     Args:
         margin: float > 0. None reads the `margin` of the loss.
@@ -287,16 +293,17 @@ class MiningStats(keras.callbacks.Callback):
             `distance` of the loss.
         output: position or name of the embedding among the outputs. None takes the
             output whose loss has a `distance`.
-        prefix: str put before every key, needed when two are used at once.
+        prefix: str before every key; needed if two `MiningStats` are used at once.
         show: the figures that the progress bar of `fit` shows, for the validation too,
-            without `prefix`. `show=kerastrip.metrics.KEYS` shows all of them.
-        per_batch: if True the logs of a step are those of that batch alone. False:
-            of all batches of the epoch so far. The logs of an epoch are the same.
+            without `prefix`. `show=kerastrip.metrics.KEYS` shows all figures.
+        per_batch: if True the logs of a step hold the figures of its batch, if False
+            the figures of all batches of the epoch so far. The logs of an epoch are the
+            same.
 
     Raises:
         ValueError, TypeError: from the constructor for bad arguments; from `fit` and
-            `evaluate` if the embedding, its margin or its distance cannot be told,
-            or if the keys are taken.
+            `evaluate` if the embedding, its margin or its distance cannot be found,
+            or if another census of the model has the same keys.
 
     Example:
 
@@ -311,8 +318,8 @@ class MiningStats(keras.callbacks.Callback):
     ['active', 'anchors_without_positive', 'easy', 'effective_dim']
     """
 
-    # Keras may run the batch hook late, beside later steps: it reads only what the
-    # first step has left behind.
+    # Keras may run the batch hook late, beside later steps: the hook only reads the logs
+    # that it is given.
     async_safe = True
 
     def __init__(
@@ -345,7 +352,7 @@ class MiningStats(keras.callbacks.Callback):
         self.census: Any = None
         self._bar: _Bar | None = None
         self._fitting = False
-        self._told: set[str] = set()  # what was checked and told in this run
+        self._checked: set[str] = set()  # checks that are done in this run
 
     def __getstate__(self) -> dict[str, Any]:
         run = {"census": None, "_bar": None, "_fitting": False}
@@ -353,27 +360,29 @@ class MiningStats(keras.callbacks.Callback):
 
     @property
     def settings(self) -> _Settings:
-        """The arguments that the census depends on."""
+        """The arguments on which the census depends."""
         return _Settings(
             self.margin, self.distance, self.output, self.prefix, self.per_batch
         )
 
     def detach(self) -> None:
-        """Take the census off the model; without effect where none is attached."""
+        """Detach the census from the model; without effect if none is attached."""
         if self.model is not None:
             _Tap.of(self.model).detach(self)
 
     def _attach(self) -> None:
+        """Attach a census to the model, unless it is attached already."""
         if self not in _Tap.of(self.model).attached:
             self.census = _Tap.of(self.model).attach(self)
 
     def set_model(self, model: Any) -> None:
-        # Keras calls this first in a new run: what an interrupted one left is over.
+        # Keras calls this first in a new run: an interrupted run has ended by now.
         self._end()
-        self._told = set()
+        self._checked = set()
         super().set_model(model)
 
     def _end(self) -> None:
+        """Leave the model and its `History` as they were before the run."""
         self._fitting = False
         self.detach()
         if self._bar is not None:
@@ -389,6 +398,7 @@ class MiningStats(keras.callbacks.Callback):
             self._bar = _Bar(history, shown, set(self.census.keys) - set(shown))
 
     def _shown(self) -> list[str]:
+        """The keys of the logs that the progress bar shows."""
         return [f"{self.prefix}{word}" for word in self.show]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -418,36 +428,36 @@ class MiningStats(keras.callbacks.Callback):
         if not self._fitting:
             self._check_figures("evaluation", logs)
             self._end()
-            if logs:  # keep all: what stands behind it may want them
+            if logs:  # hide none: callbacks that follow may read them
                 _arrange(logs, self._shown(), set())
 
     def _figures(self, logs: Any, lead: str = "") -> dict[str, float]:
-        """The figures of these logs by their keys in `KEYS`; {} if none was counted.
+        """The figures of these logs by their keys in `KEYS`; {} if no batch was counted.
 
-        A model that does not count reports 0 for all of them. Of what was counted,
-        only rows of length 0 that all have one label would look the same.
+        All figures are 0 if a model has not updated the census. (The only batches whose
+        figures are all 0 are rows of length 0 that all have one label.)
         """
         names = dict(zip(KEYS, self.census.keys, strict=True))
-        found = {
+        figures = {
             key: logs[f"{lead}{name}"]
             for key, name in names.items()
             if f"{lead}{name}" in (logs or {})
         }
-        # A `History` of the user's own, listed before this callback, leaves out some.
-        is_part = 0 < len(found) < len(KEYS)
-        return found if is_part or any(found.values()) else {}
+        # A `History` that the user lists before this callback has hidden some figures.
+        some_hidden = 0 < len(figures) < len(KEYS)
+        return figures if some_hidden or any(figures.values()) else {}
 
     def _drop_zeros(self, logs: Any, lead: str = "") -> None:
-        """A model that does not count must not report zeros."""
+        """Remove the figures of a model that has not updated the census: all are 0."""
         if logs and not self._figures(logs, lead):
             for key in self.census.keys:
                 logs.pop(f"{lead}{key}", None)
 
     def _check_once(self, phase: str, logs: Any) -> None:
-        """Once per run and phase: was anything counted, is it normalised?"""
-        if phase in self._told:
+        """Warns, once per run and phase, if nothing is counted or nothing normalised."""
+        if phase in self._checked:
             return
-        self._told.add(phase)
+        self._checked.add(phase)
         figures = self._figures(logs)
         if not figures:
             _checks.warn(
@@ -463,8 +473,8 @@ class MiningStats(keras.callbacks.Callback):
         odd = norm < 0.5 or norm > 2 or std > _SAME_LENGTH * norm  # False for NaN
         if not odd or margin >= 2 or soft or distance == "cosine":
             return
-        if "norm" not in self._told:
-            self._told.add("norm")
+        if "norm" not in self._checked:
+            self._checked.add("norm")
             _checks.warn(
                 f"The embeddings have a mean length of {norm:.3g} with a standard "
                 f"deviation of {std:.2g}, while a margin of {margin:g} "
@@ -474,26 +484,26 @@ class MiningStats(keras.callbacks.Callback):
             )
 
     def _check_figures(self, phase: str, logs: Any, lead: str = "") -> None:
-        """Once per run: NaN; and per phase: a loss of 0 out of nothing."""
+        """Warns of NaN, once per run, and of batches without triplets, once per phase."""
         figures = self._figures(logs, lead)
-        easy, active, alone = (
+        easy, active, without_positive = (
             figures.get(key, 1.0)
             for key in ("easy", "active", "anchors_without_positive")
         )
-        if easy != easy and "nan" not in self._told:
-            self._told.add("nan")
+        if easy != easy and "nan" not in self._checked:
+            self._checked.add("nan")
             _checks.warn(
                 f"The figures of MiningStats are NaN for the {phase}: an embedding is NaN "
                 "or infinite, or a label names no class (rows that are not one-hot, "
                 "fractions). Look for NaN in the inputs; compile with run_eagerly=True "
                 "to have the row of a wrong label named."
             )
-        if easy + active != 0 or phase in self._told:
+        if easy + active != 0 or phase in self._checked:
             return
-        self._told.add(phase)
+        self._checked.add(phase)
         why = (
             "no row met another row of its label"
-            if alone == 1
+            if without_positive == 1
             else "no batch with two rows of one label held a row of another label"
         )
         split = (

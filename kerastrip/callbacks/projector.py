@@ -16,14 +16,13 @@ from kerastrip import _checks
 from kerastrip._files import write_whole
 from kerastrip.callbacks._copies import without_model
 from kerastrip.callbacks._evaluation import HeldOut
-from kerastrip.plotting.pictures import png
-from kerastrip.plotting.thumbnails import Thumbnails, thumbnails_of
+from kerastrip.plotting.thumbnails import Thumbnails, png, thumbnails_of
 
 __all__ = [
     "EmbeddingProjector",
 ]
 
-# What the projector reads: so many points, and a sprite of so many pixels a side.
+# The projector reads so many points, and a sprite of so many pixels a side.
 _MOST_POINTS = 100_000
 _SPRITE = 8192
 _THUMBNAIL = 64
@@ -32,34 +31,36 @@ _THUMBNAIL = 64
 class EmbeddingProjector(keras.callbacks.Callback):
     """Write embeddings for the projector of TensorBoard.
 
-    At the end of the training, and every few epochs if asked for, every sample is
-    embedded once, and these files are replaced, each in one step:
+    At the end of the training, and every few epochs if `every` is given, every sample is
+    embedded once, and these files are replaced, each file in one step:
 
     | file | |
     |---|---|
     | `tensors.tsv` | the embeddings, a line for each sample |
-    | `metadata.tsv` | label and further columns, if there are any |
-    | `sprite.png` | thumbnails of up to 64 pixels, if there are images: smaller ones where they would not fit into 8192 x 8192 |
-    | `projector_config.pbtxt` | what belongs together |
+    | `metadata.tsv` | labels and further columns, if there are any |
+    | `sprite.png` | thumbnails of up to 64 pixels a side if there are images, smaller if they would not fit into 8192 x 8192 |
+    | `projector_config.pbtxt` | which of these files belong to the embeddings |
 
-    `tensorboard --logdir DIRECTORY` shows them under "Projector". TensorBoard is not
-    needed to write them. If they cannot be written there is a warning, and the training
-    goes on. A copy (`copy.deepcopy`, as tuners make it) shares the data. List it after callbacks that put back better weights at the
-    end (`EarlyStopping`).
+    `tensorboard --logdir DIRECTORY` shows the embeddings under "Projector". TensorBoard is
+    not needed to write the files. If they cannot be written there is a warning, and the
+    training goes on. A copy (`copy.deepcopy`, as tuners make it) shares the data. List
+    this callback after callbacks that restore better weights at the end
+    (`EarlyStopping`).
 
     Args:
-        directory: where to write; made if missing.
-        x: what to embed, at most 100,000 samples, as for `RetrievalEvaluation`.
-        y: labels, likewise; not needed.
+        directory: the folder to write into; made if missing.
+        x: the data to embed, at most 100,000 samples, as for `RetrievalEvaluation`.
+        y: labels, as for `RetrievalEvaluation`. Default None: without labels if x has
+            none.
         images: an image for each sample, as an array `(n, height, width)` or
-            `(n, height, width, 1 or 3)`, or a source of such; integers in 0..255, or
+            `(n, height, width, 1 or 3)`, or a source of such images; integers in 0..255, or
             floats, drawn between their least and greatest value when they leave 0..1.
             Default None: x itself, if it holds images.
         metadata: further columns: name -> (n,) values.
         every: epochs from one writing to the next, at least 1. Default None: at the
-            end alone.
+            end only.
         output: name or position of the embedding among the outputs of the model.
-            None takes the output whose loss has a `distance`, or the only one.
+            None takes the output whose loss has a `distance`, or the only output.
         batch_size: rows per call of the model. Default 128.
 
     Raises:
@@ -101,14 +102,13 @@ class EmbeddingProjector(keras.callbacks.Callback):
         self._batch_size = _checks.integer("batch_size", batch_size, 1)
         if self._data.length is not None:
             self._check_length(self._data.length)
-
-        self._told = False
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         return without_model(self)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._told = False
+        self._warned = False
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self._every is not None and (epoch + 1) % self._every == 0:
@@ -118,10 +118,11 @@ class EmbeddingProjector(keras.callbacks.Callback):
         self._write()
 
     def _check_length(self, length: int) -> None:
+        """An error for too many samples, or metadata of another length."""
         if length > _MOST_POINTS:
             raise _checks.value_error(
                 "x",
-                f"at most {_MOST_POINTS} samples, what TensorBoard shows",
+                f"at most {_MOST_POINTS} samples, as many as TensorBoard shows",
                 _checks.Told(f"{length}"),
             )
         for name, values in self._columns.items():
@@ -131,6 +132,7 @@ class EmbeddingProjector(keras.callbacks.Callback):
                 )
 
     def _write(self) -> None:
+        """Embeds the samples and replaces the files; warns once if that fails."""
         embeddings, labels = self._data.embed(
             self.model,
             output=self._output,
@@ -141,6 +143,7 @@ class EmbeddingProjector(keras.callbacks.Callback):
         lines = io.StringIO()
         np.savetxt(lines, embeddings, fmt="%.6g", delimiter="\t")
         config = ['tensor_name: "embedding"', 'tensor_path: "tensors.tsv"']
+        # All files are made before the first is replaced: an error leaves the old ones.
         files: dict[str, str | bytes] = {"tensors.tsv": lines.getvalue()}
         columns = self._columns if labels is None else {"label": labels} | self._columns
         if columns:
@@ -153,43 +156,46 @@ class EmbeddingProjector(keras.callbacks.Callback):
                 'sprite { image_path: "sprite.png"',
                 f"  single_image_dim: {width} single_image_dim: {height} }}",
             ]
-        told = "\n  ".join(["embeddings {", *config]) + "\n}\n"
-        files["projector_config.pbtxt"] = told
+        files["projector_config.pbtxt"] = (
+            "\n  ".join(["embeddings {", *config]) + "\n}\n"
+        )
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
                 write_whole(self._directory / name, content)
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 _checks.warn(
                     f"EmbeddingProjector cannot write into {self._directory} "
                     f"({error.strerror or error}). The training goes on."
                 )
-            self._told = True
+            self._warned = True
 
 
 def _table(columns: Mapping[str, Any]) -> str:
-    """Tab-separated lines; names of the columns only where there are several."""
+    """Tab-separated lines; a head with the names of the columns if there are several."""
     head = [list(columns)] if len(columns) > 1 else []
     lines = [*head, *zip(*columns.values(), strict=True)]
     return "".join("\t".join(map(_cell, line)) + "\n" for line in lines)
 
 
 def _cell(value: Any) -> str:
-    """One line of text without tabs, and with something in it."""
+    """A value as one line of text without tabs, "-" if the text would be empty."""
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
     return " ".join(text.split()) or "-"
 
 
 def _sprite(thumbnails: Thumbnails, count: int) -> tuple[np.ndarray, int, int]:
-    """A square grid of all pictures, row by row; height and width of one."""
-    side = math.isqrt(count - 1) + 1
+    """A square grid of all thumbnails, row by row, and the height and width of a thumbnail."""
+    side = math.isqrt(count - 1) + 1  # the least square with `count` cells
     size = min(_THUMBNAIL, _SPRITE // side)
     height, width, *channels = thumbnails.take([0], size)[0].shape
     sprite = np.full((side * height, side * width, *channels), 255, np.uint8)
+    # A view of the sprite: [row of the grid, y, column of the grid, x].
     cells = sprite.reshape(side, height, side, width, *channels)
+    # One row of the grid at a time, because the images may not fit into the memory.
     for first in range(0, count, side):
         row = np.arange(first, min(first + side, count))
-        for column, picture in enumerate(thumbnails.take(row, size)):
-            cells[first // side, :, column] = picture
+        for column, thumbnail in enumerate(thumbnails.take(row, size)):
+            cells[first // side, :, column] = thumbnail
     return sprite, height, width

@@ -1,4 +1,4 @@
-"""RetrievalEvaluation: retrieval figures of held-out data in the epoch logs."""
+"""RetrievalEvaluation: retrieval metrics of held-out data in the epoch logs."""
 
 from __future__ import annotations
 
@@ -30,63 +30,63 @@ class RetrievalEvaluation(keras.callbacks.Callback):
     """Adds `val_recall@1`, `val_map@r`, ... of held-out data to the epoch logs.
 
     After an epoch every sample is embedded once, and looked up among all others, or
-    in a gallery (`kerastrip.evaluation.retrieval_metrics`). Callbacks that monitor these keys
-    stand *after* this one in the list, because Keras calls callbacks in its order (and
-    warns of a key that a monitor does not find):
+    in a gallery (`kerastrip.evaluation.retrieval_metrics`). Callbacks that monitor
+    these keys stand *after* this callback in the list, because Keras calls callbacks in
+    the order of the list (and warns if a callback does not find its key):
 
         callbacks=[RetrievalEvaluation(x_val, y_val),
                    ModelCheckpoint("best.keras", monitor="val_recall@1",
                                    mode="max", save_best_only=True)]
 
     With `every=n` it measures after every n-th epoch, and after the first and the
-    last of a `fit`. In between the last figures are repeated, so that CSVLogger,
+    last epoch of a `fit`. In between the latest figures are repeated, so that CSVLogger,
     which fixes its columns in the first epoch, and callbacks with a monitor find
     their keys; patience still counts epochs.
 
-    The figures are those of the distance that the loss of the embedding has in
-    `compile`, as for `MiningStats`; of a loss that has none, of the euclidean one, with
-    a warning where that loss is one of your own.
+    The neighbours are found by the `distance` of the compiled loss of the embedding, as
+    for `MiningStats`. If the loss has no `distance`, they are found by the euclidean
+    distance, with a warning if you have written the loss yourself.
 
-    Samples of x that are in the gallery, too, would find themselves. Those that come
-    from the same array or source are looked up without themselves; copies are counted
-    in a warning.
+    Samples of x that are in the gallery, too, would find themselves. Samples from the
+    same array or source are looked up without themselves; copies cannot be recognised
+    for certain, and a warning counts them.
 
     If the training has diverged (NaN embeddings) the figures are NaN, with a
-    warning. A new `fit` begins with empty `results`, unless it resumes one by
-    `initial_epoch`.
+    warning. A new `fit` begins with empty `results`; if it resumes a training with
+    `initial_epoch`, it keeps the results of the earlier epochs.
 
     Args:
         x: held-out data: an array, a dict or tuple of arrays, a source of
             `kerastrip.sources`; a sampler, whose source and labels are read, every
-            sample once and not augmented; or a dataset (or a `DataLoader` of
+            sample once and without augmentation; or a dataset (or a `DataLoader` of
             PyTorch) of batches (inputs, targets), whose targets of the embedding
             output are the labels.
         y: (n,) integer or string labels or (n, classes) one-hot rows. Default None:
-            those of the sampler, source or dataset.
-        gallery: what to look up x in, given in any of the ways of x. Default None:
+            the labels of the sampler, source or dataset.
+        gallery: the data to search in; accepts the same types as `x`. Default None:
             x itself, each sample without itself.
-        gallery_labels: labels of the gallery, as y.
-        metrics: words of `retrieval_metrics`. Default `("recall@1", "map@r")`.
+        gallery_labels: labels of the gallery; accepts the same types as `y`.
+        metrics: metric words of `retrieval_metrics`. Default `("recall@1", "map@r")`.
         distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`. Default None:
-            that of the compiled loss, `"euclidean"` where it has none.
+            the `distance` of the compiled loss, `"euclidean"` if it has none.
         every: epochs from one measurement to the next, at least 1. Default 1.
-        prefix: put before each key. Default `"val_"`.
-        names: other keys for the logs, for example where `@` is not allowed (file
-            names of `ModelCheckpoint`, some experiment trackers): metric -> name,
-            before which the prefix is put. Default None: the metrics.
+        prefix: text before each key. Default `"val_"`.
+        names: metric word -> another name for the logs, behind the prefix, for use where
+            `@` is not allowed (file names of `ModelCheckpoint`, some experiment
+            trackers). Default None: the metric words.
         output: name or position of the embedding among the outputs of the model.
-            None takes the output whose loss has a `distance`, or the only one.
+            None takes the output whose loss has a `distance`, or the only output.
         batch_size: rows per call of the model. Default 128.
         verbose: whether to show a progress bar once it takes over two seconds.
-            Default None: where `fit` shows one, too.
+            Default None: if `fit` shows one, too.
 
     Attributes:
-        results: what was measured: epoch -> dict as `retrieval_metrics` returns it,
-            with the numbers of queries with and without a partner.
+        results: epoch -> the dict of `retrieval_metrics`, with the numbers of queries
+            with and without a positive.
 
     Raises:
-        TypeError, ValueError: if x and y do not fit each other, a word is unknown,
-            no label occurs twice, or none is in the gallery.
+        TypeError, ValueError: if x and y do not fit each other, a metric word is
+            unknown, no label occurs twice, or no label of y is in the gallery.
 
     Example:
 
@@ -119,6 +119,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         super().__init__()
         self._metrics = check_metrics(metrics)
         data = [HeldOut(x, y)]
+        # x as its own gallery: then every sample is looked up without itself.
         if gallery is x and (gallery_labels is None or gallery_labels is y):
             gallery = gallery_labels = None
         if gallery is not None:
@@ -128,7 +129,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
                 "gallery_labels", "`gallery` with it", gallery_labels
             )
         self._own = None if gallery is None else data[0].rows_in(data[1])
-        self._told = False
+        self._warned = False
         self._evaluation = EpochEvaluation(
             self,
             data,
@@ -142,6 +143,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
             batch_size=batch_size,
             verbose=verbose,
         )
+        # Errors that would come after the first epoch, as far as labels are known now.
         own, others = data[0].table, data[-1].table
         if gallery is None:
             if own is not None and len(np.unique(own.codes)) == len(own.codes):
@@ -164,6 +166,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         distance: str,
         verbose: bool,
     ) -> dict[str, float]:
+        # Not `retrieval_metrics`, which would warn in every epoch.
         figures, met = lookup_figures(
             embeddings,
             labels,
@@ -174,8 +177,8 @@ class RetrievalEvaluation(keras.callbacks.Callback):
             distance=distance,
             verbose=verbose,
         )
-        if len(met) and not self._told:
-            self._told = True
+        if len(met) and not self._warned:
+            self._warned = True
             _checks.warn(f"{type(self).__name__}: {themselves(met, len(embeddings))}")
         return figures
 
@@ -184,7 +187,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         return self._evaluation.results
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._told = False
+        self._warned = False
         self._evaluation.begin()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:

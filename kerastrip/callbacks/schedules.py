@@ -3,8 +3,8 @@
 The margin and the mining word of a loss are Python attributes that are read when a
 step is traced. Both callbacks set them at the beginning of an epoch and let the model
 trace again: one new trace per change, the same on every backend. Validation and
-`MiningStats` follow. After the training the loss has its own value again, so that a
-`fit` without the callback does not train with what another one has left behind.
+`MiningStats` use the new value, too. After the training the loss has its own value
+again, so that a later `fit` without the callback does not train with a changed loss.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class MarginSchedule(keras.callbacks.Callback):
     """Set the margin of the compiled loss at the beginning of every epoch.
 
     The logs of the epoch get the key `margin`. After the training the loss has its own
-    margin again, and a `fit` that begins at epoch 0 begins with that; with
-    `initial_epoch` the same callback goes on with the margin at which it stopped. An
-    exception or Ctrl-C leaves the loss as it is until the next `fit` with the same
-    callback.
+    margin again, and a `fit` that begins at epoch 0 begins with its own margin; with
+    `initial_epoch` the same callback continues with the margin at which it stopped.
+    After an exception or Ctrl-C the loss keeps the changed margin until the next `fit`
+    with the same callback.
 
     Args:
         schedule: a mapping {epoch: margin}, each margin being valid from its epoch
-            on; or a function (epoch, margin, logs) -> margin of the epoch's number,
-            the margin so far and the logs of the epoch before ({} at first). It is
-            not asked, and the margin stays, where the loss or the figures of
-            `MiningStats` in these logs are NaN.
+            on; or a function (epoch, margin, logs) -> margin that gets the number of the
+            epoch, the margin so far and the logs of the epoch before ({} at first). If
+            the loss or the figures of `MiningStats` in these logs are NaN, the function
+            is not called and the margin stays.
         output: position or name of the embedding among the outputs. None takes the
             output whose loss has a `distance`.
 
@@ -96,9 +96,11 @@ class MarginSchedule(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         margin = self._lent.own
         if isinstance(self.schedule, Mapping):
+            # The latest entry that has begun; before the first the loss's own margin.
             begun = [start for start in self.schedule if start <= epoch]
             margin = self.schedule[max(begun)] if begun else margin
         else:
+            # Epoch 0 begins a new training, with the loss's own margin.
             if epoch > 0 and self._lent.latest is not None:
                 margin = self._lent.latest
             if not _has_nan(self._logs):
@@ -118,19 +120,20 @@ class MarginSchedule(keras.callbacks.Callback):
 class MiningSchedule(keras.callbacks.Callback):
     """Change the mining of the compiled loss, by epoch or when a figure falls.
 
-    `MiningSchedule(["all", "semi_hard", "hard"])` goes to the next word when
-    `semi_hard`, as `MiningStats` reports it, was under `below` for `patience` epochs
-    in a row: then the word in use finds little left to learn from. A figure that is NaN
+    `MiningSchedule(["all", "semi_hard", "hard"])` goes on to the next mining word when
+    the figure `semi_hard` of `MiningStats` was under `below` for `patience` epochs in a
+    row: then the present mining finds few triplets to learn from. A figure that is NaN
     is under no threshold. The logs of the epoch get the key `mining_stage`, the position
-    of the word in use.
+    of the present mining word.
 
-    A `fit` that begins at epoch 0 begins with the first word (or the loss's own before
-    the first entry of a mapping); with `initial_epoch` the same callback goes on where
-    it stopped. After the training the loss has its own mining again; an exception or
-    Ctrl-C leaves it as it is until the next `fit` with the same callback.
+    A `fit` that begins at epoch 0 begins with the first mining word (before the first
+    entry of a mapping with the mining of the loss itself); with `initial_epoch` the same
+    callback continues where it stopped. After the training the loss has its own mining
+    again. After an exception or Ctrl-C the loss keeps the changed mining until the next
+    `fit` with the same callback.
 
     Args:
-        stages: mining words in order, or a mapping {epoch: word}, each word being
+        stages: mining words in order, or a mapping {epoch: mining word}, each word being
             valid from its epoch on.
         monitor: the key of the logs to watch; not used with a mapping.
         below: float, the threshold. Default 0.05.
@@ -179,19 +182,20 @@ class MiningSchedule(keras.callbacks.Callback):
         self.stage = 0
         self._lent = _Lent("mining")
         self._epochs_below = 0
-        self._told = False
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         return without_model(self)
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._lent.begin(self.model, self.output)
-        self._told = False
+        self._warned = False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if epoch == 0:
             self.stage = self._epochs_below = 0
         if isinstance(self.stages, Mapping):
+            # -1 before the first entry: then the loss has its own mining.
             self.stage = sum(start <= epoch for start in self.stages) - 1
         word = self.words[self.stage] if self.stage >= 0 else self._lent.own
         self._lent.change(word)
@@ -201,10 +205,10 @@ class MiningSchedule(keras.callbacks.Callback):
         logs["mining_stage"] = self.stage
         if isinstance(self.stages, Mapping):
             return
-        value = logs.get(self.monitor)
+        value = logs.get(self.monitor)  # NaN is not below any threshold
         if value is None:
-            if not self._told:
-                self._told = True
+            if not self._warned:
+                self._warned = True
                 _checks.warn(
                     f"MiningSchedule stays at {self.words[self.stage]!r}: the logs "
                     f"have no {self.monitor!r}, only {sorted(logs)}. Add MiningStats() "
@@ -221,12 +225,15 @@ class MiningSchedule(keras.callbacks.Callback):
 
 
 class _Lent:
-    """An attribute of a loss that is another while a model trains.
+    """Changes an attribute of a loss while a model trains, and restores it afterwards.
+
+        fit:  begin --> change --> change ... --> give_back
+        loss:  own       value      value          own
 
     Attributes:
-        own: the loss's own value, to which it goes back.
-        latest: what it was last; None before the first training. It stays known when
-            the value is given back, so that another `fit` can go on.
+        own: the value that the loss had before the training.
+        latest: the latest value in training; None before the first training. It is kept
+            after `give_back`, so that another `fit` can continue with it.
     """
 
     def __init__(self, name: str) -> None:
@@ -240,21 +247,21 @@ class _Lent:
         return {**vars(self), "_model": None, "_loss": None}
 
     def begin(self, model: Any, output: int | str | None) -> Any:
-        """Finds the loss in the model, and its own value."""
-        self.give_back()  # what an interrupted training could not
+        """Finds the loss of the embedding in the model, and remembers its own value."""
+        self.give_back()  # in case an interrupted training has not
         self._model, self._loss = model, _loss_with(model, self._name, output)
         self.own = getattr(self._loss, self._name)
         return self._loss
 
     def change(self, value: Any) -> None:
-        """Sets the value; the model traces anew if it is another."""
+        """Sets the value; the model traces anew if the value changes."""
         self.latest = value
         if getattr(self._loss, self._name) != value:
             setattr(self._loss, self._name, value)
             retrace(self._model)
 
     def give_back(self) -> None:
-        """Ends what `begin` began. What was set by hand meanwhile stays."""
+        """Restores the loss's own value, unless the user has set another one meanwhile."""
         latest = self.latest
         if self._loss is not None and getattr(self._loss, self._name) == latest:
             self.change(self.own)
@@ -263,6 +270,7 @@ class _Lent:
 
 
 def _check_epochs(name: str, schedule: Mapping[int, Any]) -> None:
+    """An error unless the keys of a mapping are epochs."""
     if not schedule:
         raise _checks.value_error(name, "at least one epoch", schedule)
     for epoch in schedule:
@@ -272,7 +280,7 @@ def _check_epochs(name: str, schedule: Mapping[int, Any]) -> None:
 def _loss_with(model: Any, attribute: str, output: int | str | None) -> Any:
     """The compiled loss of the embedding, which must have `attribute`."""
     loss = embedding_output(model, output).loss
-    # A function tells its settings, but does not follow them.
+    # A loss that is a function may have the attribute, but does not read it.
     if inspect.isfunction(loss) or not hasattr(loss, attribute):
         raise _checks.value_error(
             "output",
@@ -284,7 +292,7 @@ def _loss_with(model: Any, attribute: str, output: int | str | None) -> Any:
 
 
 def _has_nan(logs: Mapping[str, float]) -> bool:
-    """Whether the training has gone wrong: the loss or the census of the logs is NaN."""
+    """Whether a loss or a fraction of triplets in the logs is NaN."""
     return any(
         value != value and key.endswith(("loss", *FRACTIONS))
         for key, value in logs.items()

@@ -1,4 +1,4 @@
-"""VerificationEvaluation: ROC figures of held-out data in the epoch logs."""
+"""VerificationEvaluation: verification metrics of held-out data in the epoch logs."""
 
 from __future__ import annotations
 
@@ -27,38 +27,37 @@ __all__ = [
 class VerificationEvaluation(keras.callbacks.Callback):
     """Adds `val_auc`, `val_eer`, `val_tar@0.01` of held-out data to the epoch logs.
 
-    After an epoch every sample is embedded once, and all pairs, or those of a list,
-    are told apart by their distance (`kerastrip.verification.verification_metrics`).
-    Where it stands among the callbacks, what `every` does between measurements, by
-    which distance it measures, when `results` begin anew, and what happens to NaN
-    embeddings is as for `RetrievalEvaluation`.
+    After an epoch every sample is embedded once. All pairs, or the pairs of a list, are
+    then decided to be the same or different by their distance
+    (`kerastrip.evaluation.verification_metrics`). As for `RetrievalEvaluation` are: the
+    place among the callbacks, the epochs without a measurement, the distance, the
+    beginning of new `results`, and the figures of NaN embeddings.
 
     Args:
         x: held-out data, as for `RetrievalEvaluation`.
-        y: labels, likewise. Not needed with `is_same`.
+        y: labels, as for `RetrievalEvaluation`. Not needed with `is_same`.
         pairs: (pairs, 2) rows of x. Default None: all n (n - 1) / 2 pairs.
         is_same: (pairs,) booleans, in place of y.
-        metrics: words of `verification_metrics`. Default
+        metrics: metric words of `verification_metrics`. Default
             `("auc", "eer", "tar@0.01")`.
         distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`. Default None:
-            that of the compiled loss, `"euclidean"` where it has none.
+            the `distance` of the compiled loss, `"euclidean"` if it has none.
         every: epochs from one measurement to the next, at least 1. Default 1.
-        prefix: put before each key. Default `"val_"`.
-        names: other keys for the logs, as for `RetrievalEvaluation`:
+        prefix: text before each key. Default `"val_"`.
+        names: other names for the logs, as for `RetrievalEvaluation`:
             `{"tar@0.01": "tar_1e-2"}` logs `val_tar_1e-2`. Default None.
         output: name or position of the embedding among the outputs of the model.
-            None takes the output whose loss has a `distance`, or the only one.
+            None takes the output whose loss has a `distance`, or the only output.
         batch_size: rows per call of the model. Default 128.
         verbose: as for `RetrievalEvaluation`.
 
     Attributes:
-        results: what was measured: epoch -> dict as `verification_metrics` returns
-            it, with the numbers of pairs.
-        curve: the latest `VerificationCurve`, None before the first: it tells the
-            thresholds, with precision and recall there.
+        results: epoch -> the dict of `verification_metrics`, with the numbers of pairs.
+        curve: the latest `VerificationCurve`, None before the first measurement. It
+            gives the thresholds, with the precision and recall at each.
 
     Raises:
-        TypeError, ValueError: if the arrays do not fit each other, a word is
+        TypeError, ValueError: if the arrays do not fit each other, a metric word is
             unknown, or there are no same or no different pairs.
 
     Example:
@@ -100,7 +99,7 @@ class VerificationEvaluation(keras.callbacks.Callback):
             if data.table is not None:
                 check_codes("y", data.table.codes)
         else:
-            if data.length is not None:
+            if data.length is not None:  # else after the first epoch
                 pairs = pairs_array(pairs, data.length)
             if is_same is not None:
                 is_same = flags_array(is_same, len(pairs))

@@ -1,8 +1,9 @@
-"""Embedding of whole data sets, nearest neighbours, and what the embeddings are worth."""
+"""Embeddings of data sets, nearest neighbours, and metrics of the embeddings."""
 
-from kerastrip.evaluation.embedding import embed, search
+from kerastrip.evaluation.embedding import embed
 from kerastrip.evaluation.recalibration import recalibrate
 from kerastrip.evaluation.retrieval import retrieval_metrics
+from kerastrip.evaluation.search import search
 from kerastrip.evaluation.verification import (
     FoldedAccuracy,
     OperatingPoint,

@@ -1,9 +1,9 @@
-"""The moving averages of BatchNormalization: bring them up to date, see if they lag.
+"""The moving averages of BatchNormalization: update them, and find out if they lag.
 
-A training step normalises by the mean and variance of its batch, inference by moving
-averages of them, which follow by a share of `1 - momentum` a step. Where the averages
-lag behind the weights, the embedding that is used is another than the one that is
-trained, and nothing in the loss tells of it.
+A training step normalises by the mean and variance of its batch. Inference normalises by
+moving averages of them, which move by a share of `1 - momentum` in each step. If the
+averages lag behind the weights, the embedding in use differs from the embedding that is
+trained, and the loss does not show it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from kerastrip.evaluation.embedding import (
     batches_of,
     is_batches,
     is_sampler,
-    row_distances,
     source_of,
-    unit_rows,
 )
+from kerastrip.evaluation.search import row_distances, unit_rows
 
 __all__ = [
     "Figures",
@@ -36,11 +35,11 @@ __all__ = [
     "recalibrate",
 ]
 
-# What BatchNormalization calls its averages; the last is that of its `renorm`.
+# The names of the averages of BatchNormalization; the last belongs to its `renorm`.
 _AVERAGES = ("moving_mean", "moving_variance", "moving_stddev")
-# An average that keeps more than this of itself in a step is frozen.
+# An average that keeps a larger share of itself in a step is frozen.
 _KEEPS_ALL = 1 - 1e-6
-# The spread, as a share of the mean square, at which a training has collapsed.
+# All embeddings are at one point if their spread is a smaller share of the mean square.
 _POINT = 1e-5
 
 
@@ -57,23 +56,24 @@ def recalibrate(
         average = sum_b rows_b * statistic_b / sum_b rows_b
 
     Nothing else changes: not the weights, frozen BatchNormalization, the optimizer, the
-    random state of Dropout, or the epoch of a sampler. After an error the averages are
-    as they were. Call it after `fit`, before the model is evaluated and saved.
+    random state of Dropout, or the epoch of a sampler. An error leaves the averages
+    unchanged. Call it after `fit`, before the model is evaluated and saved.
 
     Args:
         model: a built Keras model.
-        x: what the model was trained on: a `PKSampler`, whose batches of the current
-            epoch are taken, augmented as in training; batches, from a
+        x: the data that the model was trained on: a `PKSampler`, whose batches of the
+            current epoch are used, augmented as in training; batches from a
             `tf.data.Dataset` or a `keras.utils.PyDataset`, of inputs or of (inputs,
-            targets, ...); or samples, as `embed` takes them, which are mixed.
+            targets, ...); or samples, as `embed` takes them, in a random order.
         batches: int >= 1, the largest number of batches to use. Default 100.
-        batch_size: rows of a batch, at least 2, where x holds samples. Default 64.
+        batch_size: rows of a batch, at least 2; used if x holds samples. Default 64.
 
     Returns:
-        For each layer with moving averages that are not frozen, by its path, how far its
-        averages moved: the root mean square difference, over inputs of mean 0 and
-        variance 1 under the new averages, from what the old ones made of them. 0 means
-        not at all, and 1 that the old averages were of no use.
+        {path: change} of each layer whose moving averages are not frozen. The change is
+        the root mean square difference between the outputs of the layer (without scale
+        and offset) by the old and by the new averages, for inputs that the new averages
+        normalise to mean 0 and variance 1. 0 means that the averages did not move, and
+        1 that the old averages were of no use.
 
     Raises:
         TypeError, ValueError: from bad arguments, a model that is not built, data
@@ -101,8 +101,8 @@ def recalibrate(
     with _restored(model):
         fresh = _statistics(model, inputs, averages)
     if not all(value is None or np.isfinite(value).all() for value in fresh):
-        told = _checks.Told("NaN or infinity in what reaches a layer")
-        raise _checks.value_error("x", "finite statistics", told)
+        received = _checks.Told("NaN or infinity in what reaches a layer")
+        raise _checks.value_error("x", "finite statistics", received)
     moved: dict[str, dict[str, tuple]] = {}
     for variable, value in zip(averages, fresh, strict=True):
         if value is not None:
@@ -119,12 +119,12 @@ def moving_averages(model: Any) -> list[Any]:
 
 
 class Figures(NamedTuple):
-    """What tells one embedding of a set of rows from another.
+    """Numbers that show whether two embeddings of the same rows differ.
 
     Attributes:
         spread: mean squared distance to the mean of the rows.
-        pos_dist: mean distance of two rows of one label.
-        neg_dist: mean distance of two rows of different labels.
+        pos_dist: mean distance of positive pairs.
+        neg_dist: mean distance of negative pairs.
     """
 
     spread: float
@@ -135,28 +135,28 @@ class Figures(NamedTuple):
 def compare_modes(
     model: Any, inputs: Any, labels: np.ndarray, *, output: int | str | None = None
 ) -> tuple[Figures, Figures] | None:
-    """The embedding of some rows as a training step sees it, and as it is used.
+    """Figures of the embedding in training mode and in inference, for the same rows.
 
-    For the first, each BatchNormalization takes the mean and variance of these rows
-    in place of its averages. Dropout and other noise of the training are left out of
-    both, so they cannot pass for a difference. No variable is changed.
+    In training mode each BatchNormalization normalises by the mean and variance of these
+    rows in place of its averages. Dropout and other noise of the training are left out
+    of both, so that they cannot pass for a difference. No variable is changed.
 
     Args:
         model: a built Keras model.
-        inputs: what the model takes: arrays of n rows.
-        labels: (n,) labels; two rows must share one, two must not. The distance is that
-            of the compiled loss, euclidean without one.
+        inputs: inputs of the model: arrays of n rows.
+        labels: (n,) labels, with at least one positive and one negative pair. Their
+            distance is the `distance` of the compiled loss, euclidean if it has none.
         output: name or position of the embedding; None finds it.
 
     Returns:
-        The figures by the statistics of the rows, and by the moving averages; None for
-        a model without moving averages that are not frozen, for embeddings that are not
-        finite, and where the training has made one point of all rows already.
+        The figures by the statistics of the rows, and by the moving averages. None if
+        all moving averages of the model are frozen or it has none, if embeddings are
+        not finite, and if the embedding has collapsed to a point in training mode.
     """
     chosen, averages = embedding_output(model, output), moving_averages(model)
 
     def rows() -> np.ndarray:
-        return _values(chosen.take(model(inputs, training=False))).astype("float32")
+        return _values(chosen.part_of(model(inputs, training=False))).astype("float32")
 
     if not averages:
         return None
@@ -165,11 +165,11 @@ def compare_modes(
     if all(value is None for value in fresh):
         return None
     with _restored(model):
-        used = rows()
+        used = rows()  # by the moving averages
         for variable, value in zip(averages, fresh, strict=True):
             if value is not None:
                 variable.assign(value)
-        seen = rows()
+        seen = rows()  # by the statistics of these rows
     if not (np.isfinite(used).all() and np.isfinite(seen).all()):
         return None
     if seen.var(axis=0).sum() <= _POINT * np.mean(np.sum(seen**2, axis=1)):
@@ -180,12 +180,13 @@ def compare_modes(
 
 
 def _values(tensor: Any) -> np.ndarray:
+    """A NumPy copy of a tensor or variable, which later assignments do not change."""
     return np.array(keras.ops.convert_to_numpy(keras.ops.copy(tensor)))
 
 
 @contextlib.contextmanager
 def _restored(model: Any) -> Iterator[None]:
-    """Leaves every variable that a forward pass may change as it was found."""
+    """Restores every variable that a forward pass may change, after an error too."""
     variables = list(model.non_trainable_variables)
     values = [_values(variable) for variable in variables]
     try:
@@ -197,33 +198,34 @@ def _restored(model: Any) -> Iterator[None]:
 
 def _inputs(x: Any, batches: int, batch_size: int) -> Iterator[Any]:
     """The inputs of the batches of x."""
-    found: Iterator[Any]
+    drawn: Iterator[Any]
     if is_sampler(x):
-        found = map(x.batch, range(len(x)))
+        drawn = map(x.batch, range(len(x)))
     elif is_batches(x):
-        found = batches_of(x)
+        drawn = batches_of(x)
     else:
         source = source_of(x)
         count = min(batches, math.ceil(len(source) / batch_size))
         # Batches of rows in order would often be of one class each.
         rows = np.random.default_rng(0).permutation(len(source))[: count * batch_size]
-        found = ((source.take(part),) for part in np.array_split(rows, max(count, 1)))
-    for batch in found:
+        drawn = ((source.take(some),) for some in np.array_split(rows, max(count, 1)))
+    for batch in drawn:
         yield batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def _statistics(
     model: Any, batches: Iterator[Any], averages: list[Any]
 ) -> list[np.ndarray | None]:
-    """The means of the batch statistics that `averages` follow; None where frozen.
+    """The mean of the batch statistics that each average follows; None if it is frozen.
 
     A step makes an average v of its batch statistic s, with k the share that v keeps
     (the momentum, or its n-th power if the layer is called n times):
 
         step(v) = k v + (1 - k) s        s = step(0) / (1 - k)
 
-    A second step of the first batch, from a large p, shows k without a look into
-    layers, which wrappers and own classes may hide: step(p) - step(0) = k p.
+    A second step on the first batch, from a large v = p, shows k: step(p) - step(0) =
+    k p. So nobody has to find the layers, which wrappers and the user's own classes may
+    hide, and read their momentum.
     """
 
     def step(inputs: Any, starts: list[float]) -> list[np.ndarray]:
@@ -232,32 +234,32 @@ def _statistics(
         model(inputs, training=True)
         return [_values(variable).astype("float64") for variable in averages]
 
-    kept: list[float] = []
+    shares: list[float] = []  # k of each average
     sums: list[Any] = [0.0] * len(averages)
     rows = 0
     for inputs in batches:
-        found = step(inputs, [0.0] * len(averages))
-        if not kept:
-            large = [1e3 * max(1.0, np.abs(one).max()) for one in found]
-            kept = [
+        from_zero = step(inputs, [0.0] * len(averages))
+        if not shares:
+            large = [1e3 * max(1.0, np.abs(one).max()) for one in from_zero]
+            shares = [
                 float(np.median(after - before)) / start
                 for after, before, start in zip(
-                    step(inputs, large), found, large, strict=True
+                    step(inputs, large), from_zero, large, strict=True
                 )
             ]
         count = len(keras.tree.flatten(inputs)[0])
-        sums = [total + count * one for total, one in zip(sums, found, strict=True)]
+        sums = [total + count * one for total, one in zip(sums, from_zero, strict=True)]
         rows += count
     if not rows:
         raise _checks.value_error("x", "at least one batch", _checks.Told("none"))
     return [
         None if share > _KEEPS_ALL else total / (rows * (1 - share))
-        for total, share in zip(sums, kept, strict=True)
+        for total, share in zip(sums, shares, strict=True)
     ]
 
 
 def _moved(changes: dict[str, tuple[np.ndarray, np.ndarray]]) -> float:
-    """How far one layer's averages moved, from {name: (old, new)}."""
+    """The change of one layer, see `recalibrate`, from {name: (old, new)} averages."""
     tiny = 1e-3  # Keras' epsilon
     means = changes.get("moving_mean", (0.0, 0.0))
     if "moving_stddev" in changes:
@@ -269,10 +271,11 @@ def _moved(changes: dict[str, tuple[np.ndarray, np.ndarray]]) -> float:
 
 
 def _figures(rows: np.ndarray, labels: np.ndarray, distance: str) -> Figures:
+    """The figures of (n, dim) rows and (n,) labels, over all pairs."""
     spread = float(rows.var(axis=0, dtype="float64").sum())
     if distance == "cosine":
         rows = unit_rows(rows)
-    first, second = np.triu_indices(len(rows), 1)
+    first, second = np.triu_indices(len(rows), 1)  # the two rows of every pair
     apart = row_distances(rows[first], rows[second], distance)
     same = labels[first] == labels[second]
     return Figures(spread, float(apart[same].mean()), float(apart[~same].mean()))

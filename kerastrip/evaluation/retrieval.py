@@ -1,4 +1,4 @@
-"""Retrieval figures of a set of embeddings: how good are the nearest neighbours?
+"""Retrieval metrics of a set of embeddings: how good are the nearest neighbours?
 
 NumPy on the CPU, exact, in blocks of rows. Verification ("are these two the
 same?") is in `kerastrip.verification`.
@@ -14,7 +14,7 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip._labels import LabelTable
-from kerastrip.evaluation.embedding import (
+from kerastrip.evaluation.search import (
     Space,
     embeddings_array,
     nearest,
@@ -61,25 +61,25 @@ def retrieval_metrics(
 
     Every row is a query. It is looked up among all other rows (leave-one-out), or
     in `gallery` where that is given. With R the number of rows there that have the
-    query's label, and hit(i) whether its i-th neighbour is one of them:
+    query's label (its positives), and hit(i) whether its i-th neighbour is a positive:
 
-    | word | mean over the queries of |
+    | metric word | mean over the queries of |
     |---|---|
     | `recall@k` | 1 if one of the first k neighbours is a hit, else 0 |
     | `precision@k` | 1/k sum_{i<=k} hit(i) |
     | `r_precision` | 1/R sum_{i<=R} hit(i) |
     | `map@r` | 1/R sum_{i<=R} hit(i) precision@i |
     | `mrr` | 1 / rank of the first hit |
-    | `knn@k` | 1 if most of the first k neighbours have the label; of labels with as many, the one met first wins |
+    | `knn@k` | 1 if the most frequent label of the first k neighbours is the query's; of equally frequent labels, that of the nearest neighbour counts |
     | `nmi`, `ami` | (not a mean) normalised and adjusted mutual information of the labels and a k-means clustering of the queries into as many clusters; needs scikit-learn |
 
-    A query with R = 0 has no partner to be found. It is left out of the means and
-    counted. Equal distances are in the order of the rows.
+    A query with R = 0, without a positive, is left out of the means and counted in
+    `lone_queries`. Neighbours at equal distances stand in the order of the rows.
 
     A query that is in the gallery itself would find itself first. Where `gallery` is
     the same array, or a view of the same memory, every query is looked up without
-    itself. Copies cannot be told for certain: a warning counts the queries that have
-    an equal row of their label there.
+    itself. Copies cannot be recognised for certain: a warning counts the queries that
+    have an equal row of their label in the gallery.
 
     Args:
         embeddings: (n, dim) finite numbers.
@@ -87,32 +87,32 @@ def retrieval_metrics(
         gallery: (m, dim) embeddings to search in. Default: `embeddings`, each row
             without itself.
         gallery_labels: labels of `gallery`.
-        metrics: words of the table, k at least 1. If there are fewer than k
+        metrics: metric words of the table, k at least 1. If there are fewer than k
             neighbours, `recall@k` and `knn@k` take all there are, and
             `precision@k` counts the missing ones as misses.
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
-            arrays do not tell what they were trained with: give that of the loss, which
-            `RetrievalEvaluation` reads from the model.
-        seed: of the k-means behind `nmi` and `ami`. Default 0.
+            arrays do not tell which distance they were trained with: give the distance
+            of the loss, which `RetrievalEvaluation` reads from the model.
+        seed: seed of the k-means clustering behind `nmi` and `ami`. Default 0.
         verbose: whether to show a progress bar once it takes over two seconds.
             Default False.
 
     Returns:
-        Dict with one float in [0, 1] (`ami` also below 0) per word, in the order
-        of `metrics`, and the counts `"queries"` (those in the means) and
-        `"lone_queries"` (those left out).
+        Dict with one float in [0, 1] (`ami` also below 0) per metric word, in the
+        order of `metrics`, and the counts `"queries"` (queries in the means) and
+        `"lone_queries"` (queries without a positive, left out of the means).
 
     Raises:
-        TypeError, ValueError: if arrays do not fit each other, a word is unknown,
-            or no query has a partner.
+        TypeError, ValueError: if the arrays do not fit each other, a metric word is
+            unknown, or no query has a positive.
 
     Example:
 
-    >>> found = retrieval_metrics(
+    >>> figures = retrieval_metrics(
     ...     [[0.0], [1.0], [5.0], [7.0], [99.0]], ["a", "a", "b", "b", "c"],
     ...     metrics=("recall@1", "map@r"),
     ... )
-    >>> found
+    >>> figures
     {'recall@1': 1.0, 'map@r': 1.0, 'queries': 4, 'lone_queries': 1}
 
     References:
@@ -152,57 +152,60 @@ def lookup_figures(
     seed: int = 0,
     verbose: bool = False,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """What `retrieval_metrics` returns, and the queries that seem to find themselves.
+    """The dict of `retrieval_metrics`, and the queries that seem to find themselves.
 
     Args:
-        embeddings, labels, gallery, gallery_labels: as there.
-        own: (n,) the row of the gallery that is the query itself, -1 where none is
-            known; None for none at all. These rows are left out.
-        metrics, distance, seed, verbose: as there.
+        embeddings, labels, gallery, gallery_labels: as for `retrieval_metrics`.
+        own: (n,) for each query the row of the gallery that is the query itself, which
+            is left out of the neighbours; -1 where no such row is known. None if no
+            such row is known for any query.
+        metrics, distance, seed, verbose: as for `retrieval_metrics`.
 
     Returns:
-        The dict, and the numbers of the queries without such a row whose nearest row
-        is equal to them and of their label.
+        The dict of `retrieval_metrics`, and the numbers of the queries that seem to be
+        in the gallery although `own` knows no row for them: their nearest row is equal
+        to them and has their label.
     """
     metrics = check_metrics(metrics)
     lookup = _Lookup.of(embeddings, labels, gallery, gallery_labels, own)
-    partners = lookup.partners()
-    chosen = np.flatnonzero(partners > 0)
+    positives = lookup.positives()
+    chosen = np.flatnonzero(positives > 0)
     if not len(chosen):
         where = "that occurs twice" if gallery is None else "of the gallery"
-        told = _checks.Told(f"{len(partners)} labels without a partner")
-        raise _checks.value_error("labels", f"a label {where}", told)
-    # Queries of like R together: each block then looks no further than it needs.
-    chosen = chosen[np.argsort(partners[chosen], kind="stable")]
+        received = _checks.Told(f"{len(positives)} labels without a positive")
+        raise _checks.value_error("labels", f"a label {where}", received)
+    # Queries of similar R stand together, so that each block looks at no more
+    # neighbours than its own queries need.
+    chosen = chosen[np.argsort(positives[chosen], kind="stable")]
     sums = dict.fromkeys(metrics, 0.0)
-    met = [np.empty(0, np.int64)]
+    met = [np.empty(0, np.int64)]  # numbers of the queries that meet themselves
     space = Space.of(lookup.queries[chosen], lookup.rows, distance)
-    for part, numbers in space.blocks(verbose=verbose):
-        who = chosen[part]
-        depth = _depth(metrics, partners[who], len(lookup.rows))
-        block = _Block.of(lookup, who, partners[who], numbers, depth)
-        alone = lookup.own[who] < 0
-        if alone.any():
-            met.append(who[_meets_itself(space, part, block) & alone])
-        for word in sums:
-            if word not in _CLUSTERING:
-                sums[word] += float(block.values(word).sum())
-    results = {word: total / len(chosen) for word, total in sums.items()}
+    for span, numbers in space.blocks(verbose=verbose):
+        who = chosen[span]  # numbers of the queries of this block
+        depth = _depth(metrics, positives[who], len(lookup.rows))
+        block = _Block.of(lookup, who, positives[who], numbers, depth)
+        unknown = lookup.own[who] < 0
+        if unknown.any():
+            met.append(who[_meets_itself(space, span, block) & unknown])
+        for metric in sums:
+            if metric not in _CLUSTERING:
+                sums[metric] += float(block.values(metric).sum())
+    results = {metric: total / len(chosen) for metric, total in sums.items()}
     if not set(_CLUSTERING).isdisjoint(metrics):
         results |= _clustering(lookup.queries, lookup.codes, metrics, seed)
-    results |= {"queries": len(chosen), "lone_queries": len(partners) - len(chosen)}
+    results |= {"queries": len(chosen), "lone_queries": len(positives) - len(chosen)}
     return results, np.sort(np.concatenate(met))
 
 
 class _Lookup(NamedTuple):
-    """What is looked up where.
+    """The queries, the rows to search in, and the labels of both.
 
     Attributes:
         queries: (n, dim) embeddings.
         rows: (m, dim) embeddings to search in.
         codes: (n,) labels of the queries as codes.
         row_codes: (m,) labels of the rows, by the same table.
-        own: (n,) the row that is the query itself, -1 for none.
+        own: (n,) the row that is the query itself, -1 where no such row is known.
     """
 
     queries: np.ndarray
@@ -231,32 +234,33 @@ class _Lookup(NamedTuple):
         own = np.full(len(queries), -1) if own is None else own
         return cls(queries, rows, *common_codes(table, others), own)
 
-    def partners(self) -> np.ndarray:
-        """(n,) R of every query: the rows of its label but itself."""
+    def positives(self) -> np.ndarray:
+        """(n,) R of every query: the number of rows of its label without itself."""
         size = self.codes.max() + 1
         counts = np.bincount(self.row_codes, minlength=size)[self.codes]
         return counts - ((self.own >= 0) & (self.row_codes[self.own] == self.codes))
 
 
 class _Block(NamedTuple):
-    """The queries of one block, and what they find.
+    """The queries of one block and their nearest rows. Here n counts these queries.
 
     Attributes:
-        numbers: (n, m) distances to all rows, infinity to the query itself.
+        numbers: (n, m) distances to all rows, as `Space.blocks` gives them; infinity
+            to the query itself.
         codes: (n,) labels of the queries.
         row_codes: (m,) labels of the rows.
-        partners: (n,) R of the queries, at least 1.
-        found: (n, depth) the nearest rows.
-        neighbours: (n, depth) their labels. A query is no neighbour of its own, however
-            far one looks: there, -1.
-        hits: (n, depth) whether these are the labels of the queries.
+        positives: (n,) R of the queries, at least 1.
+        nearest_rows: (n, depth) numbers of the nearest rows.
+        neighbours: (n, depth) labels of the nearest rows, -1 for the query itself,
+            which comes last where `depth` is the number of all rows.
+        hits: (n, depth) whether a neighbour has the label of the query.
     """
 
     numbers: np.ndarray
     codes: np.ndarray
     row_codes: np.ndarray
-    partners: np.ndarray
-    found: np.ndarray
+    positives: np.ndarray
+    nearest_rows: np.ndarray
     neighbours: np.ndarray
     hits: np.ndarray
 
@@ -265,7 +269,7 @@ class _Block(NamedTuple):
         cls,
         lookup: _Lookup,
         who: np.ndarray,
-        partners: np.ndarray,
+        positives: np.ndarray,
         numbers: np.ndarray,
         depth: int,
     ) -> _Block:
@@ -273,23 +277,23 @@ class _Block(NamedTuple):
         codes, own = lookup.codes[who], lookup.own[who]
         known = np.flatnonzero(own >= 0)
         numbers[known, own[known]] = np.inf
-        found = nearest(numbers, depth)
-        neighbours = lookup.row_codes[found]
-        neighbours[found == own[:, None]] = -1
+        rows = nearest(numbers, depth)  # (n, depth)
+        neighbours = lookup.row_codes[rows]
+        neighbours[rows == own[:, None]] = -1
         hits = neighbours == codes[:, None]
-        return cls(numbers, codes, lookup.row_codes, partners, found, neighbours, hits)
+        return cls(numbers, codes, lookup.row_codes, positives, rows, neighbours, hits)
 
-    def values(self, word: str) -> np.ndarray:
-        """(n,) what the metric `word` is the mean of."""
-        name, _, k = word.partition("@")
-        if word in ("map@r", "r_precision"):
-            rank = np.arange(1, self.hits.shape[1] + 1)
-            hits_within_r = self.hits & (rank <= self.partners[:, None])
-            if word == "r_precision":
-                return hits_within_r.sum(axis=1) / self.partners
-            precision = np.cumsum(self.hits, axis=1) / rank
-            return (precision * hits_within_r).sum(axis=1) / self.partners
-        if word == "mrr":
+    def values(self, metric: str) -> np.ndarray:
+        """(n,) the value of a metric for every query; the metric is the mean of them."""
+        name, _, k = metric.partition("@")
+        if metric in ("map@r", "r_precision"):
+            rank = np.arange(1, self.hits.shape[1] + 1)  # (depth,)
+            hits_within_r = self.hits & (rank <= self.positives[:, None])
+            if metric == "r_precision":
+                return hits_within_r.sum(axis=1) / self.positives
+            precision = np.cumsum(self.hits, axis=1) / rank  # (n, depth)
+            return (precision * hits_within_r).sum(axis=1) / self.positives
+        if metric == "mrr":
             return 1.0 / self._first_rank()
         if name == "recall":
             return self.hits[:, : int(k)].max(axis=1)
@@ -300,6 +304,8 @@ class _Block(NamedTuple):
     def _first_rank(self) -> np.ndarray:
         """(n,) rank, from 1, of the first hit of every query among all rows."""
         ranks = self.hits.argmax(axis=1) + 1
+        # Queries without a hit among their nearest rows: the nearest positive is sought
+        # among all rows, and the rows nearer than it are counted.
         for i in np.flatnonzero(~self.hits.any(axis=1)):
             same = np.flatnonzero(self.row_codes == self.codes[i])
             first = same[self.numbers[i, same].argmin()]
@@ -313,7 +319,7 @@ def shared_rows(queries: Any, gallery: Any) -> np.ndarray | None:
     """The row of `gallery` that lies in the same memory as each row of `queries`.
 
     Returns:
-        (n,) int64, -1 where there is none; None if no row is shared.
+        (n,) int64, -1 where no row does; None if no row is shared.
     """
     if queries is gallery and np.ndim(queries):
         return np.arange(len(queries))
@@ -330,6 +336,8 @@ def shared_rows(queries: Any, gallery: Any) -> np.ndarray | None:
     begin, gallery_begin = (
         array.__array_interface__["data"][0] for array in (queries, gallery)
     )
+    # A row of the queries is a row of the gallery if it begins a whole number of rows
+    # after the beginning of the gallery.
     offsets = begin - gallery_begin + np.arange(len(queries)) * queries.strides[0]
     rows, rest = np.divmod(offsets, gallery.strides[0])
     rows[(rest != 0) | (rows < 0) | (rows >= len(gallery))] = -1
@@ -337,7 +345,7 @@ def shared_rows(queries: Any, gallery: Any) -> np.ndarray | None:
 
 
 def themselves(met: np.ndarray, queries: int) -> str:
-    """What to tell of queries that are in the gallery."""
+    """The warning for queries that seem to be in the gallery."""
     return (
         f"{len(met)} of {queries} queries have an equal row of their own label in "
         f"`gallery`, the first is query {met[0]}. If they are the same samples, they "
@@ -346,17 +354,22 @@ def themselves(met: np.ndarray, queries: int) -> str:
     )
 
 
-def _meets_itself(space: Space, part: slice, block: _Block) -> np.ndarray:
-    """Which queries of one block have the same sample, of their label, as nearest row.
+def _meets_itself(space: Space, span: slice, block: _Block) -> np.ndarray:
+    """(n,) whether the nearest row of a query is the same sample, with the same label.
 
-    A second forward pass may round otherwise, so that equal means: much nearer than
-    the row after it. Where many rows are equal (a collapsed model, data of few
-    values) nothing can be told.
+    Two forward passes over one sample may differ by rounding. So a row counts as the
+    same sample if it is `_ITSELF` times nearer than the second nearest row. Where many
+    rows are equal (a collapsed model, data of few values) no query counts.
+
+    Args:
+        space: the queries and rows.
+        span: the rows of `space.queries` that are in the block.
+        block: the block.
     """
-    if block.found.shape[1] < 2:
-        return np.zeros(len(block.found), bool)
+    if block.nearest_rows.shape[1] < 2:
+        return np.zeros(len(block.nearest_rows), bool)
     two = row_distances(
-        space.queries[part, None], space.gallery[block.found[:, :2]], "euclidean"
+        space.queries[span, None], space.gallery[block.nearest_rows[:, :2]], "euclidean"
     )
     first = two.argmin(axis=1)[:, None]
     nearer, farther = two.min(axis=1), two.max(axis=1)
@@ -364,18 +377,23 @@ def _meets_itself(space: Space, part: slice, block: _Block) -> np.ndarray:
     return equal & np.take_along_axis(block.hits, first, axis=1)[:, 0]
 
 
-def _depth(metrics: Sequence[str], partners: np.ndarray, available: int) -> int:
+def _depth(metrics: Sequence[str], positives: np.ndarray, available: int) -> int:
     """How many neighbours the metrics of one block look at."""
-    wanted = [2, *(int(word.partition("@")[2]) for word in metrics if _has_k(word))]
+    # `_meets_itself` looks at two.
+    wanted = [
+        2,
+        *(int(metric.partition("@")[2]) for metric in metrics if _has_k(metric)),
+    ]
     if "map@r" in metrics or "r_precision" in metrics:
-        wanted.append(int(partners.max()))
+        wanted.append(int(positives.max()))
     return min(max(wanted), available)
 
 
 def _vote(neighbours: np.ndarray) -> np.ndarray:
-    """The most frequent code of every row; of equally frequent ones the first."""
+    """The most frequent code of every row; of equally frequent codes the first."""
     best = neighbours[:, 0].copy()
     most = np.zeros(len(neighbours), np.int64)
+    # A later label must be more frequent to win, so of equals the nearest stays.
     for column in neighbours.T:
         count = (neighbours == column[:, None]).sum(axis=1)
         better = count > most
@@ -386,7 +404,7 @@ def _vote(neighbours: np.ndarray) -> np.ndarray:
 def _clustering(
     rows: np.ndarray, codes: np.ndarray, metrics: Sequence[str], seed: int
 ) -> dict[str, float]:
-    """`nmi` and `ami` of a k-means clustering, those of them that are wanted."""
+    """`nmi` and `ami` of a k-means clustering, as far as `metrics` asks for them."""
     try:
         from sklearn import cluster
         from sklearn import metrics as scores
@@ -395,35 +413,36 @@ def _clustering(
             "The metrics 'nmi' and 'ami' need scikit-learn: pip install scikit-learn."
         ) from error
     count = len(np.unique(codes))
-    found = cluster.KMeans(count, n_init=1, random_state=seed).fit_predict(rows)
+    clusters = cluster.KMeans(count, n_init=1, random_state=seed).fit_predict(rows)
     functions = (
         scores.normalized_mutual_info_score,
         scores.adjusted_mutual_info_score,
     )
     return {
-        word: float(score(codes, found))
-        for word, score in zip(_CLUSTERING, functions, strict=True)
-        if word in metrics
+        metric: float(score(codes, clusters))
+        for metric, score in zip(_CLUSTERING, functions, strict=True)
+        if metric in metrics
     }
 
 
 def check_metrics(metrics: Any) -> tuple[str, ...]:
-    """The words of `retrieval_metrics`, else an error that names the wrong one."""
+    """The metric words of `retrieval_metrics`, else an error for the first unknown word."""
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if not metrics:
-        raise _checks.value_error("metrics", "at least one word", metrics)
-    for word in metrics:
-        if not (isinstance(word, str) and _has_k(word)):
-            _checks.one_of("metrics", word, (*METRICS, "knn@5", *_CLUSTERING))
+        raise _checks.value_error("metrics", "at least one metric word", metrics)
+    for metric in metrics:
+        if not (isinstance(metric, str) and _has_k(metric)):
+            _checks.one_of("metrics", metric, (*METRICS, "knn@5", *_CLUSTERING))
     return metrics
 
 
-def _has_k(word: str) -> bool:
-    return re.fullmatch(r"(recall|precision|knn)@[1-9][0-9]*", word) is not None
+def _has_k(metric: str) -> bool:
+    """Whether a metric word ends with a number of neighbours, as "recall@5" does."""
+    return re.fullmatch(r"(recall|precision|knn)@[1-9][0-9]*", metric) is not None
 
 
 def label_table(name: str, value: Any, length: int) -> LabelTable:
-    """The table of `length` labels, else an error that names them."""
+    """The table of `length` labels, else an error with the name of the argument."""
     table = LabelTable(value, name=name)
     if len(table.codes) != length:
         raise _checks.value_error(
@@ -433,7 +452,8 @@ def label_table(name: str, value: Any, length: int) -> LabelTable:
 
 
 def common_codes(own: LabelTable, others: LabelTable) -> tuple[np.ndarray, np.ndarray]:
-    """The codes of two sets of labels by one table."""
+    """The codes of two sets of labels by one common table of classes."""
+    # In one array integers would become strings without a word.
     kinds = [table.classes.dtype.kind in "iu" for table in (own, others)]
     if kinds[0] != kinds[1]:
         raise _checks.type_error(

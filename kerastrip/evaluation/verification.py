@@ -1,4 +1,4 @@
-"""Verification figures of a set of embeddings: are these two of the same class?
+"""Verification metrics of a set of embeddings: are two samples of the same class?
 
 Two samples are taken for the same if their distance is at most a threshold. NumPy
 on the CPU, every pair counted, in blocks of rows.
@@ -15,13 +15,13 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip.distances import DISTANCES
-from kerastrip.evaluation.embedding import (
+from kerastrip.evaluation.retrieval import label_table
+from kerastrip.evaluation.search import (
     Space,
     embeddings_array,
     row_distances,
     unit_rows,
 )
-from kerastrip.evaluation.retrieval import label_table
 
 __all__ = [
     "METRICS",
@@ -48,23 +48,24 @@ METRICS = (
     "accuracy",
     "f1",
 )
-# Up to so many pairs are sorted, more are counted in a histogram of so many cells,
-# 2^17 of them from one power of two to the next.
+# Up to `_SORTED` pairs are sorted, more pairs are counted in a histogram of `_CELLS`
+# cells, 2^17 of which lie between one power of two and the next.
 _SORTED = 1 << 22
 _CELLS, _DROPPED_BITS = 1 << 22, 6
 _FLAGS = (numbers.Real, np.bool_)
-# Rows at a time, so that what is made of them stays small.
+# Rows of a block that are flattened at a time, so that the copies stay small.
 _ROWS = 64
 
 
 class OperatingPoint(NamedTuple):
-    """What one threshold makes of the pairs.
+    """The decisions that one threshold makes on the pairs.
 
     Attributes:
-        threshold: pairs at a distance of at most this are taken for the same;
-            -inf takes none.
-        accuracy: fraction of all pairs judged rightly.
-        precision: fraction of the accepted pairs that are the same; 0 without any.
+        threshold: pairs at a distance of at most this are accepted as the same;
+            -inf accepts no pair.
+        accuracy: fraction of all pairs that are decided rightly.
+        precision: fraction of the accepted pairs that are the same; 0 if no pair is
+            accepted.
         recall: fraction of the same pairs that are accepted (TAR).
         f1: harmonic mean of precision and recall.
         far: fraction of the different pairs that are accepted.
@@ -80,12 +81,12 @@ class OperatingPoint(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VerificationCurve:
-    """Accepted pairs at every threshold, and the figures that follow.
+    """The accepted pairs at every threshold, and the metrics that follow from them.
 
     Attributes:
-        thresholds: (m,) float64, ascending; the first, -inf, accepts nothing.
+        thresholds: (m,) float64, ascending; the first, -inf, accepts no pair.
         same: (m,) int64, number of same pairs at a distance <= threshold.
-        different: (m,) int64, number of different pairs likewise.
+        different: (m,) int64, number of different pairs at a distance <= threshold.
     """
 
     thresholds: np.ndarray
@@ -111,6 +112,7 @@ class VerificationCurve:
     @property
     def eer(self) -> float:
         """Equal error rate: where FAR = 1 - TAR on the straight lines of the ROC."""
+        # FAR + TAR - 1 rises from -1 to 1 and passes 0 between the points i - 1 and i.
         far, excess = self.far, self.far + self.tar - 1.0
         i = int(np.searchsorted(excess, 0.0))
         share = -excess[i - 1] / (excess[i] - excess[i - 1])
@@ -119,31 +121,32 @@ class VerificationCurve:
     def at_far(self, far: float) -> OperatingPoint:
         """The point of the highest recall whose FAR is at most `far`.
 
-        Nothing is interpolated: with fewer than 1 / `far` different pairs that is
-        FAR = 0.
+        Nothing is interpolated: with fewer than 1 / `far` different pairs the point
+        has FAR = 0.
         """
         far = _checks.number("far", far, minimum=0.0, maximum=1.0)
         return self._point(int(np.searchsorted(self.far, far, side="right")) - 1)
 
     def best(self, criterion: str) -> OperatingPoint:
-        """The point of the highest "accuracy" or "f1", the strictest of several."""
+        """The point of the highest "accuracy" or "f1"; of equal ones the least threshold."""
         if _checks.one_of("criterion", criterion, ("accuracy", "f1")) == "f1":
             # F1 = 2 TP / (TP + FP + all same pairs)
             score = self.same / (self.same + self.different + self.same[-1])
         else:
+            # accuracy = (TP + all different pairs - FP) / all pairs
             score = self.same - self.different
         return self._point(int(score.argmax()))
 
     def figures(self, metrics: Sequence[str] = METRICS) -> dict[str, float]:
         """The dict that `verification_metrics` returns."""
         results: dict[str, float] = {}
-        for word in check_metrics(metrics):
-            if word in ("auc", "eer"):
-                results[word] = getattr(self, word)
-            elif word in ("accuracy", "f1"):
-                results[word] = getattr(self.best(word), word)
+        for metric in check_metrics(metrics):
+            if metric in ("auc", "eer"):
+                results[metric] = getattr(self, metric)
+            elif metric in ("accuracy", "f1"):
+                results[metric] = getattr(self.best(metric), metric)
             else:
-                results[word] = self.at_far(float(word.partition("@")[2])).recall
+                results[metric] = self.at_far(float(metric.partition("@")[2])).recall
         return {
             **results,
             "same_pairs": int(self.same[-1]),
@@ -174,11 +177,11 @@ def verification_curve(
 ) -> VerificationCurve:
     """Counts the accepted pairs of same and different label at every threshold.
 
-    Without `pairs` these are all n (n - 1) / 2 pairs. Up to four million are sorted:
-    every distance is a threshold. More are counted, each of them, in a histogram
-    whose cells are 2^-18 of the distance wide or less; a threshold is the upper end
-    of a cell, so every point of the curve is exact, and two distances of one cell
-    (float32 hardly tells them apart) count as equal.
+    Without `pairs` all n (n - 1) / 2 pairs are counted. Up to four million pairs are
+    sorted, and every distance is a threshold. More pairs are counted in a histogram
+    whose cells are 2^-18 of the distance wide or less. A threshold is then the upper
+    end of a cell, so that every point of the curve is exact; two distances of one cell,
+    which float32 hardly tells apart, count as equal.
 
     Args:
         embeddings: (n, dim) finite numbers.
@@ -186,7 +189,8 @@ def verification_curve(
         pairs: (pairs, 2) rows of `embeddings`. Default: all.
         is_same: (pairs,) booleans, in place of `labels`.
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
-            arrays do not tell what they were trained with: give that of the loss.
+            arrays do not tell which distance they were trained with: give the distance
+            of the loss.
         verbose: whether to show a progress bar over all pairs once it takes over two
             seconds. Default False.
 
@@ -235,16 +239,16 @@ def verification_metrics(
     distance: str = "euclidean",
     verbose: bool = False,
 ) -> dict[str, float]:
-    """How well a threshold on the distance tells same pairs from different ones.
+    """How well a threshold on the distance tells same pairs from different pairs.
 
-    | word | |
+    | metric word | |
     |---|---|
     | `auc` | area under the ROC: P(d_same < d_different) + P(equal) / 2 |
-    | `eer` | equal error rate, where the rate of false accepts is that of false rejects |
-    | `tar@f` | fraction of the same pairs accepted when at most the fraction f of the different ones is, 0 < f < 1 |
-    | `accuracy`, `f1` | at the threshold where they are best |
+    | `eer` | equal error rate, where the rate of false accepts equals the rate of false rejects |
+    | `tar@f` | fraction of the same pairs that are accepted at the highest threshold that accepts at most a fraction f of the different pairs, 0 < f < 1 |
+    | `accuracy`, `f1` | at the threshold where this metric is highest |
 
-    The thresholds themselves, with precision and recall there, come from
+    The thresholds, with the precision and recall at each, come from
     `verification_curve(...).best("accuracy")`, `.best("f1")` and `.at_far(f)`.
 
     Args:
@@ -252,17 +256,19 @@ def verification_metrics(
         labels: (n,) integers or strings, or (n, classes) one-hot rows.
         pairs: (pairs, 2) rows of `embeddings`. Default: all n (n - 1) / 2.
         is_same: (pairs,) booleans, in place of `labels`.
-        metrics: words of the table. Default: all, f from 0.1 to 0.0001.
+        metrics: metric words of the table. Default: all, f from 0.1 to 0.0001.
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
-            arrays do not tell what they were trained with: give that of the loss.
+            arrays do not tell which distance they were trained with: give the distance
+            of the loss.
         verbose: as for `verification_curve`.
 
     Returns:
-        Dict with one float in [0, 1] per word, and the counts `"same_pairs"` and
+        Dict with one float in [0, 1] per metric word, and the counts `"same_pairs"` and
         `"different_pairs"`.
 
     Raises:
-        TypeError, ValueError: as `verification_curve`, and for an unknown word.
+        TypeError, ValueError: as `verification_curve`, and for an unknown metric
+            word.
 
     Example:
 
@@ -284,13 +290,13 @@ def verification_metrics(
 
 
 class FoldedAccuracy(NamedTuple):
-    """Accuracies on folds that had no part in choosing their threshold.
+    """The accuracy on each fold, at a threshold that was chosen on the other folds.
 
     Attributes:
         accuracy: mean over the folds.
-        standard_error: of that mean, s / sqrt(folds).
-        accuracies: (folds,) accuracy of each.
-        thresholds: (folds,) threshold of each, chosen on the others.
+        standard_error: standard error of the mean, s / sqrt(folds).
+        accuracies: (folds,) accuracy on each fold.
+        thresholds: (folds,) threshold for each fold, chosen on the other folds.
     """
 
     accuracy: float
@@ -309,18 +315,19 @@ def verification_folds(
 ) -> FoldedAccuracy:
     """Cross-validated accuracy on a list of pairs, as for Labeled Faces in the Wild.
 
-    Each fold is judged by the threshold of the best accuracy on all other folds.
+    Each fold is decided by the threshold that has the best accuracy on all other folds.
 
     Args:
         embeddings: (n, dim) finite numbers.
         pairs: (pairs, 2) rows of `embeddings`.
         is_same: (pairs,) booleans.
         folds: the number of folds, at least 2: the same pairs and the different
-            pairs are cut into so many runs each, in their order (for the list of
-            LFW these are its own ten folds). Or (pairs,) integers, the fold of
-            each pair. Default 10.
+            pairs are each cut into this many runs, in their order. (With 10, the
+            list of LFW is cut into its own ten folds.) Or (pairs,) integers, the fold
+            of each pair. Default 10.
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
-            arrays do not tell what they were trained with: give that of the loss.
+            arrays do not tell which distance they were trained with: give the distance
+            of the loss.
 
     Returns:
         A `FoldedAccuracy`.
@@ -371,7 +378,8 @@ def pair_distances(
         embeddings: (n, dim) finite numbers.
         pairs: (pairs, 2) rows of `embeddings`.
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
-            arrays do not tell what they were trained with: give that of the loss.
+            arrays do not tell which distance they were trained with: give the distance
+            of the loss.
 
     Returns:
         (pairs,) float32.
@@ -386,6 +394,7 @@ def pair_distances(
     pairs = pairs_array(pairs, len(rows))
     if distance == "cosine":
         rows = unit_rows(rows)
+    # In blocks, because all differences at once may be larger than the memory.
     step = max(1, (1 << 22) // rows.shape[1])
     parts = [pairs[low : low + step] for low in range(0, len(pairs), step)]
     return np.concatenate(
@@ -397,12 +406,14 @@ def _curve(distances: np.ndarray, is_same: np.ndarray) -> VerificationCurve:
     """The curve of pairs by sorting their distances."""
     order = np.argsort(distances)
     ascending = distances[order]
+    # A threshold accepts all pairs at equal distances: only the last of them is a point.
     last = np.append(np.flatnonzero(ascending[1:] != ascending[:-1]), len(order) - 1)
     same = np.cumsum(is_same[order])[last]
     return _with_start(ascending[last], same, last + 1 - same)
 
 
 def _with_start(thresholds: Any, same: Any, different: Any) -> VerificationCurve:
+    """The curve of these counts, with the threshold that accepts no pair put first."""
     return VerificationCurve(
         np.concatenate([[-np.inf], thresholds]),
         np.concatenate([[0], same]),
@@ -413,12 +424,14 @@ def _with_start(thresholds: Any, same: Any, different: Any) -> VerificationCurve
 def _curve_of_all(
     rows: np.ndarray, codes: np.ndarray, distance: str, verbose: bool
 ) -> VerificationCurve:
-    """The curve of all pairs, by sorting if there are few, else by a histogram."""
+    """The curve of all pairs: sorted up to `_SORTED` pairs, beyond that in a histogram."""
     space = Space.of(rows, rows, distance)
     parts = _all_pairs(space, codes, verbose)
     if len(rows) * (len(rows) - 1) // 2 <= _SORTED:
         values, same = (np.concatenate(part) for part in zip(*parts, strict=True))
         return _curve(space.distances(values), same)
+    # No number of a block is larger: half a squared distance is at most 4 times the
+    # largest |row - mean|^2 / 2, and a cosine distance at most 2, up to rounding.
     largest = 5 * space.left[:, -1].max() if distance != "cosine" else 2.5
     base = int(_cell_of(np.float32(largest))) - _CELLS + 1
     counts, counts_same = np.zeros(_CELLS, np.int64), np.zeros(_CELLS, np.int64)
@@ -440,8 +453,13 @@ def _cell_of(values: Any) -> np.ndarray:
     """The int64 cell of float32 values >= 0, larger values in no lower cells.
 
     The bits of a float are its exponent over its mantissa, so that the bits of floats
-    >= 0 are integers in the order of the floats. Without the last of them they number
-    cells of a width in proportion to the value.
+    >= 0 are integers in the order of the floats. Without their last `_DROPPED_BITS`
+    bits they are the numbers of cells whose width grows with the value. For the floats
+    from 1 to 2, if a mantissa had 4 bits and 2 of them were dropped:
+
+        float      1.0    1.0625  1.1875   1.25   ...   1.9375
+        mantissa   0000   0001    0011     0100         1111
+        cell       00     00      00       01           11
     """
     return (values.view(np.uint32) >> _DROPPED_BITS).astype(np.int64)
 
@@ -455,27 +473,35 @@ def _largest_of(cells: np.ndarray) -> np.ndarray:
 def _all_pairs(
     space: Space, codes: np.ndarray, verbose: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Values of `space.blocks` above the diagonal, flat, and which are of one code."""
+    """Flat values of `space.blocks` above the diagonal, and whether each is a same pair.
+
+    A block holds the columns from its first row on. Of its rows a few are taken at a
+    time (here 2 of a block of 4 rows; "." is the diagonal and what lies below it):
+
+        . a b b b b      a: `np.triu_indices` of the square at the diagonal
+        . . b b b b      b: the columns to the right of the square, whole
+    """
     for rows, block in space.blocks(upper=True, verbose=verbose):
         for low in range(0, len(block), _ROWS):
-            part = block[low : low + _ROWS, low:]
+            some = block[low : low + _ROWS, low:]
             first = rows.start + low
-            same = codes[first : first + len(part), None] == codes[first:]
-            above = np.triu_indices(len(part), 1)
+            same = codes[first : first + len(some), None] == codes[first:]
+            above = np.triu_indices(len(some), 1)
             yield tuple(  # type: ignore[misc]
-                np.concatenate([array[above], array[:, len(part) :].ravel()])
-                for array in (part, same)
+                np.concatenate([array[above], array[:, len(some) :].ravel()])
+                for array in (some, same)
             )
 
 
 def check_codes(name: str, codes: np.ndarray) -> None:
-    """An error unless two labels are equal and two are not."""
-    sizes = np.bincount(codes)
+    """An error unless two rows share a label and two rows do not."""
+    sizes = np.bincount(codes)  # rows of each class
     same = int((sizes * (sizes - 1) // 2).sum())
     _check_both(len(codes) * (len(codes) - 1) // 2, same, name)
 
 
 def _check_both(pairs: int, same: int, name: str) -> None:
+    """An error unless there are same pairs and different pairs."""
     if same in (0, pairs):
         raise _checks.value_error(
             name,
@@ -539,6 +565,7 @@ def _fold_of(folds: Any, is_same: np.ndarray) -> np.ndarray:
             "folds", f"at most {fewest}, the pairs of the rarer kind", folds
         )
     fold_of = np.empty(len(is_same), np.int64)
+    # The same and the different pairs are cut one after the other, so every fold has both.
     for kind in (is_same, ~is_same):
         members = np.flatnonzero(kind)
         fold_of[members] = np.arange(len(members)) * folds // len(members)
@@ -546,18 +573,18 @@ def _fold_of(folds: Any, is_same: np.ndarray) -> np.ndarray:
 
 
 def check_metrics(metrics: Any) -> tuple[str, ...]:
-    """The words of `verification_metrics`, else an error that names the wrong one."""
+    """The metric words of `verification_metrics`, or an error for an unknown word."""
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if not metrics:
-        raise _checks.value_error("metrics", "at least one word", metrics)
-    for word in metrics:
-        if isinstance(word, str) and word.startswith("tar@"):
+        raise _checks.value_error("metrics", "at least one metric word", metrics)
+    for metric in metrics:
+        if isinstance(metric, str) and metric.startswith("tar@"):
             try:
-                far = float(word[4:])
+                far = float(metric[4:])
             except ValueError:
-                far = -1.0
+                far = -1.0  # which is refused below
             if not 0.0 < far < 1.0:
-                raise _checks.value_error("metrics", "'tar@f' with 0 < f < 1", word)
+                raise _checks.value_error("metrics", "'tar@f' with 0 < f < 1", metric)
         else:
-            _checks.one_of("metrics", word, METRICS)
+            _checks.one_of("metrics", metric, METRICS)
     return metrics

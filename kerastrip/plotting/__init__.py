@@ -1,4 +1,4 @@
-"""Figures of a training, with matplotlib."""
+"""Charts of a training, with matplotlib."""
 
 from kerastrip.metrics import FRACTIONS as FRACTIONS
 from kerastrip.plotting.figures import (

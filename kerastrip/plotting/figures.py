@@ -1,12 +1,12 @@
-"""Figures of a training: what the mining does, where the embeddings lie, what is confused.
+"""Charts of a training: the mining, the embeddings, the distances, the confused classes.
 
-Every function draws a new figure (or on given matplotlib axes, where one is
-enough), writes it to `path` when one is given, and returns the
-`matplotlib.figure.Figure`. `figure.get_label()` says in words what the figure shows, as
-an alternative text of a page does. No figure needs the eye to tell red from green:
-a sign, a shape or a kind of line says the same as each colour.
-matplotlib (`pip install kerastrip[plot]`) is imported when a figure is drawn,
-and its global state (`pyplot`) is left alone.
+Every function draws a new figure, or draws on given matplotlib axes where a single axes
+is enough. It writes the figure to `path` if a path is given, and returns the
+`matplotlib.figure.Figure`. `figure.get_label()` says in words what the figure shows, for
+use as an alternative text. No chart needs the eye to tell red from green: a sign, a
+shape or a kind of line says the same as each colour.
+matplotlib (`pip install kerastrip[plot]`) is imported when a figure is drawn, and its
+global state (`pyplot`) does not change.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._files import readable
 from kerastrip.evaluation.confusions import confusions, nearest_others, spread_rows
-from kerastrip.evaluation.embedding import embeddings_array
 from kerastrip.evaluation.retrieval import label_table
+from kerastrip.evaluation.search import embeddings_array
 from kerastrip.evaluation.verification import VerificationCurve
-from kerastrip.metrics import FRACTIONS as FRACTIONS
-from kerastrip.plotting.pictures import file_names, pictures
+from kerastrip.metrics import FRACTIONS
+from kerastrip.plotting.thumbnails import as_uint8, file_names
 from kerastrip.sources import as_source
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLOURS",
+    "DIFFERENT",
+    "SAME",
     "plot_batch",
     "plot_confusions",
     "plot_distances",
@@ -53,12 +55,12 @@ _CLASS_COLOURS = np.array(
     ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#333333"]
 )
 _MARKERS = "os^DP"
-_LEGEND = 20  # so many classes have their names in the plane, not in a legend
-_NAMED = 30  # classes that are named there at most
-# Points of a curve that are drawn: more than a screen has.
+_LEGEND = 20  # from so many classes on the names stand in the plane, not in a legend
+_NAMED = 30  # at most so many classes have their names there
+# So many points of a curve are drawn: more than a screen has pixels for.
 _POINTS = 1000
-# A sheet of samples: the width of a sample in inches, and how many there is room for
-# at least, so that the words fit.
+# A sheet of samples: the width of a sample in inches, and the least number of samples
+# that a line has room for, so that the title and the headings fit.
 _CELL, _COLUMNS = 0.77, 6
 
 
@@ -79,7 +81,7 @@ def plot_mining(
         history: one sequence per key, as in `History.history`: `easy`,
             `semi_hard`, `hard` and, when present, `loss`, each with one value
             per epoch.
-        prefix: put before every key: `"val_"` draws the validation.
+        prefix: text before every key: `"val_"` draws the validation.
         epochs: the number of each epoch; 1, 2, ... by default.
         ax: the axes to draw on; a new figure by default.
         path: where to write the figure; nothing is written by default.
@@ -101,7 +103,7 @@ def plot_mining(
     lines = _mining_lines(history, prefix)
     figure, ax = _figure(ax, (7.0, 3.6))
     numbers = np.arange(1, len(lines["hard"]) + 1) if epochs is None else epochs
-    if len(numbers) == 1:  # a band, where an area would have no width
+    if len(numbers) == 1:  # a band of width 1: the area over one point has no width
         x = np.array([-0.5, 0.5]) + numbers
         lines = {key: np.repeat(line, 2) for key, line in lines.items()}
         ax.set_xticks(numbers)
@@ -113,6 +115,7 @@ def plot_mining(
     drawn: list[Any] = ax.stackplot(
         x, [lines[n] for n in names], colors=colours, labels=names
     )
+    # Hard triplets are hatched, so that the eye needs no colours to find them.
     drawn[0].set(hatch="///", edgecolor="#ffffff55", linewidth=0)
     ax.set(xlabel="epoch", ylabel="fraction of triplets", ylim=(0, 1), xlim=x[[0, -1]])
     if "loss" in lines:
@@ -124,10 +127,10 @@ def plot_mining(
     ends = [
         f"{key} from {line[0]:.3g} to {line[-1]:.3g}" for key, line in lines.items()
     ]
-    told = (
+    words = (
         f"Triplets in {data}, epochs {numbers[0]} to {numbers[-1]}: {', '.join(ends)}."
     )
-    return _written(figure, told, path)
+    return _written(figure, words, path)
 
 
 def _mining_lines(
@@ -160,14 +163,14 @@ def plot_embeddings(
 ) -> Figure:
     """Draw embeddings in the plane of their first two principal components.
 
-    Up to 19 classes have a legend. Of twenty and more the largest 30 have their name
-    at the mean of their points, as far as there is room.
+    Up to 19 classes are named in a legend. Of twenty and more classes the largest 30
+    have their names at the means of their points, as far as there is room.
 
     Args:
         embeddings: `(samples, dim)` numbers, dim >= 2.
-        labels: `(samples,)` labels; each has a colour and a shape.
-        names: what the distinct labels are called, in sorted order; the labels
-            themselves by default.
+        labels: `(samples,)` labels; each label has a colour and a shape.
+        names: names of the distinct labels, in sorted order; the labels themselves by
+            default.
         ax: the axes to draw on; a new figure by default.
         path: where to write the figure; nothing is written by default.
 
@@ -193,6 +196,7 @@ def plot_embeddings(
     distinct, codes = np.unique(labels, return_inverse=True)
     names = [readable(name) for name in (distinct if names is None else names)]
     few = len(names) < _LEGEND
+    # One call draws a class that the legend names, or else all classes of one shape.
     groups = codes if few else codes % len(_MARKERS)
     for group in range(groups.max() + 1):
         of = groups == group
@@ -212,8 +216,10 @@ def plot_embeddings(
             text.set_parse_math(False)
     else:
         _name_means(ax, points, codes, names)
-    told = f"{len(points)} embeddings of {len(names)} classes in their principal plane."
-    return _written(figure, told, path)
+    words = (
+        f"{len(points)} embeddings of {len(names)} classes in their principal plane."
+    )
+    return _written(figure, words, path)
 
 
 def plot_batch(
@@ -230,8 +236,8 @@ def plot_batch(
             with 1 or 3 channels; integers in 0..255, or floats, which are
             drawn between their least and greatest value when they leave 0..1.
         labels: `(rows,)` labels, rows of one class side by side.
-        names: what each row of the grid is called, in order; the labels
-            themselves by default.
+        names: name of each row of the grid, in order; the labels themselves by
+            default.
         path: where to write the figure; nothing is written by default.
 
     Returns:
@@ -246,7 +252,7 @@ def plot_batch(
     >>> [text.get_text() for text in figure.axes[0].texts]
     ['Batch', '3', '5']
     """
-    images, labels = pictures("images", images), np.asarray(labels)
+    images, labels = as_uint8("images", images), np.asarray(labels)
     if labels.shape != images.shape[:1]:
         raise _checks.value_error("labels", f"shape ({len(images)},)", labels)
     starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
@@ -272,14 +278,15 @@ def plot_distances(
 ) -> Figure:
     """Draw histograms of the distances of positives and of negatives.
 
-    The less they overlap, the better a threshold tells them apart. Every pair that
-    the curve has counted is in the figure; each histogram has the area 1.
+    The less the two histograms overlap, the better a threshold tells positives from
+    negatives. Every pair that the curve has counted is drawn; each histogram has the
+    area 1.
 
     Args:
         curve: from `kerastrip.verification.verification_curve(embeddings, labels)`.
         margin: the margin of the loss. Shades mean positive distance ... + margin;
             the negatives should lie to the right of it.
-        distance: the word for the distances of the curve, for the axis.
+        distance: name of the distance, for the label of the axis.
         bins: number of bins, at least 1. Default 60.
         ax: the axes to draw on; a new figure by default.
         path: where to write the figure; nothing is written by default.
@@ -300,6 +307,7 @@ def plot_distances(
         margin = _checks.number("margin", margin, above=0)
     figure, ax = _figure(ax, (6.0, 3.6))
     edges = np.linspace(0, max(curve.thresholds[-1], 1e-12), bins + 1)
+    # For every edge the last point of the curve at or below it.
     upto = np.searchsorted(curve.thresholds, edges, side="right") - 1
     for kind, counts, colour, line in (
         ("positive", curve.same, SAME, "-"),
@@ -321,11 +329,11 @@ def plot_distances(
     axis = f"{distance or ''} distance".replace("_", " ").strip()
     ax.set(xlabel=axis, ylabel="density of pairs", xlim=(0, edges[-1]), ylim=(0, None))
     _headed(ax, "Distances of positive and negative pairs")
-    told = (
+    words = (
         f"Histograms of the {axis} of {curve.same[-1]:,} positive and "
         f"{curve.different[-1]:,} negative pairs; equal error rate {curve.eer:.4g}."
     )
-    return _written(figure, told, path)
+    return _written(figure, words, path)
 
 
 def plot_roc(
@@ -335,11 +343,11 @@ def plot_roc(
     ax: Axes | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw the ROC: true accepts over false accepts, with the equal error rate.
+    """Draw the ROC: the rate of true accepts over that of false accepts, and the EER.
 
     Args:
         curve: from `kerastrip.verification.verification_curve(embeddings, labels)`.
-        log: whether the axis of the false accepts is logarithmic, down to one
+        log: whether the axis of the false accepts is logarithmic; it then begins at one
             false accept. Default False.
         ax: the axes to draw on; a new figure by default.
         path: where to write the figure; nothing is written by default.
@@ -356,8 +364,9 @@ def plot_roc(
     ['AUC 1.0000', 'EER 0.0000', 'chance']
     """
     figure, ax = _figure(ax, (4.6, 4.2))
-    least = 1 / float(curve.different[-1])
+    least = 1 / float(curve.different[-1])  # FAR of one false accept
     grid = np.geomspace(least, 1, _POINTS) if log else np.linspace(0, 1, _POINTS)
+    # Points at even steps along both axes: a steep curve has few along the first.
     places = np.r_[
         np.searchsorted(curve.far, grid, side="right") - 1,
         np.searchsorted(curve.tar, np.linspace(0, 1, _POINTS)),
@@ -381,8 +390,8 @@ def plot_roc(
     else:
         ax.set_xlim(-0.02, 1)
     _headed(ax, "ROC of all pairs")
-    told = f"ROC of all pairs: AUC {curve.auc:.4f}, equal error rate {eer:.4f}."
-    return _written(figure, told, path)
+    words = f"ROC of all pairs: AUC {curve.auc:.4f}, equal error rate {eer:.4f}."
+    return _written(figure, words, path)
 
 
 def plot_confusions(
@@ -399,19 +408,20 @@ def plot_confusions(
 ) -> Figure:
     """Draw the classes that nearest neighbours confuse most, with examples.
 
-    A line for each pair of classes: samples of the first (left) beside their nearest
-    neighbour, which is of the second (right, in a dashed frame), the nearest first.
+    There is a line for each pair of classes. It shows samples of the first class, each
+    beside its nearest neighbour, which is of the second class and has a dashed frame.
+    The sample nearest to its neighbour comes first.
 
     Args:
         embeddings: `(samples, dim)` finite numbers, two rows at least.
         labels: `(samples,)` integers or strings, or one-hot rows.
-        images: what to show of each sample: an array as for `plot_batch`, or a
-            source of such images. Default None: the names of the samples alone.
-        pairs: how many pairs of classes to show at most. Default 5.
-        examples: how many samples of each to show at most. Default 3.
-        names: what the distinct labels are called, in sorted order; the labels
-            themselves by default.
-        samples: what the samples are called. Default: as the files that `images`
+        images: an image of each sample: an array as for `plot_batch`, or a source of
+            images. Default None: the figure shows the names of the samples only.
+        pairs: the largest number of pairs of classes to show. Default 5.
+        examples: the largest number of samples to show of each pair. Default 3.
+        names: names of the distinct labels, in sorted order; the labels themselves by
+            default.
+        samples: names of the samples. Default: the names of the files that `images`
             reads, else "sample 12".
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
         path: where to write the figure; nothing is written by default.
@@ -445,8 +455,8 @@ def plot_confusions(
             for a, b in couples
             for row, right in ((a, None), (b, False))
         ]
-        told = f"{names[one.code]} taken for {names[one.taken_for]}"
-        lines.append((f"{told}, {len(one.queries)} of {one.total}", line))
+        heading = f"{names[one.code]} taken for {names[one.taken_for]}"
+        lines.append((f"{heading}, {len(one.queries)} of {one.total}", line))
     title = "Confused classes" if lines else "No confused classes"
     title = f"{title} by {distance.replace('_', ' ')} distance"
     return _written(*_sheet(title, lines, source, samples, named=True), path)
@@ -466,19 +476,20 @@ def plot_neighbours(
 ) -> Figure:
     """Draw some samples and their nearest neighbours.
 
-    Right neighbours have ✓ and a blue frame, wrong ones ✗ and a dashed red frame.
+    Neighbours of the class of the sample have ✓ and a blue frame, neighbours of another
+    class ✗ and a dashed red frame.
 
     Args:
         embeddings: `(samples, dim)` finite numbers, two rows at least.
         labels: `(samples,)` integers or strings, or one-hot rows.
-        images: what to show of each sample: an array as for `plot_batch`, or a
-            source of such images. Default None: the names of the samples alone.
-        queries: rows to look up among the others, or how many, spread over the
-            classes. Default 6.
-        k: neighbours of each, at least 1. Default 5.
-        names: what the distinct labels are called, in sorted order; the labels
-            themselves by default.
-        samples: what the samples are called. Default: as the files that `images`
+        images: an image of each sample: an array as for `plot_batch`, or a source of
+            images. Default None: the figure shows the names of the samples only.
+        queries: the rows whose neighbours to show, or a number of rows, which are then
+            spread over the classes. Default 6.
+        k: number of neighbours of each sample, at least 1. Default 5.
+        names: names of the distinct labels, in sorted order; the labels themselves by
+            default.
+        samples: names of the samples. Default: the names of the files that `images`
             reads, else "sample 12".
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`.
         path: where to write the figure; nothing is written by default.
@@ -518,12 +529,12 @@ def plot_neighbours(
     looked_up = nearest_others(rows, k, distance, asked)
     for query, fars, nearest in zip(asked, *looked_up, strict=True):
         right = codes[nearest] == codes[query]
-        found = [
+        neighbours = [
             _Sample(row, f"{'✓' if ok else '✗'} {names[codes[row]]}\n{far:.2g}", ok)
             for row, far, ok in zip(nearest, fars, right, strict=True)
         ]
-        told = f"{names[codes[query]]}, {right.sum()} of {len(found)} right"
-        lines.append((f"{samples[query]}: {told}", [_Sample(query), *found]))
+        summary = f"{names[codes[query]]}, {right.sum()} of {len(neighbours)} right"
+        lines.append((f"{samples[query]}: {summary}", [_Sample(query), *neighbours]))
     title = f"Nearest neighbours by {distance.replace('_', ' ')} distance"
     return _written(*_sheet(title, lines, source, samples), path)
 
@@ -531,7 +542,7 @@ def plot_neighbours(
 def _labelled(
     embeddings: Any, labels: Any, names: Sequence[str] | None
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Checked rows, the code of each, and what the codes are called."""
+    """The rows after their check, the code of each row, and the names of the codes."""
     rows = embeddings_array("embeddings", embeddings)
     if len(rows) < 2:
         raise _checks.value_error("embeddings", "two rows or more", rows)
@@ -548,7 +559,7 @@ def _labelled(
 def _shown(
     images: Any, samples: Sequence[str] | None, length: int
 ) -> tuple[Any, Sequence[str]]:
-    """The source of the images, None without, and what the samples are called."""
+    """The source of the images (None without images), and the names of the samples."""
     source = None if images is None else as_source(images, "images")
     if source is not None and len(source) != length:
         raise _checks.value_error(
@@ -562,7 +573,11 @@ def _shown(
 
 
 class _Sample(NamedTuple):
-    """A sample of a sheet: its row, a text, and whether it is right (None: no matter)."""
+    """A sample of a sheet: its row, a text below it, and which frame it has.
+
+    `right` is True for a neighbour of the right class, False for one of another class,
+    and None for a sample that is no neighbour.
+    """
 
     row: int
     text: str = ""
@@ -576,10 +591,10 @@ def _sheet(
     names: Sequence[str],
     named: bool = False,
 ) -> tuple[Figure, str]:
-    """Lines of samples, each under its heading, and what they show in words.
+    """A figure of lines of samples, each line under its heading; and its text in words.
 
-    One axes holds everything, because dozens of axes would take a second. Its unit is
-    the width of a sample:
+    One axes holds all samples, because dozens of axes would take a second to make. Its
+    unit is the width of a sample:
 
         heading           0.38 high
         +-----+ +-----+
@@ -590,19 +605,20 @@ def _sheet(
 
     Args:
         lines: (heading, samples) of each line.
-        source: of the images, or None: then the names stand in their place.
-        names: what the samples are called.
+        source: the source of the images, or None: then the names stand in their place.
+        names: the names of all samples, by row.
         named: whether the names stand below the images.
     """
     every = [one for _, line in lines for one in line]
     shown: dict[int, Any] = {one.row: _wrapped(names[one.row]) for one in every}
+    # The lines of text below each sample.
     below = [
         (shown[one.row] if named and source is not None else [])
         + [_short(text, 10) for text in one.text.splitlines()]
         for one in every
     ]
     if source is not None and shown:
-        images = pictures("images", source.take([*shown]))
+        images = as_uint8("images", source.take([*shown]))
         shown = dict(zip(shown, images, strict=True))
     height = 1.4 + 0.2 * max(map(len, below), default=0)
     columns = max([_COLUMNS, *(len(line) for _, line in lines)])
@@ -618,19 +634,21 @@ def _sheet(
         write(0.06, top + 0.2, _short(heading, 9 * columns), fontsize=9, weight="bold")
         for x, one in enumerate(line):
             _cell(ax, x + 0.5, top + 0.88, shown[one.row], one.right, next(texts))
-        told = (" ".join(f"{names[one.row]} {one.text}".split()) for one in line)
-        words += [heading, "  " + ", ".join(told)]
+        texts_of_line = (
+            " ".join(f"{names[one.row]} {one.text}".split()) for one in line
+        )
+        words += [heading, "  " + ", ".join(texts_of_line)]
     return figure, "\n".join(words)
 
 
 def _cell(
     ax: Axes, x: float, y: float, shown: Any, right: bool | None, below: Sequence[str]
 ) -> None:
-    """An image, or lines of text, in a frame around (x, y), and lines below it."""
+    """An image, or lines of text, in a frame around (x, y), and lines of text below it."""
     write = functools.partial(
         ax.text, ha="center", fontsize=8.5, linespacing=1.15, parse_math=False
     )
-    tall = wide = 0.44
+    tall = wide = 0.44  # half the sides of the frame
     if isinstance(shown, np.ndarray):
         tall, wide = 0.44 * np.array(shown.shape[:2]) / max(shown.shape[:2])
         edges = (x - wide, x + wide, y + tall, y - tall)
@@ -650,7 +668,7 @@ def _cell(
 
 
 def _short(text: str, most: int) -> str:
-    """The text; of a long one the beginning and the end."""
+    """The text; of a text longer than `most` the beginning and the end."""
     if len(text) <= most:
         return text
     return f"{text[: most // 2]}…{text[most // 2 + 1 - most :]}"
@@ -663,7 +681,7 @@ def _wrapped(name: str) -> list[str]:
 
 
 def _headed(ax: Axes, title: str, handles: Any = None) -> None:
-    """A title, and below it the legend, which covers nothing there."""
+    """Puts a title above the axes, and the legend between both, where it covers nothing."""
     ax.set_title(title, pad=26)
     between: dict[str, Any] = {
         "loc": "lower center",
@@ -681,10 +699,16 @@ def _headed(ax: Axes, title: str, handles: Any = None) -> None:
 def _name_means(
     ax: Axes, points: np.ndarray, codes: np.ndarray, names: Sequence[str]
 ) -> None:
-    """The names of the largest classes at the means of their points.
+    """Writes the names of the largest classes at the means of their points.
 
-    A name that would cover another one moves to the nearest free place, with a line to
-    its mean, or is left out where there is none.
+    A name that would cover another name moves to the nearest free place, with a line to
+    its mean, or is left out if no place is free. The places tried are a grid around the
+    mean, in hundredths of the width of the plane:
+
+              -20 -15 ... 0 ... 15 20
+        -18    x   x      x     x   x
+         ...
+         18    x   x      x     x   x
     """
     sizes = np.bincount(codes)
     sums = [np.bincount(codes, part) for part in points.T]
@@ -692,6 +716,7 @@ def _name_means(
     unit = 0.01 * (np.ptp(points, axis=0).max() or 1.0)
     across, down = np.meshgrid(np.arange(-20, 21, 5), np.arange(-18, 19, 6))
     steps = unit * np.stack([across.ravel(), down.ravel()], axis=1)
+    # (places, 2) steps from the mean, the shortest first.
     steps = steps[np.hypot(*steps.T).argsort(kind="stable")]
     taken = np.empty((0, 3))  # x, y and half the width of the names so far
     paper = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.5}
@@ -711,40 +736,44 @@ def _name_means(
 
 @functools.cache
 def _shown_figure() -> type[Figure]:
-    """A Figure that a notebook shows, with or without `%matplotlib inline`."""
+    """A Figure class that a notebook shows, with or without `%matplotlib inline`.
+
+    Made when it is first used, because matplotlib is imported no earlier.
+    """
     from matplotlib.figure import Figure
 
     class ShownFigure(Figure):
         def _repr_png_(self) -> bytes:
-            picture = io.BytesIO()
-            self.savefig(picture, format="png", dpi=120)
-            return picture.getvalue()
+            file = io.BytesIO()
+            self.savefig(file, format="png", dpi=120)
+            return file.getvalue()
 
     return ShownFigure
 
 
 def _new_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure of (width, height) in inches."""
     return _shown_figure()(figsize=size, layout="constrained")
 
 
 def _figure(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """The axes to draw on and their figure: those given, or new ones."""
+    """The axes to draw on and their figure: the given axes, or axes of a new figure."""
     if ax is None:
         ax = _new_figure(size).add_subplot()
     return cast("Figure", ax.get_figure(root=True)), ax
 
 
-def _written(figure: Figure, told: str, path: str | os.PathLike[str] | None) -> Figure:
-    """The figure, which knows in words what it shows, as a file if one is asked for."""
+def _written(figure: Figure, words: str, path: str | os.PathLike[str] | None) -> Figure:
+    """The figure with its text in words as its label; written if a path is given."""
     before = str(figure.get_label())  # of other axes of the same figure
-    figure.set_label(f"{before}\n{told}" if before else told)
+    figure.set_label(f"{before}\n{words}" if before else words)
     if path is not None:
         figure.savefig(path, dpi=120)
     return figure
 
 
 def _principal_plane(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`(samples, 2)` coordinates on the two directions of largest variance, (2,) shares."""
+    """(samples, 2) coordinates in the principal plane, and (2,) shares of the variance."""
     centred = embeddings - embeddings.mean(axis=0)
     _, scales, directions = np.linalg.svd(centred, full_matrices=False)
     # The sign of a direction is arbitrary: fix it, so that figures compare.

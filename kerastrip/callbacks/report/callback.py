@@ -1,4 +1,4 @@
-"""TrainingReport: what the training does, in one HTML file."""
+"""TrainingReport: the course of a training, in one HTML file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from kerastrip._outputs import embedding_output
 from kerastrip.callbacks._copies import without_model
 from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
 from kerastrip.callbacks.collapse import CollapseGuard
-from kerastrip.callbacks.report import page as _page
-from kerastrip.callbacks.report import sections as _report_parts
+from kerastrip.callbacks.report import page, sections
 from kerastrip.evaluation.verification import check_codes
 from kerastrip.plotting.thumbnails import thumbnails_of
 
@@ -28,48 +27,52 @@ __all__ = [
 
 
 class TrainingReport(keras.callbacks.Callback):
-    """Write a page on the training, anew after every epoch.
+    """Write a page about the training, anew after every epoch.
 
-    One HTML file without scripts that loads nothing, for desk and phone:
+    The page is one HTML file without scripts, which loads nothing else and fits a large
+    screen and a phone. It shows:
 
-    - the settings of the training, and which epoch is the best so far: by `map@r` of
-      the held-out data, else by the loss;
+    - the settings of the training, and the best epoch so far: by `map@r` of the
+      held-out data, or by the loss if there are none;
     - the fractions of easy, semi-hard and hard triplets stacked over the epochs, with
       the loss (with `MiningStats`, for training and validation);
-    - the alarms of a `CollapseGuard`, and BatchNormalization whose averages lag behind;
-    - of held-out data: a table of retrieval and verification figures (first, best and
-      latest), and the figures of `kerastrip.plotting`: the distances of positives and
+    - the alarms of a `CollapseGuard`, and an alarm if moving averages of
+      BatchNormalization lag behind;
+    - of held-out data: a table of retrieval and verification metrics (first, best and
+      latest), and the charts of `kerastrip.plotting`: the distances of positives and
       negatives with the margin, the embeddings in their principal plane, the classes
-      that nearest neighbours confuse most and the neighbours of some samples, which
-      are called by their files where the source knows them;
-    - every figure of the logs as a small curve.
+      that nearest neighbours confuse most, and the neighbours of some samples (a
+      sample has the name of its file where the source knows it);
+    - every value of the logs as a small curve.
 
-    The file is replaced in one step: who opens it, or interrupts the training, finds
-    it whole. If it cannot be written there is a warning, and the training goes on. A
-    new `fit` begins a new report; if a training is resumed with `initial_epoch`, the
-    report keeps the earlier epochs. List it last, so that it sees what the other
-    callbacks add. A copy (`copy.deepcopy`, as tuners make it) shares the data. It needs
-    matplotlib.
+    The file is replaced in one step, so that it is complete whenever it is opened and
+    after an interrupted training. If the file cannot be written there is a warning, and
+    the training goes on. A new `fit` begins a new report; if a training is resumed with
+    `initial_epoch`, the report keeps the earlier epochs. List this callback last, so
+    that it sees the values that other callbacks add to the logs. A copy
+    (`copy.deepcopy`, as tuners make it) shares the data. The report needs matplotlib.
 
     Args:
         path: the HTML file to write; folders are made if missing.
-        x: held-out data, as for `RetrievalEvaluation`. Default None: a report on the
-            logs alone. All pairs are looked at: give some thousands of samples.
-        y: labels, likewise.
+        x: held-out data, as for `RetrievalEvaluation`. Default None: the
+            report shows the logs only. All pairs of samples are compared, so give some
+            thousands of samples.
+        y: labels, as for `RetrievalEvaluation`.
         images: an image for each sample, as an array `(n, height, width)` or
-            `(n, height, width, 1 or 3)`, or a source of such; integers in 0..255, or
+            `(n, height, width, 1 or 3)`, or a source of such images; integers in 0..255, or
             floats, drawn between their least and greatest value when they leave 0..1.
             Default None: x itself, if it holds images.
-        guard: the `CollapseGuard` of the same training, whose alarms to show.
+        guard: the `CollapseGuard` of the same training, whose alarms the page shows.
         title: heading of the page. Default "Training report".
         every: epochs from one measurement of x to the next, at least 1. Default 1.
-        pairs: pairs of confused classes to show at most. Default 6.
-        queries: samples to show the neighbours of, spread over the classes. Default 6.
-        k: neighbours of each. Default 5.
+        pairs: the largest number of pairs of confused classes to show. Default 6.
+        queries: number of samples whose neighbours to show, spread over the classes.
+            Default 6.
+        k: number of neighbours of each sample. Default 5.
         distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`. Default None:
-            that of the compiled loss, `"euclidean"` where it has none.
+            the `distance` of the compiled loss, `"euclidean"` if it has none.
         output: name or position of the embedding among the outputs of the model.
-            None takes the output whose loss has a `distance`, or the only one.
+            None takes the output whose loss has a `distance`, or the only output.
         batch_size: rows per call of the model. Default 128.
 
     Raises:
@@ -106,7 +109,7 @@ class TrainingReport(keras.callbacks.Callback):
         output: int | str | None = None,
         batch_size: int = 128,
     ):
-        import matplotlib  # noqa: F401  (missing it shows now, not after an epoch)
+        import matplotlib  # noqa: F401  (an error now, not after the first epoch)
 
         super().__init__()
         self._path = pathlib.Path(path)
@@ -140,19 +143,19 @@ class TrainingReport(keras.callbacks.Callback):
                 batch_size=batch_size,
                 verbose=None,
             )
-        self._logs: dict[int, dict[str, float]] = {}
-        self._latest: _report_parts.Look | None = None
-        self._begun = 0.0
-        self._first: int | None = None
+        self._logs: dict[int, dict[str, float]] = {}  # by epoch
+        self._latest: sections.Look | None = None
+        self._begun = 0.0  # when this `fit` began
+        self._first: int | None = None  # and with which epoch
         self._ended = False
-        self._told = False
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         return without_model(self)
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._begun, self._ended, self._first = time.monotonic(), False, None
-        self._told = False
+        self._warned = False
         if self._evaluation is not None:
             self._evaluation.begin()
 
@@ -160,14 +163,15 @@ class TrainingReport(keras.callbacks.Callback):
         if self._first is not None:
             return
         self._first = epoch
-        if epoch == 0:
+        if epoch == 0:  # a new training, not a resumed one
             self._latest = None
-        # What an earlier run has left of the epochs to come is not of this one.
-        self._logs = {e: kept for e, kept in self._logs.items() if e < epoch}
+        # An earlier run may have left logs of the epochs that now come again.
+        self._logs = {e: past for e, past in self._logs.items() if e < epoch}
         if self._evaluation is not None:
             self._evaluation.begin_epoch(epoch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        # Only single numbers can be drawn: other callbacks may log anything.
         self._logs[epoch] = {
             name: float(value)
             for name, value in (logs or {}).items()
@@ -184,9 +188,10 @@ class TrainingReport(keras.callbacks.Callback):
     def _measure(
         self, embeddings: np.ndarray, labels: Any, *, distance: str, verbose: bool
     ) -> dict[str, float]:
+        """Draws the charts of the held-out data, and returns their metrics."""
         loss = embedding_output(self.model, self._output).loss
         margin = getattr(loss, "margin", None)
-        self._latest = _report_parts.look(
+        self._latest = sections.look(
             embeddings,
             labels,
             distance=distance,
@@ -198,52 +203,55 @@ class TrainingReport(keras.callbacks.Callback):
         return self._latest.figures
 
     def _write(self) -> None:
+        """Replaces the file by the page of this moment; warns once if that fails."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path, _page.page(self._title, self._sections()))
+            write_whole(self._path, page.page(self._title, self._sections()))
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 _checks.warn(
                     f"TrainingReport cannot write {self._path} "
                     f"({error.strerror or error}). The training goes on, and so does "
                     "the report, once it can be written."
                 )
-            self._told = True
+            self._warned = True
 
     def _sections(self) -> list[str]:
+        """The sections of the page of this moment, as HTML."""
         epochs, latest = sorted(self._logs), self._latest
         names = dict.fromkeys(name for e in epochs for name in self._logs[e])
         history = {
             name: [self._logs[e].get(name, math.nan) for e in epochs] for name in names
         }
         results: dict[int, Any] = {}
+        # None without a guard, unless the watch of the averages has raised an alarm.
         alarms = None if self._guard is None else list(self._guard.alarms)
         if self._evaluation is not None:
             results = self._evaluation.results
             alarms = [*(alarms or []), *self._evaluation.alarms] or alarms
-        best = _report_parts.best_epoch(epochs, history, results)
+        best = sections.best_epoch(epochs, history, results)
         notes = [
             self._state(len(epochs)),
-            _report_parts.settings(self.model, self.params or {}),
+            sections.settings(self.model, self.params or {}),
         ]
-        sections = [
-            _page.header(
+        parts = [
+            page.header(
                 self._title,
                 notes,
-                _report_parts.lead(best, history, results, latest),
-                _report_parts.tiles(best, history, results, alarms),
+                sections.lead(best, history, results, latest),
+                sections.tiles(best, history, results, alarms),
             ),
-            _report_parts.alarms_section(alarms),
-            _report_parts.mining_section([e + 1 for e in epochs], history),
+            sections.alarms_section(alarms),
+            sections.mining_section([e + 1 for e in epochs], history),
         ]
         if self._evaluation is not None:
-            sections.append(_report_parts.held_out_section(latest, results))
+            parts.append(sections.held_out_section(latest, results))
         if latest is not None:
-            sections.append(latest.samples)
-        return [*sections, _report_parts.logs_section(history)]
+            parts.append(latest.samples)
+        return [*parts, sections.logs_section(history)]
 
     def _state(self, epochs: int) -> str:
-        """How far the training is, how long it has run, and when that was."""
+        """The number of epochs done, the time they took, and the time of writing."""
         total = (self.params or {}).get("epochs")
         minutes, seconds = divmod(round(time.monotonic() - self._begun), 60)
         return (

@@ -1,6 +1,6 @@
 """The parts of a self-contained HTML page, each a function of plain values.
 
-Whatever is text is escaped here; what a function calls `body` is HTML already.
+These functions escape every text. Only an argument called `body` is HTML already.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
     "table",
 ]
 
-# No scripts, no network: the page cannot load anything but what it carries.
+# No scripts, no network: the browser loads nothing but the data inside the page.
 _HEAD = """<!doctype html>
 <html lang="en">
 <head>
@@ -119,7 +119,7 @@ def header(
 
 
 def section(heading: str, hint: str, body: str, kind: str = "") -> str:
-    """A part of the page under a heading, with a line of explanation."""
+    """A section of the page: a heading, a line of explanation and a body."""
     return (
         f'<section class="{kind}"><h2>{escape(heading)}</h2>'
         f'<p class="soft">{escape(hint)}</p>\n{body}</section>\n'
@@ -137,14 +137,14 @@ def charts(bodies: Iterable[str]) -> str:
 
 
 def chart(image: bytes, kind: str, width: float, words: str, caption: str) -> str:
-    """A figure.
+    """A chart with its caption.
 
     Args:
-        image: a file of WebP.
-        kind: "chart" (black on nothing) or "photos" (on white).
-        width: its least width in pixels; on a narrower page one can scroll.
-        words: what it shows; lines after the first can be unfolded below it.
-        caption: what to think of it.
+        image: the bytes of a WebP file.
+        kind: "chart" (black on transparent) or "photos" (on white).
+        width: the least width in pixels; on a narrower page the chart scrolls.
+        words: the content in words; lines after the first can be unfolded below it.
+        caption: how to read the chart.
     """
     data = base64.b64encode(image).decode("ascii")
     alternative, _, more = words.partition("\n")
@@ -172,7 +172,7 @@ def table(columns: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> 
 
 
 def number(value: float | None, note: str = "") -> str:
-    """A cell: three digits, and a small note."""
+    """A cell of a table: three digits, and a small note."""
     if value is None:
         return ""
     return digits(value) + (f" <small>{escape(note)}</small>" if note else "")
@@ -184,7 +184,7 @@ def digits(value: float) -> str:
 
 
 def spark(name: str, train: Sequence[float], held: Sequence[float] = ()) -> str:
-    """A cell: values over the epochs as lines of one scale (NaN: a gap)."""
+    """A cell of a table: two curves over the epochs, on one scale (NaN: a gap)."""
     finite = [value for value in (*train, *held) if math.isfinite(value)]
     if not finite:
         return ""
@@ -193,13 +193,15 @@ def spark(name: str, train: Sequence[float], held: Sequence[float] = ()) -> str:
     for kind, values in (("train", train), ("held", held)):
         # A single value is drawn from edge to edge.
         line = np.repeat(values, 2 if len(values) == 1 else 1)
+        # From 22 (the lowest value) up to 2; equal values lie in the middle.
         y = 22 - 20 * ((line - low) / (high - low) if high > low else 0 * line + 0.5)
-        there = np.isfinite(line)
-        pens = np.where(np.r_[False, there][:-1], "L", "M")  # M: begin behind a gap
+        finite_line = np.isfinite(line)
+        # M moves the pen without drawing: at the beginning and behind a gap.
+        pens = np.where(np.r_[False, finite_line][:-1], "L", "M")
         steps = zip(pens, np.linspace(0, 100, len(line)), y, strict=True)
-        told = [f"{pen}{x:.1f} {y:.1f}" for pen, x, y in steps if math.isfinite(y)]
-        if told:
-            paths.append(f'<path class="{kind}" d="{"".join(told)}"/>')
+        path = [f"{pen}{x:.1f} {y:.1f}" for pen, x, y in steps if math.isfinite(y)]
+        if path:
+            paths.append(f'<path class="{kind}" d="{"".join(path)}"/>')
     label = f"{name}: between {digits(low)} and {digits(high)}"
     return (
         '<svg class="spark" viewBox="0 0 100 24" preserveAspectRatio="none" role="img" '
