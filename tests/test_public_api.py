@@ -41,7 +41,7 @@ MAY_IMPORT["__init__"] = set(MAY_IMPORT)
 # `PKSampler.plot_batch` shows a batch with the figure for it, when it is called.
 EXCEPTION = ("sampling.sampler", "plotting")
 FREE_OF_KERAS = {"_checks", "_labels", "_version"} | {
-    f"sampling.{name}" for name in ("epoch_modes", "permutation", "plan")
+    f"sampling.{name}" for name in ("epoch_modes", "permutation", "plan", "splits")
 }
 OPTIONAL = {"albumentations", "cv2", "faiss", "matplotlib", "sklearn", "tensorboard"}
 BACKENDS = {"jax", "tensorflow", "torch"}
