@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kerastrip import augmentation
-from kerastrip.augmentation.keyed_random import PythonRandom
+from kerastrip.augmentation.keyed_random import KeyedRandom
 from kerastrip.augmentation.pipeline import Augmentation
 
 KEYS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4).map(tuple)
@@ -128,9 +128,9 @@ def test_a_key_repeats_and_another_differs(a, b):
 
 
 def test_the_python_generator_is_uniform_and_keeps_nothing():
-    rng = np.random.Generator(np.random.PCG64(0))
-    python = PythonRandom(rng)
-    python.set([0.25, 0.5])
+    keyed = KeyedRandom()
+    keyed.set([1, 2, 3, 4], [0.25, 0.5])
+    rng, python = keyed.rng, keyed.python
     assert [python.random(), python.getrandbits(3)] == [0.25, 4]
     bits = [python.getrandbits(5) for _ in range(6400)]
     assert np.bincount(bits, minlength=32).min() > 130  # 200 expected, 5 sigma

@@ -20,7 +20,6 @@ from kerastrip import _checks
 __all__ = [
     "SCHEME",
     "KeyedRandom",
-    "PythonRandom",
 ]
 
 # The way from a key to random numbers. All of a key but its last integer is hashed by
@@ -45,7 +44,7 @@ class KeyedRandom:
     def __init__(self) -> None:
         self._words = np.random.Philox(0)
         self.rng = _Late(np.random.PCG64(0))
-        self.python = PythonRandom(self.rng)
+        self.python = _PythonRandom(self.rng)
 
     def draws(self, seed: int, key: tuple[int, ...], count: int) -> Iterator[tuple]:
         """What `set` takes for `count` keys, whose last integers run on from `key`'s."""
@@ -100,7 +99,7 @@ class _Late(np.random.Generator):
         return get(name)
 
 
-class PythonRandom(random.Random):
+class _PythonRandom(random.Random):
     """Python's random numbers: those that it was given, then those of a generator.
 
     To seed a Mersenne Twister for every image would take longer than all else that a

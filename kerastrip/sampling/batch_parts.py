@@ -33,7 +33,7 @@ __all__ = [
     "weights",
 ]
 
-Reader = Callable[..., Any]
+_Reader = Callable[..., Any]
 
 _WORDS = ("label", "one_hot")
 _TEXTS = "OSU"  # kinds of dtype
@@ -69,7 +69,7 @@ class Rows:
 
     def read(
         self,
-        make: Reader,
+        make: _Reader,
         epoch: int,
         step: int,
         begun: tuple[np.ndarray, Callable[[], Any]] | None = None,
@@ -321,7 +321,7 @@ def gather(readers: Any, rows: np.ndarray) -> Any:
     return keras.tree.map_structure(lambda read: read(rows), readers)
 
 
-def _per_output(name: str, value: Any, reader: Callable[[str, Any], Reader]) -> Any:
+def _per_output(name: str, value: Any, reader: Callable[[str, Any], _Reader]) -> Any:
     """One reader, or a tuple or dict of them by output."""
     if isinstance(value, list):
         expected = (
@@ -348,7 +348,7 @@ def targets(value: Any, plan: PKPlan) -> Any:
     return _per_output("targets", value, partial(_target, plan))
 
 
-def _target(plan: PKPlan, name: str, value: Any) -> Reader:
+def _target(plan: PKPlan, name: str, value: Any) -> _Reader:
     if isinstance(value, str):
         word = _checks.one_of(name, value, _WORDS)
         if word == "label":
@@ -401,7 +401,7 @@ def weights(sample_weight: Any, targets: Any, samples: int) -> Any:
     return _per_output("sample_weight", sample_weight, partial(_weight, samples))
 
 
-def _weight(samples: int, name: str, value: Any) -> Reader:
+def _weight(samples: int, name: str, value: Any) -> _Reader:
     if value is None:
         advice = "For an output without weights: np.ones."
         raise _checks.value_error(name, "an array", value, advice)

@@ -17,12 +17,13 @@ from kerastrip.sampling import epoch_modes, permutation
 from kerastrip.sampling.permutation import mix
 
 __all__ = [
+    "EPOCH_MODES",
     "PKPlan",
     "SamplingReport",
 ]
 
 EPOCH_MODES = ("balanced", "coverage")
-SMALL_CLASSES = ("repeat", "drop", "error")
+_SMALL_CLASSES = ("repeat", "drop", "error")
 
 # About this many indices are planned at once when steps are asked for in order.
 _BLOCK = 1 << 15
@@ -185,7 +186,7 @@ class PKPlan:
         self.samples_per_class = check("samples_per_class", samples_per_class, 1)
         self.epoch_mode = _checks.one_of("epoch_mode", epoch_mode, EPOCH_MODES)
         self.small_classes = _checks.one_of(
-            "small_classes", small_classes, SMALL_CLASSES
+            "small_classes", small_classes, _SMALL_CLASSES
         )
         self.min_class_size = check("min_class_size", min_class_size, 1)
         if self.epoch_mode == "balanced":

@@ -70,8 +70,8 @@ __all__ = [
     "WorkerPool",
 ]
 
-Layout = Sequence[tuple[tuple[int, ...], np.dtype]]
-Work = Callable[..., Sequence[np.ndarray]]
+_Layout = Sequence[tuple[tuple[int, ...], np.dtype]]
+_Work = Callable[..., Sequence[np.ndarray]]
 
 _ALIGN = 64
 _PLACES = 3  # of each worker: one is lent, one is written, one is for the next batch
@@ -106,7 +106,7 @@ class WorkerPool:
     """
 
     def __init__(
-        self, work: Work, layout: Layout, processes: int, *, start: bool = True
+        self, work: _Work, layout: _Layout, processes: int, *, start: bool = True
     ):
         self._work, self._layout, self._processes = work, layout, processes
         self._closed = self._started = False
@@ -243,7 +243,7 @@ class _Task(Future):
 class _Worker:
     """One process, the pipe to it and its places in shared memory."""
 
-    def __init__(self, context: Any, work: Work, layout: Layout):
+    def __init__(self, context: Any, work: _Work, layout: _Layout):
         # Unnamed shared memory: nothing is left behind, however the process ends.
         self._context, self._work, self._layout = context, work, layout
         self._places = [context.RawArray("B", _size(layout)) for _ in range(_PLACES)]
@@ -407,12 +407,12 @@ class _InWorker(Exception):
     """The traceback of an error in a worker process."""
 
 
-def _size(layout: Layout) -> int:
+def _size(layout: _Layout) -> int:
     sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout]
     return sum(size + _ALIGN for size in sizes) + _ALIGN
 
 
-def _views(memory: np.ndarray, layout: Layout) -> list[np.ndarray]:
+def _views(memory: np.ndarray, layout: _Layout) -> list[np.ndarray]:
     """Arrays of `layout` inside `memory`, one after the other."""
     views, offset = [], 0
     for shape, dtype in layout:
@@ -455,7 +455,7 @@ def _lock_of_numpy() -> Any:
 
 
 def _serve(
-    work: Work, layout: Layout, places: Sequence, pipe: Any, watched: bool
+    work: _Work, layout: _Layout, places: Sequence, pipe: Any, watched: bool
 ) -> None:
     """What a worker process does all its life."""
     own_files()

@@ -15,7 +15,7 @@ from kerastrip._labels import label_array
 
 # Endings of images, by the encoder that OpenCV must have been built with, where it may
 # be missing.
-EXTENSIONS = {
+_EXTENSIONS = {
     "": "bmp dib jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp",
     ".avif": "avif",
     ".gif": "gif",
@@ -23,11 +23,11 @@ EXTENSIONS = {
 }
 # Endings of files that lie beside images without being images. A warning tells of all
 # other files that are left out.
-NO_IMAGES = (
+_NO_IMAGES = (
     "cfg csv db htm html ini json jsonl lnk lock log md py sh toml tsv txt url xml yaml "
     "yml zip"
 )
-LABEL_FROM = ("parent", "top", "path")
+_LABEL_FROM = ("parent", "top", "path")
 
 
 class _Found:
@@ -138,7 +138,7 @@ def labelled_images(
         TypeError, ValueError: as `ImageFolder`.
     """
     if label_from is not None and not callable(label_from):
-        _checks.one_of("label_from", label_from, LABEL_FROM)
+        _checks.one_of("label_from", label_from, _LABEL_FROM)
     paths = list(paths)
     images = sorted(path for path in paths if is_image(path))
     notes = [*_left_out(paths, images), *notes]
@@ -172,7 +172,7 @@ def labelled_images(
 
 def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
     """Words on files in class folders that may be images but are not read."""
-    known = {*NO_IMAGES.split()}
+    known = {*_NO_IMAGES.split()}
     left = [
         path
         for path in set(paths).difference(images)
@@ -224,7 +224,7 @@ def _extensions() -> frozenset[str]:
 
     return frozenset(
         extension
-        for encoder, group in EXTENSIONS.items()
+        for encoder, group in _EXTENSIONS.items()
         if not encoder or cv2.haveImageWriter(encoder)
         for extension in group.split()
     )

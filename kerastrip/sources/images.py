@@ -35,7 +35,7 @@ __all__ = [
     "is_wrong_with_file",
 ]
 
-ON_ERROR = ("raise", "skip")
+_ON_ERROR = ("raise", "skip")
 # Errors of the system that say something about a file, and not about the moment.
 _OF_THE_FILE = (
     errno.ENOENT,
@@ -146,7 +146,7 @@ class ImageFiles:
         check_ways(reduce, resize, turn)
         self._reading = checked_reading(checked_size(size), color, bits, max_pixels)
         self.reading = self._reading.told()
-        self._skip = _checks.one_of("on_error", on_error, ON_ERROR) == "skip"
+        self._skip = _checks.one_of("on_error", on_error, _ON_ERROR) == "skip"
         if read is None and not self._skip:
             _check_files(self.paths)
         self._own = read not in (None, read_file)
