@@ -25,7 +25,7 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._files import refuse_devices, write_whole
 from kerastrip._version import __version__
-from kerastrip.augmentation import pipeline_io, serialization
+from kerastrip.augmentation import pipeline_data, serialization
 from kerastrip.augmentation.keyed_random import SCHEME, KeyedRandom
 
 __all__ = [
@@ -220,11 +220,11 @@ class Augmentation:
                     "else, write lambda image, rng: function(image)."
                 ) from error
         elif isinstance(image, dict):
-            pipeline_io.check_targets(run, image)
+            pipeline_data.check_targets(run, image)
             result = run(**{name: own(value) for name, value in image.items()})
             result = {name: result[name] for name in image}
         else:
-            pipeline_io.check_image("image", image)
+            pipeline_data.check_image("image", image)
             result = run(image=own(image))["image"]
         if not isinstance(result, dict if isinstance(image, dict) else np.ndarray):
             raise TypeError(
@@ -288,13 +288,13 @@ class Augmentation:
             >>> both["image"].shape, both["mask"].shape
             ((4, 6, 6, 3), (4, 6, 6))
         """
-        samples = pipeline_io.samples(images, rows)
+        samples = pipeline_data.samples(images, rows)
         shape: tuple[int, ...] = (len(samples),)
         if views is not None:
             shape += (_checks.integer("views", views, minimum=1),)
             copy = True
         bare = not isinstance(images, dict)
-        batch = pipeline_io.Batch(
+        collected = pipeline_data.CollectedViews(
             self._pipeline, shape, {"image": out} if bare else out
         )
         turn = _turn if _is_small(samples[0]) else contextlib.nullcontext()
@@ -304,8 +304,8 @@ class Augmentation:
             for index, draws in zip(indices, keyed, strict=True):
                 view = self._view(clone, draws, samples[index[0]], copy)
                 for name, value in ({"image": view} if bare else view).items():
-                    batch.put(index, name, value)
-        targets = batch.targets()
+                    collected.put(index, name, value)
+        targets = collected.targets()
         return targets["image"] if bare else targets
 
     def _draws(

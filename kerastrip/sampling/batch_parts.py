@@ -27,7 +27,7 @@ from kerastrip.sources.arrays import ArraySource, from_data_set
 
 __all__ = [
     "Inputs",
-    "Rows",
+    "ReadableRows",
     "gather",
     "targets",
     "weights",
@@ -47,7 +47,7 @@ _IN_MEMORY = (ArraySource, CachedImages)
 _AT_ONCE = 2**21
 
 
-class Rows:
+class ReadableRows:
     """The rows of a batch, in which no sample is broken.
 
     A broken row is replaced by another sample of its class: the first substitute
@@ -143,7 +143,7 @@ class Inputs:
         layout: (shape, dtype) of each input.
     """
 
-    def __init__(self, source: Any, augment: Any, plan: PKPlan, rows: Rows):
+    def __init__(self, source: Any, augment: Any, plan: PKPlan, rows: ReadableRows):
         self._source, self._key, self._first = source, plan.seed, plan.first_row
         first, x = rows.read(self._take, 0, 0)
         if isinstance(x, (Mapping, tuple)) and from_data_set(source):
@@ -182,7 +182,7 @@ class Inputs:
     def _take(self, rows: np.ndarray, *_: int) -> Any:
         return self._source.take(rows)
 
-    def _warn_of_labels(self, x: Any, plan: PKPlan, rows: Rows) -> None:
+    def _warn_of_labels(self, x: Any, plan: PKPlan, rows: ReadableRows) -> None:
         """Warns of inputs that are the labels, where nobody named the inputs.
 
         In a single batch an input may tell the classes by chance; the labels do in each.

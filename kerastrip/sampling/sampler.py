@@ -185,7 +185,7 @@ class PKSampler(keras.utils.PyDataset):
         self._weights = batch_parts.weights(sample_weight, targets, len(self.labels))
         self.asked = 0
         self._epoch, self._due, self._begun, self._closed = 0, 0, False, False
-        self._rows = batch_parts.Rows(self.plan)
+        self._rows = batch_parts.ReadableRows(self.plan)
         self._inputs = batch_parts.Inputs(self.source, augment, self.plan, self._rows)
         if self._processes:
             self._inputs.check_fixed_size()

@@ -13,7 +13,7 @@ import numpy as np
 from kerastrip import _checks
 
 __all__ = [
-    "Batch",
+    "CollectedViews",
     "check_image",
     "check_targets",
     "samples",
@@ -119,7 +119,7 @@ def samples(images: Any, rows: Any = None) -> list:
     return rows
 
 
-class Batch:
+class CollectedViews:
     """Results put together: arrays stacked, everything else in lists.
 
     Args:
