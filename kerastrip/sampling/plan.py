@@ -40,18 +40,18 @@ class SamplingReport:
 
     Attributes:
         classes_kept: classes that are drawn.
-        classes_left_out: classes that are not.
+        classes_left_out: classes that are not drawn.
         samples_kept: samples of the classes that are drawn.
-        samples_left_out: samples of the others.
+        samples_left_out: samples of the classes that are not drawn.
         batches_per_epoch: the length of the plan.
         rows_per_epoch: batches times rows of a batch.
         samples_seen: distinct samples in an epoch.
         coverage: `samples_seen / samples_kept`.
-        repeats_per_epoch: rows beyond the first of their sample.
+        repeats_per_epoch: rows whose sample has come before in the epoch.
         least_drawn: label and draws of the class drawn least.
         most_drawn: label and draws of the class drawn most.
-        samples_broken: samples found so far that cannot be read; others of their
-            class are drawn instead. From a sampler only.
+        samples_broken: how many samples could not be read so far; other samples of
+            their class are drawn instead. Only a sampler counts them; 0 from a plan.
     """
 
     classes_kept: int
@@ -225,7 +225,19 @@ class PKPlan:
         self._next: tuple[int, int] = (0, 0)
 
     def _index(self, groups: np.ndarray | None) -> None:
-        """Sort the samples by (group, class) and keep the classes to draw from."""
+        """Sort the samples by (group, class) and keep the classes to draw from.
+
+        What is drawn as a class is a *unit*: the samples of one class, or with groups
+        for samples the samples of one class in one group.
+        """
+        # For the codes 1 0 1 2 0 1 and no groups the index is
+        #
+        #     order     1 4 | 0 2 5 | 3      rows of class 0, of class 1, of class 2
+        #     sizes     2     3       1
+        #     starts    0     2       5
+        #
+        # Class 2 has a single sample and is left out: `order` stays as it is, and the
+        # last entry of `sizes` and of `starts` goes.
         units = self.codes if groups is None else _paired(groups, self.codes)
         order, sizes = _labels.sorted_by(units)
         starts = np.cumsum(sizes) - sizes
@@ -239,21 +251,21 @@ class PKPlan:
         if groups is not None:
             self._group_sizes = self._classes_of_groups(groups[order[self._starts]])
         self._check_usable(code)
-        told = []
+        notes = []
         if not kept.all():
-            told.append(
+            notes.append(
                 f"{(~kept).sum()} of {len(sizes)} classes have fewer than "
                 f"{fewest} samples and are left out: {self._named(code[~kept])}"
             )
         repeated = kept & (sizes < self.samples_per_class)
         if repeated.any():
-            told.append(
+            notes.append(
                 f"{repeated.sum()} of {len(sizes)} classes have fewer than "
                 f"samples_per_class={self.samples_per_class} samples and repeat them "
                 f"inside a batch: {self._named(code[repeated])}"
             )
-        if told:
-            _checks.warn("; ".join(told) + ".")
+        if notes:
+            _checks.warn("; ".join(notes) + ".")
 
     def _fewest_samples(self, sizes: np.ndarray, code: np.ndarray) -> int:
         """The fewest samples of a class that is drawn, given all sizes and codes."""
@@ -284,7 +296,11 @@ class PKPlan:
         return sizes
 
     def _check_usable(self, code: np.ndarray) -> None:
-        """ValueError where fewer than P classes are kept; `code` is of all of them."""
+        """ValueError if fewer than P classes are kept.
+
+        Args:
+            code: the class of every unit, those that are left out included.
+        """
         usable = len(self._sizes)
         if self.classes_per_batch <= usable:
             return
@@ -309,7 +325,7 @@ class PKPlan:
         return ", ".join(names) + more
 
     def _schedule_epochs(self, batches_per_epoch: int | None) -> int:
-        """Set up the epoch mode; the number of batches in an epoch."""
+        """Sets up the epoch mode and returns the number of batches in an epoch."""
         p, k = self.classes_per_batch, self.samples_per_class
         kept = int(self._sizes.sum())
         key = mix(self.seed, _CLASSES)
@@ -365,10 +381,11 @@ class PKPlan:
             raise IndexError(
                 _checks.message("step", f"an integer in 0..{self._batches - 1}", step)
             )
-        # One block serves the calls that come in order. Reading and replacing it
-        # as a whole needs no lock; whoever misses it plans the same rows again.
-        held, first, rows = self._block
-        if held == epoch and first <= step < first + len(rows):
+        # One block of steps is planned at once and serves the calls that come in order.
+        # Reading and replacing the tuple as a whole needs no lock: a thread that comes
+        # too late for a block plans the same rows again.
+        block_epoch, first, rows = self._block
+        if block_epoch == epoch and first <= step < first + len(rows):
             return rows[step - first].copy()
         count = 1
         if self._next == (epoch, step):
@@ -388,11 +405,16 @@ class PKPlan:
         unit, draw = self._schedule.draws(epoch, steps, columns)
         unit, draw = unit[..., None], draw[..., None]
         size = self._limits[unit]
-        # Balanced cycles run on over the epochs; coverage begins them anew.
+        # Balanced cycles run on over the epochs; coverage begins new cycles in each epoch,
+        # so its key holds the epoch.
         cycles_since = epoch if self.epoch_mode == "coverage" else 0
         key = mix(self.seed, _SAMPLES, cycles_since, unit)
-        # A class too small for K rows gives all of its samples as often as they
-        # fit; the rows left over go round in cycles, as in a larger class.
+        # A class too small for K rows gives all of its samples as often as they fit. The
+        # remaining rows come from cycles, as in a larger class. For K = 5 and 2 samples:
+        #
+        #     row      0 1 2 3   4
+        #     item     0 1 0 1   the next one of the cycles
+        #
         k = self.samples_per_class
         cycled = np.where(size >= k, k, k % size)
         row = np.arange(k)
@@ -406,6 +428,8 @@ class PKPlan:
         )
         item = np.where(whole, row % size, item)
         if self.max_per_class is not None:
+            # Each epoch takes the next `size` samples of the class from cycles over all
+            # of its samples; so far `item` is a position among these `size` samples.
             key = mix(self.seed, _LIMIT, unit)
             item = permutation.cycle(
                 np.full_like(unit, epoch), item, self._sizes[unit], size, key
@@ -431,6 +455,8 @@ class PKPlan:
         drawn, _ = self._schedule.draws(epoch, np.array([step]), np.array([column]))
         unit = int(drawn.item())
         start, size = int(self._starts[unit]), int(self._sizes[unit])
+        # With the position in the global batch, so that all shards agree. Few substitutes
+        # are ever needed, therefore they are shuffled in pieces of 64.
         key = mix(self.seed, _SUBSTITUTES, epoch, step, self.first_row + position)
         for first in range(0, size, 64):
             places = np.arange(first, min(first + 64, size))
@@ -452,8 +478,8 @@ class PKPlan:
     def report(self) -> SamplingReport:
         """What the plan keeps, leaves out and repeats: a table when printed."""
         draws = self._schedule.draws_per_class(0)
-        # Epoch 0 begins at the start of a cycle: no sample comes twice before
-        # all of the class have come.
+        # Epoch 0 begins at the start of a cycle: no sample of a class comes twice before
+        # all samples of the class have come once.
         seen = int(np.minimum(self._limits, draws * self.samples_per_class).sum())
         rows = len(self) * self.classes_per_batch * self.samples_per_class
         least, most = int(draws.argmin()), int(draws.argmax())
@@ -496,7 +522,7 @@ def _checked_shard(shard: Any, classes_per_batch: int) -> tuple[int, int]:
 
 
 def _group_codes(groups: Any, table: _labels.LabelTable) -> np.ndarray | None:
-    """The group of each sample, coded; None for one group."""
+    """(samples,) codes of the groups; None if there is one group only."""
     if groups is None:
         return None
     codes = _labels.LabelTable(groups, name="groups").codes
@@ -513,6 +539,6 @@ def _group_codes(groups: Any, table: _labels.LabelTable) -> np.ndarray | None:
 
 
 def _paired(groups: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """One number for each pair (group, class) that occurs, in that order."""
+    """(samples,) numbers of the units: pairs (group, class) that occur, in this order."""
     pairs = groups.astype(np.int64) * (int(codes.max()) + 1) + codes
     return np.unique(pairs, return_inverse=True)[1]
