@@ -15,7 +15,7 @@ from harness import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kerastrip import augmentation
+from kerastrip.augmentation import pipeline as pipeline_module
 from kerastrip.augmentation.keyed_random import KeyedRandom
 from kerastrip.augmentation.pipeline import Augmentation
 
@@ -244,7 +244,7 @@ calls = []
 socket.getaddrinfo = lambda *a, **k: calls.append(a) or []
 os.environ.pop("NO_ALBUMENTATIONS_UPDATE", None)
 
-from kerastrip import augmentation
+from kerastrip.augmentation import pipeline
 
 if __name__ == "__main__":
     assert "albumentations" not in sys.modules  # (Keras imports cv2 by itself)
@@ -262,12 +262,12 @@ if __name__ == "__main__":
     import multiprocessing
 
     text = sys.stdin.read()
-    aug = augmentation.Augmentation.from_json(text)
+    aug = pipeline.Augmentation.from_json(text)
     print(views(aug))
     holding, done = threading.Event(), threading.Event()
 
     def hold():
-        with augmentation._turn:
+        with pipeline._turn:
             holding.set()
             done.wait()
 
@@ -423,7 +423,7 @@ def test_small_images_take_turns(monkeypatch, size, taken):
             pass
 
     turn = Turn()
-    monkeypatch.setattr(augmentation, "_turn", turn)
+    monkeypatch.setattr(pipeline_module, "_turn", turn)
     Augmentation.none().batch(np.zeros((2, size, size), "uint8"), 0)
     assert turn.count == taken
 
