@@ -52,6 +52,7 @@ def split_classes(
     """
     seed = _checks.integer("seed", seed)
     table = _labels.LabelTable(labels)
+    # Columns of one-hot rows that never occur are no classes to hold out.
     present = np.unique(table.codes)
     if isinstance(test, (float, int, np.number)):
         count = _share("test", test, np.array([len(present)]), "classes")
@@ -105,23 +106,36 @@ def split_samples(
     code = table.codes[order]
     starts = np.cumsum(sizes) - sizes
     if (sizes < 2).any():
-        alone = table.classes[code[starts[sizes < 2]]]
+        too_small = table.classes[code[starts[sizes < 2]]]
         raise _checks.value_error(
             "labels",
             "at least 2 samples of every class, one for each part",
-            _checks.Told(f"{len(alone)} classes with one sample"),
-            f"The first is {alone.tolist()[0]!r}.",
+            _checks.Told(f"{len(too_small)} classes with one sample"),
+            f"The first is {too_small.tolist()[0]!r}.",
         )
     count = _share("test", test, sizes, "samples of the smallest class")
-    at = np.arange(len(order)) - starts[unit]
-    shuffled = permutation.permute(at, sizes[unit], mix(seed, _SPLIT, code))
+    # `place` counts the samples of each class from 0. Each class is shuffled by a key of
+    # its own, and the first `count` places of the shuffle go to the test part:
+    #
+    #     code         0 0 0 1 1 1 1 1
+    #     place        0 1 2 0 1 2 3 4
+    #     shuffled     1 2 0 3 0 4 1 2      with count = 1, 2 samples 2, 4 and 6 are in test
+    place = np.arange(len(order)) - starts[unit]
+    shuffled = permutation.permute(place, sizes[unit], mix(seed, _SPLIT, code))
     in_test = np.zeros(len(order), bool)
     in_test[order] = shuffled < count[unit]
     return np.flatnonzero(~in_test), np.flatnonzero(in_test)
 
 
 def _share(name: str, value: Any, sizes: np.ndarray, what: str) -> np.ndarray:
-    """How many of each of `sizes` a fraction or a number asks for."""
+    """How many of each of `sizes` go to the test part.
+
+    Args:
+        name: the argument, for errors.
+        value: a share in (0, 1) or a number.
+        sizes: how many there are to share, for each class.
+        what: what is counted, for errors.
+    """
     least = int(sizes.min())
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         if not 0 < value < least:
