@@ -29,8 +29,8 @@ def refuse_devices(name: str, path: str | os.PathLike[str]) -> None:
         path: what came.
     """
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        told = _checks.Told(f"{str(path)!r}, a pipe or device")
-        raise _checks.value_error(name, "the path of a file", told)
+        received = _checks.Told(f"{str(path)!r}, a pipe or device")
+        raise _checks.value_error(name, "the path of a file", received)
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:

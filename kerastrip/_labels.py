@@ -248,14 +248,14 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
     first: dict[str, int] = {}
     for position, value in enumerate(values):
         first.setdefault(type(value).__name__, position)
-    told = [
+    by_kind = [
         f"{kind} ({_checks.describe(values[first[kind]])} at position {first[kind]})"
         for kind in sorted(first)
     ]
     raise _checks.type_error(
         name,
         "labels of one kind: integers, strings or bytes",
-        _checks.Told(", ".join(told)),
+        _checks.Told(", ".join(by_kind)),
     )
 
 
@@ -268,7 +268,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _no_label(name: str, value: Any, position: int) -> str:
-    told = (
+    words = (
         "NaN"
         if isinstance(value, numbers.Number)
         else "masked"
@@ -278,7 +278,7 @@ def _no_label(name: str, value: Any, position: int) -> str:
     return _checks.message(
         name,
         "a label for every sample",
-        _checks.Told(f"{told} at position {position}"),
+        _checks.Told(f"{words} at position {position}"),
         "Leave the sample out, or give it a label of its own.",
     )
 

@@ -105,11 +105,11 @@ def files_below(root: str) -> tuple[list[str], list[str]]:
             found.names.append(name)
         else:
             found.pipes.append(name)
-    told = (
+    notes = (
         (again, "links that lead to what is there already, or to a folder above ({})"),
         (found.pipes, "pipes or devices ({})"),
     )
-    return found.names, [text.format(_some(names)) for names, text in told if names]
+    return found.names, [text.format(_some(names)) for names, text in notes if names]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -143,9 +143,9 @@ def labelled_images(
     images = sorted(path for path in paths if is_image(path))
     notes = [*_left_out(paths, images), *notes]
     if not images:
-        told = f"images ({', '.join(sorted(_extensions()))}) in class folders"
+        expected = f"images ({', '.join(sorted(_extensions()))}) in class folders"
         advice = " ".join(f"Left out: {note}." for note in notes)
-        raise _checks.value_error(name, told, _checks.Told("none"), advice)
+        raise _checks.value_error(name, expected, _checks.Told("none"), advice)
     if callable(label_from):
         pairs = [(path, label_from(path)) for path in images]
         pairs = [(path, label) for path, label in pairs if label is not None]
@@ -159,12 +159,12 @@ def labelled_images(
         labels = [_folder_label(name, path, label_from) for path in images]
     checked = label_array(labels, "labels" if label_from is None else "label_from")
     if checked.ndim == 1 and (checked == checked[0]).all():
-        told = _checks.Told(f"one, {labels[0]!r}, with {len(labels)} images")
+        received = _checks.Told(f"one, {labels[0]!r}, with {len(labels)} images")
         advice = (
             "Give the folder above, or read images without classes with "
             "ImageFiles(paths)."
         )
-        raise _checks.value_error(name, "at least two classes", told, advice)
+        raise _checks.value_error(name, "at least two classes", received, advice)
     if notes:
         _checks.warn(f"`{name}` holds more than is read. Left out: {'; '.join(notes)}.")
     return images, checked
@@ -181,15 +181,15 @@ def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
     if not left:
         return []
     counts = Counter(_ending(path) for path in left).most_common()
-    told = [
+    endings = [
         f"{count} {f'.{end}' if end else 'without ending'}" for end, count in counts
     ]
-    more = f" and {len(told) - 10} other endings" if len(told) > 10 else ""
+    more = f" and {len(endings) - 10} other endings" if len(endings) > 10 else ""
     kept = {path.rpartition("/")[0] for path in images}
     lost = {path.rpartition("/")[0] for path in left} - kept
     whole = f", the whole of {_some([*lost])} among them" if lost else ""
     return [
-        f"{len(left)} files by their ending ({', '.join(told[:10])}{more}){whole} "
+        f"{len(left)} files by their ending ({', '.join(endings[:10])}{more}){whole} "
         "(convert them, or give them to ImageFiles, which looks into the file, if they "
         "are AVIF, BMP, GIF, JPEG, JPEG 2000, PGM, PNG, PPM, TIFF or WebP)"
     ]

@@ -124,8 +124,8 @@ class _Archive:
             of_the_moment = isinstance(error, OSError) and not is_wrong_with_file(error)
             if of_the_moment or isinstance(error, MemoryError):
                 raise
-            told = _checks.message("path", "a zip archive", path, f"{error}.")
-            raise ValueError(told) from error
+            words = _checks.message("path", "a zip archive", path, f"{error}.")
+            raise ValueError(words) from error
 
     def check(self, names: Sequence[str]) -> None:
         """Keeps these members; ValueError names one that is packed another way."""
@@ -135,8 +135,8 @@ class _Archive:
             if encrypted or info.compress_type not in _STORED_OR_DEFLATED:
                 way = "encrypted" if encrypted else f"method {info.compress_type}"
                 expected = "an archive of stored or deflated members"
-                told = _checks.Told(f"{name!r} ({way})")
-                raise _checks.value_error("path", expected, told, "Pack it anew.")
+                received = _checks.Told(f"{name!r} ({way})")
+                raise _checks.value_error("path", expected, received, "Pack it anew.")
 
     def stamps(self, paths: Sequence[str]) -> list[tuple[int, int]]:
         """Size and checksum of the members, as the archive tells them."""

@@ -242,14 +242,14 @@ def _about(source: Any, labels: np.ndarray | None) -> dict[str, Any]:
 
 
 def _digest(array: np.ndarray) -> str:
-    told = f"{array.dtype.str}{array.shape}".encode()
+    layout = f"{array.dtype.str}{array.shape}".encode()
     data = np.ascontiguousarray(array).tobytes()
-    return hashlib.blake2b(told + data, digest_size=8).hexdigest()
+    return hashlib.blake2b(layout + data, digest_size=8).hexdigest()
 
 
 def _refused(path: pathlib.Path, received: str, advice: str = _AGAIN) -> ValueError:
-    told = _checks.Told(f"{received} in {path}")
-    return _checks.value_error("path", "a whole cache of images", told, advice)
+    received = _checks.Told(f"{received} in {path}")
+    return _checks.value_error("path", "a whole cache of images", received, advice)
 
 
 # -- the header ------------------------------------------------------------------
@@ -376,11 +376,11 @@ def _compare(
     """Refuse a cache that was not made from this source, as it is now."""
     for name, value in about.items():
         if header["about"][name] != value:
-            told = "other labels"
+            received = "other labels"
             if name != "labels":
-                told = f"{name} {header['about'][name]}, not {value},"
+                received = f"{name} {header['about'][name]}, not {value},"
             advice = f"It is of another source, or made with other parameters. {_AGAIN}"
-            raise _refused(path, told, advice)
+            raise _refused(path, received, advice)
     rows = header["rows"]
     images, _, known = (_rows(path, name, about, rows) for name in _GROWING)
     changed = np.flatnonzero((known != stamps[:rows]).any(axis=1))

@@ -119,7 +119,7 @@ class Reading(NamedTuple):
         """An encoded image as `decode_image` reads it."""
         return decode_image(data, **self._asdict())
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """What goes to JSON beside the model and to `read_image`."""
         ways = {name: way for name, (way,) in _WAYS.items()}
         size = self.size and list(self.size)
@@ -264,15 +264,15 @@ def _checked_header(data: bytes, max_pixels: int) -> Header:
         raise ValueError(_DAMAGED)
     _check_pixels(header, max_pixels)
     if len(data) < header.least:
-        told = f"{header.height:,} x {header.width:,} pixels in {len(data):,} bytes"
-        raise ValueError(f"it is cut short, or its header lies: {told}")
+        words = f"{header.height:,} x {header.width:,} pixels in {len(data):,} bytes"
+        raise ValueError(f"it is cut short, or its header lies: {words}")
     return header
 
 
 def _check_pixels(header: Header, max_pixels: int) -> None:
     if header.height * header.width > max_pixels:
-        told = f"{header.height:,} x {header.width:,} pixels"
-        raise ValueError(f"its {told} are more than max_pixels={max_pixels:,}")
+        words = f"{header.height:,} x {header.width:,} pixels"
+        raise ValueError(f"its {words} are more than max_pixels={max_pixels:,}")
 
 
 def _decoded(data: bytes, flags: int, header: Header) -> np.ndarray:

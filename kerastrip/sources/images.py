@@ -145,7 +145,7 @@ class ImageFiles:
             raise _checks.value_error("labels", expected, self.labels)
         check_ways(reduce, resize, turn)
         self._reading = checked_reading(checked_size(size), color, bits, max_pixels)
-        self.reading = self._reading.told()
+        self.reading = self._reading.as_dict()
         self._skip = _checks.one_of("on_error", on_error, _ON_ERROR) == "skip"
         if read is None and not self._skip:
             _check_files(self.paths)
@@ -237,10 +237,10 @@ class ImageFiles:
 
     def __repr__(self) -> str:
         height, width, _ = self._shape
-        told = f"{len(self)} images, {height}x{width} {self._reading.color}"
+        words = f"{len(self)} images, {height}x{width} {self._reading.color}"
         if self.labels is not None:
-            told += f", {len(np.unique(self.labels))} classes"
-        return f"ImageFiles({told})"
+            words += f", {len(np.unique(self.labels))} classes"
+        return f"ImageFiles({words})"
 
 
 def _check_files(paths: Sequence[str]) -> None:

@@ -155,7 +155,7 @@ class TFRecordSource:
                 parse = partial(_numbers, feature, shape, kind)
             else:
                 parse = partial(_picture, feature, reading)
-                self.reading = reading.told() if size else None
+                self.reading = reading.as_dict() if size else None
         elif not callable(parse):
             raise _checks.type_error("parse", "a function of bytes", parse)
         indices = list(map(partial(_indexed, label=label, index=index), files))
@@ -273,11 +273,11 @@ def _parsed(
 def _damaged(path: pathlib.Path, place: int, offset: int, what: str) -> ValueError:
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b" or path.suffix in (".gz", ".zlib")
-    told = _checks.Told(f"{path} with {what} (record {place}, at byte {offset})")
+    received = _checks.Told(f"{path} with {what} (record {place}, at byte {offset})")
     advice = "Write it again, or leave it out."
     if packed:
         advice = "It is compressed, which leaves no random access: write it without."
-    return _checks.value_error("paths", "whole TFRecord files", told, advice)
+    return _checks.value_error("paths", "whole TFRecord files", received, advice)
 
 
 # -- the index -------------------------------------------------------------------
@@ -286,11 +286,11 @@ def _damaged(path: pathlib.Path, place: int, offset: int, what: str) -> ValueErr
 def _indexed(path: pathlib.Path, label: Any, index: Any) -> _Index:
     """The index of a file: the one that is kept, or one that is made now."""
     refuse_devices("paths", path)
-    told = path.stat()
+    status = path.stat()
     kept = label if isinstance(label, str) else None
-    about = json.dumps([_VERSION, told.st_size, told.st_mtime_ns, kept])
+    about = json.dumps([_VERSION, status.st_size, status.st_mtime_ns, kept])
     beside = None if index is False else _index_path(path, index)
-    found = beside and _loaded(beside, about, told.st_size, kept is not None)
+    found = beside and _loaded(beside, about, status.st_size, kept is not None)
     if found and (label is None or kept):
         return found
     read = label if callable(label) else partial(_label, label)
@@ -394,8 +394,10 @@ def _label_array(path: pathlib.Path, labels: Sequence[Any]) -> np.ndarray:
     kinds = {type(value).__name__: place for place, value in enumerate(labels)}
     array = np.array(labels)
     if len(kinds) > 1 or (labels and (array.ndim > 1 or array.dtype.kind not in "iuU")):
-        told = ", ".join(f"{kind} (record {place})" for kind, place in kinds.items())
-        raise _no_labels(f"{told} in {path}")
+        received = ", ".join(
+            f"{kind} (record {place})" for kind, place in kinds.items()
+        )
+        raise _no_labels(f"{received} in {path}")
     return array
 
 
@@ -410,10 +412,10 @@ def _joined(files: Sequence[pathlib.Path], labels: Sequence[np.ndarray]) -> np.n
     return np.concatenate([some for some in labels if len(some)])
 
 
-def _no_labels(told: str) -> TypeError:
+def _no_labels(received: str) -> TypeError:
     expected = "one integer or one string for each record, of one kind"
     advice = "A function label= makes labels of one kind."
-    return _checks.type_error("label", expected, _checks.Told(told), advice)
+    return _checks.type_error("label", expected, _checks.Told(received), advice)
 
 
 # -- what is in a record ---------------------------------------------------------
