@@ -13,16 +13,16 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._labels import label_array
 
-# Endings of images, by the encoder that OpenCV must have been built with, where it may
-# be missing.
+# Endings of image files. A key is the ending of an encoder without which OpenCV may have
+# been built; the endings under "" can always be read.
 _EXTENSIONS = {
     "": "bmp dib jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp",
     ".avif": "avif",
     ".gif": "gif",
     ".jp2": "j2k jp2",
 }
-# Endings of files that lie beside images without being images. A warning tells of all
-# other files that are left out.
+# Endings of files that often lie beside images and are no images. All other files that
+# are left out are named in a warning.
 _NO_IMAGES = (
     "cfg csv db htm html ini json jsonl lnk lock log md py sh toml tsv txt url xml yaml "
     "yml zip"
@@ -30,8 +30,11 @@ _NO_IMAGES = (
 _LABEL_FROM = ("parent", "top", "path")
 
 
-class _Found:
-    """What a walk has met: relative paths with "/", and the real folders it was in."""
+class _Walk:
+    """A walk through folders: the files, links and pipes it met, as relative paths.
+
+    `visited` holds the real paths of the folders that it was in.
+    """
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -40,7 +43,12 @@ class _Found:
         self.visited: set[str] = set()
 
     def visit(self, folder: str, within: str) -> None:
-        """All that lies in a folder and below; links are kept for later."""
+        """Notes all files of a folder and the folders below; links are not followed.
+
+        Args:
+            folder: its real path.
+            within: the path by which it was reached, with a "/" at the end, or "".
+        """
         todo = [(folder, within)]
         while todo:
             folder, within = todo.pop()
@@ -61,31 +69,38 @@ class _Found:
 
 
 def files_below(root: str) -> tuple[list[str], list[str]]:
-    """The files in a folder and in all folders below it, each real one once.
+    """The files in a folder and in all folders below it, each real file once.
 
-    What lies in the folders themselves comes first, then what links lead to: folders,
-    then files. So a file that is reached in several ways has the name of its place.
+    The files in the folders themselves come first, then the files in folders that links
+    lead to, then the files that links lead to. So a file that is reached in several ways
+    has the name of the place where it lies:
+
+        photos/cat/1.jpg                      "cat/1.jpg"
+        photos/cat/2.jpg -> photos/cat/1.jpg  left out: it is there already
+        photos/pets -> photos/cat             left out: the folder was visited
+        photos/dog -> /other/dog              "dog/...", the files of /other/dog
 
     Returns:
-        Their relative paths, with "/"; and words on links and pipes left out.
+        The relative paths, with "/"; and notes on links and pipes that were left out.
     """
-    real, found = os.path.realpath(root), _Found()
-    found.visit(real, "")
+    real, walk = os.path.realpath(root), _Walk()
+    walk.visit(real, "")
     again, to_files = [], []
-    while found.links:
-        links, found.links = sorted(found.links), []
+    while walk.links:
+        links, walk.links = sorted(walk.links), []
         for name, path in links:
             if not os.path.isdir(path):
                 to_files.append((name, path))
                 continue
             target = os.path.realpath(path)
             above = f"{real}{os.sep}".startswith(target.rstrip(os.sep) + os.sep)
-            if above or target in found.visited:
+            if above or target in walk.visited:
                 again.append(name)
             else:
-                found.visit(target, name + "/")
+                walk.visit(target, name + "/")
     reached: set[str] = set()
-    # It asks the system for every part of a path, so once for each folder of targets.
+    # `realpath` asks the system for every part of a path. Many links lead to one folder,
+    # so its answer is kept.
     real_folder = functools.cache(os.path.realpath)
     for name, path in sorted(to_files):
         if not is_image(name):
@@ -97,19 +112,19 @@ def files_below(root: str) -> tuple[list[str], list[str]]:
         if os.path.islink(aim):
             folder, base = os.path.split(aim := os.path.realpath(aim))
         if not os.path.exists(aim):
-            found.names.append(name)  # a file that is gone
-        elif aim in reached or (folder in found.visited and not base.startswith(".")):
+            walk.names.append(name)  # a broken link: an error when it is read
+        elif aim in reached or (folder in walk.visited and not base.startswith(".")):
             again.append(name)
         elif os.path.isfile(aim):
             reached.add(aim)
-            found.names.append(name)
+            walk.names.append(name)
         else:
-            found.pipes.append(name)
+            walk.pipes.append(name)
     notes = (
         (again, "links that lead to what is there already, or to a folder above ({})"),
-        (found.pipes, "pipes or devices ({})"),
+        (walk.pipes, "pipes or devices ({})"),
     )
-    return found.names, [text.format(_some(names)) for names, text in notes if names]
+    return walk.names, [text.format(_some(names)) for names, text in notes if names]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -123,13 +138,13 @@ def labelled_images(
 ) -> tuple[list[str], np.ndarray]:
     """The images among `paths`, sorted, and their labels.
 
-    One warning tells what was left out.
+    One warning names the files that were left out.
 
     Args:
-        name: the argument that they come from, for errors.
-        paths: relative paths, parts separated by "/".
+        name: the argument that the paths come from, for errors.
+        paths: relative paths, with "/" between folders.
         label_from: as for `ImageFolder`.
-        notes: what else was left out, in words.
+        notes: words on other files that were left out.
 
     Returns:
         Paths and labels.
@@ -154,7 +169,7 @@ def labelled_images(
             raise _checks.value_error(
                 "label_from", expected, _checks.Told("None for all")
             )
-        images, labels = [list(part) for part in zip(*pairs, strict=True)]
+        images, labels = [list(column) for column in zip(*pairs, strict=True)]
     else:
         labels = [_folder_label(name, path, label_from) for path in images]
     checked = label_array(labels, "labels" if label_from is None else "label_from")
@@ -171,7 +186,7 @@ def labelled_images(
 
 
 def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
-    """Words on files in class folders that may be images but are not read."""
+    """Notes on files in class folders that may be images but are not read."""
     known = {*_NO_IMAGES.split()}
     left = [
         path
@@ -185,8 +200,8 @@ def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
         f"{count} {f'.{end}' if end else 'without ending'}" for end, count in counts
     ]
     more = f" and {len(endings) - 10} other endings" if len(endings) > 10 else ""
-    kept = {path.rpartition("/")[0] for path in images}
-    lost = {path.rpartition("/")[0] for path in left} - kept
+    read = {path.rpartition("/")[0] for path in images}
+    lost = {path.rpartition("/")[0] for path in left} - read
     whole = f", the whole of {_some([*lost])} among them" if lost else ""
     return [
         f"{len(left)} files by their ending ({', '.join(endings[:10])}{more}){whole} "
@@ -196,6 +211,7 @@ def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
 
 
 def _folder_label(name: str, path: str, word: str | None) -> str:
+    """The label of an image by its folders; `word` is None, "parent", "top" or "path"."""
     *folders, _ = path.split("/")
     if not folders:
         expected = "every image in the folder of its class"
