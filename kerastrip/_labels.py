@@ -19,7 +19,7 @@ class LabelTable:
     Args:
         labels: `(samples,)` integers (booleans count as 0 and 1), strings or bytes, or
             `(samples, classes)` one-hot rows (then the labels are the columns).
-        classes: the labels to code for, in any order; by default those that occur.
+        classes: the label table, in any order; by default all labels that occur.
         name: what errors call the labels.
 
     Attributes:
@@ -96,7 +96,7 @@ class LabelTable:
         # In chunks, so that the temporaries stay small beside the labels.
         for start in range(0, len(values), _CHUNK):
             chunk = values[start : start + _CHUNK]
-            found, known = lookup(chunk)
+            of_chunk, known = lookup(chunk)
             if not known.all():
                 first = int(np.argmin(known))
                 raise _checks.value_error(
@@ -105,7 +105,7 @@ class LabelTable:
                     np.asarray(chunk[first]).item(),
                     f"It stands at position {start + first}.",
                 )
-            codes[start : start + len(chunk)] = found
+            codes[start : start + len(chunk)] = of_chunk
         return codes
 
     def _lookup(self, values: np.ndarray) -> Callable[[np.ndarray], tuple]:
@@ -130,8 +130,8 @@ class LabelTable:
                 if not known.all():
                     return 0, known
                 # In the dtype of the table: NumPy would mix int64 and uint64 as floats.
-                found = table[_offsets(chunk.astype(classes.dtype, copy=False), low)]
-                return found, found >= 0
+                code = table[_offsets(chunk.astype(classes.dtype, copy=False), low)]
+                return code, code >= 0
 
             return direct
         mixed = {values.dtype.kind, classes.dtype.kind} == {"i", "u"}
@@ -141,9 +141,9 @@ class LabelTable:
 
         def search(chunk: np.ndarray) -> tuple:
             chunk = chunk.astype(object) if classes.dtype.kind == "O" else chunk
-            found = np.searchsorted(classes, chunk)
-            found = np.minimum(found, len(classes) - 1)
-            return found, classes[found] == chunk
+            code = np.searchsorted(classes, chunk)
+            code = np.minimum(code, len(classes) - 1)
+            return code, classes[code] == chunk
 
         return search
 
@@ -321,17 +321,21 @@ def _distinct(values: np.ndarray) -> np.ndarray:
     present = np.zeros(int(values.max()) - low + 1, bool)
     for start in range(0, len(values), _CHUNK):
         present[_offsets(values[start : start + _CHUNK], low)] = True
-    found = np.flatnonzero(present)
+    distinct = np.flatnonzero(present)  # as offsets from `low`
     if values.dtype == np.uint64:
-        return found.astype(np.uint64) + np.uint64(low)
-    return (found + low).astype(values.dtype)
+        return distinct.astype(np.uint64) + np.uint64(low)
+    return (distinct + low).astype(values.dtype)
 
 
 def sorted_by(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positions sorted by unit, then by position; the size of each unit.
 
     The unit and the position are packed into one integer and sorted in place:
-    12 bytes a sample at the peak, where a stable argsort takes 20.
+    12 bytes a sample at the peak, where a stable argsort takes 20. For the units 1 0 1:
+
+        packed      1|0  0|1  1|2     unit and position; the position has 2 bits here
+        sorted      0|1  1|0  1|2
+        order         1    0    2
     """
     sizes = np.bincount(units)
     samples = len(units)

@@ -310,6 +310,7 @@ class Augmentation:
         collected = pipeline_data.CollectedViews(
             self._pipeline, shape, {"image": out} if bare else out
         )
+        # Position i of the batch and view v: image i under the key (*key, first + i, v).
         turn = _turn if _is_small(samples[0]) else contextlib.nullcontext()
         with turn, self._clone(bare) as clone:
             keyed = self._draws(clone.random, key, first, shape)
@@ -396,6 +397,7 @@ class Augmentation:
         specs = tf.nest.flatten(spec)
 
         def count(first: Any, element: Any) -> Any:
+            # All leaves of an element have as many images as the first one.
             leaf = tf.nest.flatten(element)[0]
             size = tf.shape(leaf, tf.int64)[0] if batched else tf.ones((), tf.int64)
             return first + size, (first, element)
@@ -423,6 +425,7 @@ class Augmentation:
             images = tf.nest.pack_sequence_as(spec, leaves)
             return (images, *element[1:]) if paired else images
 
+        # `scan` runs in order, so the count does not depend on parallel calls of `map`.
         numbered = dataset.scan(tf.zeros((), tf.int64), count)
         return numbered.map(augment, num_parallel_calls)
 

@@ -48,6 +48,7 @@ def check_image(name: str, image: Any) -> None:
     if image.dtype != _FLOAT32:
         advice = "Keep images uint8, as they are decoded, or convert them to float32."
         raise _checks.type_error(name, expected, image, advice)
+    # NaN fails both comparisons, so that it is refused too.
     low, high = image.min(), image.max()
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         advice = (
@@ -79,6 +80,7 @@ def check_targets(pipeline: Any, targets: dict[str, Any]) -> None:
     """Refuses a dict of targets that `pipeline` would not transform alike."""
     if "image" not in targets:
         raise _checks.value_error("image", "a dict with the key 'image'", targets)
+    # A further target has a name of its own and the kind of a known target.
     kinds = getattr(pipeline, "additional_targets", {})
     known = getattr(pipeline, "available_keys", ())
     size = np.shape(targets["image"])[:2]
@@ -147,6 +149,7 @@ class CollectedViews:
 
     def __init__(self, pipeline: Any, shape: tuple[int, ...], out: Any):
         self._shape, self._out = shape, dict(out or {})
+        # target -> (array of all views, (shape, dtype) of one view or None)
         self._columns: dict[str, tuple[np.ndarray, Any]] = {}
         self._lists = {"bboxes", "keypoints", "masks"}
         for processor in getattr(pipeline, "processors", {}).values():

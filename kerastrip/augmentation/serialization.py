@@ -127,7 +127,7 @@ def _arguments(kind: Any, node: dict[str, Any], place: str) -> dict[str, Any]:
     """The arguments of a transform; ValueError if there is one that it does not know."""
     signature = inspect.signature(kind.__init__).parameters
     given = {key: value for key, value in node.items() if key != _NAME}
-    if any(one.kind is one.VAR_KEYWORD for one in signature.values()):
+    if any(argument.kind is argument.VAR_KEYWORD for argument in signature.values()):
         return given
     # Some transforms write arguments of a base class that they do not take themselves.
     # Such arguments are known, but left out.

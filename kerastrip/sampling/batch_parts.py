@@ -113,7 +113,7 @@ class ReadableRows:
                     )
 
     def planned(self, epoch: int, step: int) -> np.ndarray:
-        """The rows of the plan without those that are known to be broken."""
+        """The rows of a batch; samples known to be broken are replaced."""
         rows, plan, broken = self._plan.indices(epoch, step), self._plan, self.broken
         if not broken:
             return rows
@@ -294,7 +294,7 @@ class Inputs:
     def _check(
         self, arrays: Sequence[np.ndarray], others: int, epoch: int, step: int
     ) -> None:
-        """Refuses inputs of another shape or dtype than those of the first batch.
+        """ValueError if shape or dtype of an input differ from the first batch.
 
         Args:
             arrays: the inputs of a piece of the batch.
@@ -344,7 +344,7 @@ def gather(readers: Any, rows: np.ndarray) -> Any:
 
 
 def _per_output(name: str, value: Any, reader: Callable[[str, Any], _Reader]) -> Any:
-    """One reader, or a tuple or dict of them by output."""
+    """One reader of rows, or a tuple or dict of readers by output."""
     if isinstance(value, list):
         expected = (
             "one entry, a tuple in the order of the outputs or a dict by output name"
@@ -448,7 +448,7 @@ def _weight(samples: int, name: str, value: Any) -> _Reader:
 
 
 def _augmentations(augment: Any, x: Any) -> Any:
-    """None, one Augmentation for the whole input, or a dict of them by input."""
+    """None, one Augmentation for the whole input, or a dict of Augmentations by input."""
 
     def made(one: Any) -> Augmentation:
         return one if isinstance(one, Augmentation) else Augmentation(one)

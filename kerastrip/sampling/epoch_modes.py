@@ -211,7 +211,7 @@ class Coverage:
         return class_, draw
 
     def _table(self, epoch: int, group: int) -> _Table:
-        """The table of a group in an epoch; those of the last epoch are kept."""
+        """The table of a group in an epoch; the tables of the last epoch are kept."""
         tables = self._tables
         table = tables.get((epoch, group))
         if table is None:
@@ -251,8 +251,8 @@ class _Table:
         at_level &= np.cumsum(at_level) <= length * p - draws.sum()
         draws += at_level
         ends = np.concatenate(([0], np.cumsum(draws)))
-        # Part s has the columns s, s + parts, s + 2 parts, ... of the table, and so
-        # an even share of every class.
+        # Part s has the columns s, s + parts, s + 2 parts, ... of the table. So each part
+        # gets an even share of the draws of every class.
         rounds, rest = np.divmod(ends, length)
         parts = min(_PARTS, length)
         self._parts: list[_Part] = []

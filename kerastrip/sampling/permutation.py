@@ -165,7 +165,7 @@ def arrange(
         n: number of items; broadcast with place, as are the following.
         head: guarded places at the start, 0 <= head <= split.
         tail: guarded places at the end, 0 <= tail <= n - split.
-        split: border between the items of the heads and those of the tails.
+        split: heads hold items below `split`, tails hold the other items.
         key: 64-bit integer(s) from `mix`.
 
     Returns:

@@ -35,7 +35,7 @@ _SAMPLES, _CLASSES, _LIMIT, _SUBSTITUTES = 0, 1, 2, 4
 class SamplingReport:
     """What a plan makes of its labels; a table when printed or shown in a notebook.
 
-    The figures of an epoch are those of epoch 0. With `groups=` given for
+    All numbers of an epoch are numbers of epoch 0. With `groups=` given for
     samples, a class counts once for each group it has samples in.
 
     Attributes:
@@ -97,16 +97,16 @@ class PKPlan:
 
     Two kinds of epoch:
 
-    - `"balanced"`: every class equally often. In each epoch, and over all epochs,
-      the draws of any two classes differ by at most 1. Inside a class the samples
-      go round in shuffled cycles that run on over the epochs: after every batch
-      the uses of any two of its samples differ by at most 1.
-    - `"coverage"`: every kept sample at least once per epoch, in the fewest
-      batches that P distinct classes x K rows allow: the larger of
+    - `"balanced"`: every class is drawn equally often. In each epoch, and over all
+      epochs, the draws of any two classes differ by at most 1. Inside a class the
+      samples come in shuffled cycles, which continue from epoch to epoch: after every
+      batch the numbers of uses of any two samples of a class differ by at most 1.
+    - `"coverage"`: every kept sample is drawn at least once per epoch, in the fewest
+      batches that P distinct classes x K rows allow. That is the larger of
       `ceil(sum(D) / P)` and `max(D)`, where `D = ceil(samples / K)` for each
       class. Spare places go to the classes drawn least in the epoch.
 
-    In the corner cases:
+    Corner cases:
 
     - A class with fewer than `min_class_size` samples is left out.
     - A class with fewer than K samples is, by `small_classes`, drawn with all of
@@ -130,11 +130,11 @@ class PKPlan:
         small_classes: `"repeat"` (default), `"drop"` or `"error"`.
         min_class_size: the least samples of a class that is drawn, default 2.
         max_per_class: with coverage, the most samples of a class in an epoch;
-            the next epoch takes the next ones. No limit by default.
+            the next epoch takes the next samples. No limit by default.
         groups: `(samples,)` or `(distinct labels,)` group labels (a camera, a
             category, an alphabet): the P classes of a batch come from one group,
-            and groups get batches in proportion to their classes. With one group
-            for each sample, a class gives only its samples of that group.
+            and groups get batches in proportion to their classes. If `groups` has an
+            entry for each sample, a class gives only its samples of the batch's group.
         shard: `(index, count)`: this host's `P / count` classes of each batch.
         seed: any integer.
 
@@ -144,8 +144,8 @@ class PKPlan:
         first_row: the place of the shard's first row in the global batch.
 
     Raises:
-        TypeError: labels of a float dtype; a count that is no integer.
-        ValueError: any other value out of range; the message says what would do.
+        TypeError: the labels have a float dtype, or a count is no integer.
+        ValueError: another argument is out of range; the message says what would work.
 
     Example:
 
@@ -299,7 +299,7 @@ class PKPlan:
         """ValueError if fewer than P classes are kept.
 
         Args:
-            code: the class of every unit, those that are left out included.
+            code: the class of every unit, including units that are left out.
         """
         usable = len(self._sizes)
         if self.classes_per_batch <= usable:

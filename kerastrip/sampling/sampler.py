@@ -79,8 +79,9 @@ class PKSampler(keras.utils.PyDataset):
             and Windows), prepares the inputs. Worth it where augmentation or decoding
             is slow. Sources and augmentations must not call TensorFlow, JAX or PyTorch
             there. Processes without work end when another sampler starts its processes,
-            and are forked again for the next batch. `close()` stops them for good, which
-            Python does not do by itself: Keras keeps a reference to a sampler after `fit`.
+            and are forked again for the next batch. Call `close()` to stop the processes
+            before the program ends: Keras keeps a reference to a sampler after `fit`, so
+            that Python never frees it.
         max_queue_size: the most batches that are made ahead. Default 10.
 
     Raises:
@@ -267,7 +268,7 @@ class PKSampler(keras.utils.PyDataset):
 
     @property
     def num_batches(self) -> int:
-        """Batches of an epoch, as Keras asks for them."""
+        """The number of batches in an epoch; Keras reads it before each epoch."""
         if self._ahead is not None:
             self._ahead.expect_shuffle()
         return len(self)

@@ -447,7 +447,9 @@ def _locks_held() -> Iterator[None]:
     the locks of all handlers knows that no stream is locked.
     """
     loggers = [logging.getLogger(), *list(logging.root.manager.loggerDict.values())]
-    handlers = [each for one in loggers for each in getattr(one, "handlers", ())]
+    handlers = [
+        handler for logger in loggers for handler in getattr(logger, "handlers", ())
+    ]
     locks = [handler.lock for handler in dict.fromkeys(handlers) if handler.lock]
     with contextlib.ExitStack() as held:
         for lock in [*locks, _lock_of_numpy()]:

@@ -86,6 +86,7 @@ def files_below(root: str) -> tuple[list[str], list[str]]:
     real, walk = os.path.realpath(root), _Walk()
     walk.visit(real, "")
     again, to_files = [], []
+    # Folders that links lead to may hold links themselves, hence the loop.
     while walk.links:
         links, walk.links = sorted(walk.links), []
         for name, path in links:
@@ -105,6 +106,8 @@ def files_below(root: str) -> tuple[list[str], list[str]]:
     for name, path in sorted(to_files):
         if not is_image(name):
             continue
+        # One step along the link, and the real folder there. Only a link to a link is
+        # resolved as a whole.
         aim = os.path.join(os.path.dirname(path), os.readlink(path))
         folder, base = os.path.split(aim)
         folder = real_folder(folder)

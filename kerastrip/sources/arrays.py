@@ -1,4 +1,4 @@
-"""Sources over what is already an array, or behaves like a list of samples.
+"""Sources over arrays, and over objects that behave like a list of samples.
 
 A source has `__len__` and `take(indices)`, but no `__getitem__` and no `__iter__`. The
 missing methods distinguish a source from arrays and data sets, some of which have a
@@ -439,8 +439,8 @@ class BrokenSamples(ValueError):
         text = f"Sample {row} cannot be read: {why}{more}."
         if self.skip:
             text += (
-                " on_error='skip' is for the batches of a sampler; whoever needs every "
-                "sample leaves out those of `find_broken()`, with `Subset`."
+                " on_error='skip' is for the batches of a sampler only. To read every "
+                "sample, leave out the samples that `find_broken()` names, with `Subset`."
             )
         else:
             text += " With on_error='skip' a sampler draws others of their class."

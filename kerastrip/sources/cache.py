@@ -101,7 +101,8 @@ def cache_images(
     labels = None if labels is None else np.asarray(labels)
     _checks.boolean("verbose", verbose)
     _checks.boolean("verify", verify)
-    # Before a sample is read: what is changed from now on is found out later.
+    # The stamps are taken before a sample is read, so that a change during the reading
+    # shows when the cache is opened.
     stamps = _stamps(source)
     about = _about(source, labels)
     header = _header(path)

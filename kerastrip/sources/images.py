@@ -108,8 +108,8 @@ class ImageFiles:
             to `read_image`.
 
     Raises:
-        TypeError, ValueError: for arguments that do not work, a missing file
-            (`on_error="raise"`) among them.
+        TypeError, ValueError: an argument does not work, or a file is missing (with
+            `on_error="raise"`).
 
     Example:
         >>> import pathlib, tempfile
@@ -154,6 +154,7 @@ class ImageFiles:
         self._skip = _checks.one_of("on_error", on_error, _ON_ERROR) == "skip"
         if read is None and not self._skip:
             _check_files(self.paths)
+        # A function of the user may keep a file open, so threads take turns in it.
         self._own = read not in (None, read_file)
         own = partial(read_file, max_pixels=self._reading.max_pixels)
         self._read: Callable[[str], bytes] = alone(read) if read and self._own else own
@@ -204,7 +205,9 @@ class ImageFiles:
                 images[place] = images[first[row]]
             elif why := self._load(row, images[place]):
                 broken[row] = why
-                if not self._skip:  # a sampler that skips wants to know all of them
+                # A sampler that skips needs all broken images of the batch at once. For
+                # an error the first one is enough.
+                if not self._skip:
                     break
             first.setdefault(row, place)
         if broken:
@@ -232,14 +235,14 @@ class ImageFiles:
         return ""
 
     def find_broken(self) -> dict[int, str]:
-        """Reads every image: row -> what is wrong, for those that are broken."""
+        """Reads every image: row -> what is wrong, for all broken images."""
 
         def load(row: int) -> str:
             return self._load(row, np.empty(self._shape, np.uint8))
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = enumerate(pool.map(load, range(len(self))))
-            return {row: why for row, why in found if why}
+            reasons = enumerate(pool.map(load, range(len(self))))
+            return {row: why for row, why in reasons if why}
 
     def __repr__(self) -> str:
         height, width, _ = self._shape
@@ -261,12 +264,12 @@ def _check_files(paths: Sequence[str]) -> None:
 
 def _stamp(path: str) -> tuple[int, int]:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         if not is_wrong_with_file(error):
             raise
         return -1, -1
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def is_wrong_with_file(error: Exception) -> bool:
