@@ -310,9 +310,9 @@ class Augmentation:
         collected = pipeline_data.CollectedViews(
             self._pipeline, shape, {"image": out} if bare else out
         )
-        # Position i of the batch and view v: image i under the key (*key, first + i, v).
         turn = _turn if _is_small(samples[0]) else contextlib.nullcontext()
         with turn, self._clone(bare) as clone:
+            # An index is (image,) or (image, view), and the draws come in the same order.
             keyed = self._draws(clone.random, key, first, shape)
             indices = itertools.product(*map(range, shape))
             for index, draws in zip(indices, keyed, strict=True):

@@ -20,7 +20,8 @@ __all__ = [
     "Coverage",
 ]
 
-# Parts of a coverage table: in one part, classes of one row do not meet.
+# Parts of a coverage table. Classes that stand in one row of a part never meet in a batch
+# of this part; in another part they mostly stand in different rows, and meet there.
 _PARTS = 3
 
 
@@ -294,8 +295,9 @@ class _Part:
     Class b runs across the end of the first row: the last 3 cells of that row are its
     *tail*, and the first 2 cells of the second row are its *head*. In the shuffled rows
     the tail is in columns 0 ... 2 and the head in columns 3 ... 4, so that no column
-    holds class b twice. The same is done for class d. All other draws of a row (its
-    *inner* draws) are shuffled freely over the remaining columns.
+    holds class b twice. Likewise class d has its tail in column 5 of the second row, and
+    its head in columns 1 ... 4 of the third. All other draws of a row (its *inner* draws)
+    are shuffled freely over the remaining columns.
 
     How a cell (row, column) is looked up: measured from where the head of its row
     begins, round the circle of columns, a row consists of four intervals
