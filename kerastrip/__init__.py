@@ -38,8 +38,9 @@ from kerastrip.losses import (
     triplet_semihard_loss,
 )
 from kerastrip.metrics import TripletCensus
-from kerastrip.sampling.plan import PKPlan, SamplingReport, split_classes, split_samples
+from kerastrip.sampling.plan import PKPlan, SamplingReport
 from kerastrip.sampling.sampler import PKSampler
+from kerastrip.sampling.splits import split_classes, split_samples
 from kerastrip.sources import cache_images
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Files that a reader, or a run that was cut off, finds whole."""
+"""Files that are written as a whole: no reader ever finds half of a file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kerastrip import _checks
 
 
 def readable(value: Any) -> str:
-    """A value as text that can be written and drawn.
+    """A value as text that can be written to files and figures.
 
-    The name of a file that is not in UTF-8 has lone surrogates, which no encoding
-    takes; they become escapes (`\\udce9`).
+    If the name of a file is not in UTF-8, Python puts lone surrogates into it, which
+    cannot be encoded. They become escapes (`\\udce9`).
     """
     return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
 
@@ -22,42 +22,43 @@ def readable(value: Any) -> str:
 def refuse_devices(name: str, path: str | os.PathLike[str]) -> None:
     """ValueError for a pipe or device.
 
-    A pipe would be waited for without end, and a device replaced by a file.
+    To read a pipe would wait without end, and to write would replace a device by a file.
 
     Args:
-        name: the argument.
-        path: what came.
+        name: the argument, for the error.
+        path: the value of the argument.
     """
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        told = _checks.Told(f"{str(path)!r}, a pipe or device")
-        raise _checks.value_error(name, "the path of a file", told)
+        received = _checks.Told(f"{str(path)!r}, a pipe or device")
+        raise _checks.value_error(name, "the path of a file", received)
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file beside `path` and puts it in its place in one step.
 
-    Writers of one path do not meet: the last one that ends has written it. Where the
-    path is a link, the file that it leads to is written, and the link stays.
+    Several writers of one path do not disturb each other: the last one that ends leaves
+    its file. If the path is a link, the file that it leads to is written, and the link
+    stays.
 
     Args:
         path: the file.
         content: bytes, or text for UTF-8.
 
     Raises:
-        OSError: it cannot be written; what was there is still there.
-        ValueError: there is a pipe or device.
+        OSError: the file cannot be written; an earlier file is still there.
+        ValueError: the path is a pipe or device.
     """
     refuse_devices("path", path)
     path = pathlib.Path(os.path.realpath(path))
     if isinstance(content, str):
         content = readable(content).encode("utf-8")
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        # "x" makes the file: a link that somebody has put there is not followed.
-        with open(part, "xb") as file:
+        # Mode "x" makes a new file, and never follows a link that lies there already.
+        with open(unfinished, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(unfinished, path)
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)

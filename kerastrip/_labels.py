@@ -19,7 +19,7 @@ class LabelTable:
     Args:
         labels: `(samples,)` integers (booleans count as 0 and 1), strings or bytes, or
             `(samples, classes)` one-hot rows (then the labels are the columns).
-        classes: the labels to code for, in any order; by default those that occur.
+        classes: the label table, in any order; by default all labels that occur.
         name: what errors call the labels.
 
     Attributes:
@@ -28,8 +28,8 @@ class LabelTable:
 
     Raises:
         TypeError: labels of a float or a mixed dtype.
-        ValueError: no labels, one that is missing (None, NaN, pandas' NA, masked), a
-            wrong shape, a label not in `classes`.
+        ValueError: no labels at all, a missing label (None, NaN, pandas' NA, masked), a
+            wrong shape, a label that is not in `classes`.
     """
 
     def __init__(self, labels: Any, classes: Any = None, name: str = "labels") -> None:
@@ -58,14 +58,14 @@ class LabelTable:
     def class_weight(self, weights: Mapping[Any, float]) -> dict[int, float]:
         """Weights by label as weights by code, for `fit(class_weight=)`.
 
-        Keras reads the targets of a batch, which are codes: 1 is the second label.
+        Keras reads the targets of a batch. These are codes: code 1 is the second label.
 
         Args:
             weights: label -> finite weight >= 0. Labels that are left out weigh 1.
 
         Raises:
-            TypeError, ValueError: for another kind of object, a label that is not in
-                the table or a weight that is none.
+            TypeError, ValueError: `weights` is no dict, a label is not in the table, or
+                a weight is no finite number >= 0.
         """
         name = "class_weight"
         if not isinstance(weights, Mapping) or not weights:
@@ -96,7 +96,7 @@ class LabelTable:
         # In chunks, so that the temporaries stay small beside the labels.
         for start in range(0, len(values), _CHUNK):
             chunk = values[start : start + _CHUNK]
-            found, known = lookup(chunk)
+            of_chunk, known = lookup(chunk)
             if not known.all():
                 first = int(np.argmin(known))
                 raise _checks.value_error(
@@ -105,11 +105,18 @@ class LabelTable:
                     np.asarray(chunk[first]).item(),
                     f"It stands at position {start + first}.",
                 )
-            codes[start : start + len(chunk)] = found
+            codes[start : start + len(chunk)] = of_chunk
         return codes
 
     def _lookup(self, values: np.ndarray) -> Callable[[np.ndarray], tuple]:
-        """A function from labels to their codes, and whether they are known."""
+        """A function: chunk of labels -> (their codes, whether each label is known).
+
+        It looks codes up in a table over the range of the labels, if that is small, and
+        searches the sorted labels otherwise. For the classes 3, 5 and 6:
+
+            label    3  4  5  6
+            code     0 -1  1  2
+        """
         classes = self.classes
         if _family(values) != _family(classes):
             return lambda chunk: (0, np.zeros(len(chunk), bool))
@@ -122,21 +129,21 @@ class LabelTable:
                 known = (chunk >= low) & (chunk <= high)
                 if not known.all():
                     return 0, known
-                # In the dtype of the table: NumPy mixes int64 and uint64 as floats.
-                found = table[_offsets(chunk.astype(classes.dtype, copy=False), low)]
-                return found, found >= 0
+                # In the dtype of the table: NumPy would mix int64 and uint64 as floats.
+                code = table[_offsets(chunk.astype(classes.dtype, copy=False), low)]
+                return code, code >= 0
 
             return direct
         mixed = {values.dtype.kind, classes.dtype.kind} == {"i", "u"}
         if mixed and np.uint64 in (values.dtype, classes.dtype):
-            # NumPy would compare these as floats; Python integers are exact.
+            # NumPy would compare int64 with uint64 as floats; Python integers are exact.
             classes = classes.astype(object)
 
         def search(chunk: np.ndarray) -> tuple:
             chunk = chunk.astype(object) if classes.dtype.kind == "O" else chunk
-            found = np.searchsorted(classes, chunk)
-            found = np.minimum(found, len(classes) - 1)
-            return found, classes[found] == chunk
+            code = np.searchsorted(classes, chunk)
+            code = np.minimum(code, len(classes) - 1)
+            return code, classes[code] == chunk
 
         return search
 
@@ -144,11 +151,11 @@ class LabelTable:
 def label_array(labels: Any, name: str = "labels") -> np.ndarray:
     """Labels as the user gave them, checked: a fresh array.
 
-    `np.array` alone would make a class "nan" of a missing name, and "1" of 1 beside "x".
+    `np.array` alone would make a missing name a class "nan", and 1 beside "x" a class "1".
 
     Args:
         labels: as for `LabelTable`.
-        name: what errors call them.
+        name: what errors call the labels.
 
     Returns:
         `(samples,)` integers, strings or bytes, or `(samples, classes)` one-hot rows.
@@ -182,7 +189,8 @@ def _label_values(labels: Any, name: str) -> tuple[np.ndarray, int | None]:
     if not hasattr(labels, "dtype") and (
         values.dtype.kind in "fUS" or len({type(label) for label in labels}) > 1
     ):
-        # NumPy makes strings of ["a", 1], floats of [-1, 2**63], integers of [True, 2].
+        # NumPy would turn ["a", 1] into strings, [-1, 2**63] into floats and [True, 2]
+        # into integers.
         values = np.array(list(labels), object)
     if values.dtype.kind == "O":
         values = _from_objects(values, name)
@@ -248,27 +256,27 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
     first: dict[str, int] = {}
     for position, value in enumerate(values):
         first.setdefault(type(value).__name__, position)
-    told = [
+    by_kind = [
         f"{kind} ({_checks.describe(values[first[kind]])} at position {first[kind]})"
         for kind in sorted(first)
     ]
     raise _checks.type_error(
         name,
         "labels of one kind: integers, strings or bytes",
-        _checks.Told(", ".join(told)),
+        _checks.Told(", ".join(by_kind)),
     )
 
 
 def _is_missing(value: Any) -> bool:
     """Whether an object stands for "no label"."""
-    # Of pandas' NA it cannot even be asked whether it equals itself.
+    # The names are compared, because `NA == NA` of pandas is neither true nor false.
     if type(value).__name__ in ("NoneType", "NAType", "NaTType", "MaskedConstant"):
         return True
     return isinstance(value, numbers.Number) and bool(value != value)
 
 
 def _no_label(name: str, value: Any, position: int) -> str:
-    told = (
+    words = (
         "NaN"
         if isinstance(value, numbers.Number)
         else "masked"
@@ -278,13 +286,13 @@ def _no_label(name: str, value: Any, position: int) -> str:
     return _checks.message(
         name,
         "a label for every sample",
-        _checks.Told(f"{told} at position {position}"),
+        _checks.Told(f"{words} at position {position}"),
         "Leave the sample out, or give it a label of its own.",
     )
 
 
 def _family(values: np.ndarray) -> str:
-    """What can be compared: integers, strings or bytes."""
+    """ "integer", "string" or "bytes": labels of one family can be compared."""
     if values.dtype.kind != "O":
         return {"U": "string", "S": "bytes"}.get(values.dtype.kind, "integer")
     return "bytes" if isinstance(values[0], bytes) else "integer"
@@ -313,17 +321,21 @@ def _distinct(values: np.ndarray) -> np.ndarray:
     present = np.zeros(int(values.max()) - low + 1, bool)
     for start in range(0, len(values), _CHUNK):
         present[_offsets(values[start : start + _CHUNK], low)] = True
-    found = np.flatnonzero(present)
+    distinct = np.flatnonzero(present)  # as offsets from `low`
     if values.dtype == np.uint64:
-        return found.astype(np.uint64) + np.uint64(low)
-    return (found + low).astype(values.dtype)
+        return distinct.astype(np.uint64) + np.uint64(low)
+    return (distinct + low).astype(values.dtype)
 
 
 def sorted_by(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positions sorted by unit, then by position; the size of each unit.
 
     The unit and the position are packed into one integer and sorted in place:
-    12 bytes a sample at the peak, where a stable argsort takes 20.
+    12 bytes a sample at the peak, where a stable argsort takes 20. For the units 1 0 1:
+
+        packed      1|0  0|1  1|2     unit and position; the position has 2 bits here
+        sorted      0|1  1|0  1|2
+        order         1    0    2
     """
     sizes = np.bincount(units)
     samples = len(units)

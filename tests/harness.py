@@ -11,6 +11,7 @@ import textwrap
 import time
 
 import keras
+import numpy as np
 import pytest
 
 TESTS = pathlib.Path(__file__).parent
@@ -163,3 +164,9 @@ def tiny_model(
     if loss is not None:
         model.compile(keras.optimizers.SGD(rate), loss)
     return model
+
+
+def histogram(sizes, seed=0):
+    """Labels 0, 1, ... with these numbers of samples, in mixed order."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    return np.random.default_rng(seed).permutation(labels)

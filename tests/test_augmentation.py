@@ -15,8 +15,8 @@ from harness import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kerastrip import augmentation
-from kerastrip.augmentation.keyed_random import PythonRandom
+from kerastrip.augmentation import pipeline as pipeline_module
+from kerastrip.augmentation.keyed_random import KeyedRandom
 from kerastrip.augmentation.pipeline import Augmentation
 
 KEYS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4).map(tuple)
@@ -128,9 +128,9 @@ def test_a_key_repeats_and_another_differs(a, b):
 
 
 def test_the_python_generator_is_uniform_and_keeps_nothing():
-    rng = np.random.Generator(np.random.PCG64(0))
-    python = PythonRandom(rng)
-    python.set([0.25, 0.5])
+    keyed = KeyedRandom()
+    keyed.set([1, 2, 3, 4], [0.25, 0.5])
+    rng, python = keyed.rng, keyed.python
     assert [python.random(), python.getrandbits(3)] == [0.25, 4]
     bits = [python.getrandbits(5) for _ in range(6400)]
     assert np.bincount(bits, minlength=32).min() > 130  # 200 expected, 5 sigma
@@ -244,7 +244,7 @@ calls = []
 socket.getaddrinfo = lambda *a, **k: calls.append(a) or []
 os.environ.pop("NO_ALBUMENTATIONS_UPDATE", None)
 
-from kerastrip import augmentation
+from kerastrip.augmentation import pipeline
 
 if __name__ == "__main__":
     assert "albumentations" not in sys.modules  # (Keras imports cv2 by itself)
@@ -262,12 +262,12 @@ if __name__ == "__main__":
     import multiprocessing
 
     text = sys.stdin.read()
-    aug = augmentation.Augmentation.from_json(text)
+    aug = pipeline.Augmentation.from_json(text)
     print(views(aug))
     holding, done = threading.Event(), threading.Event()
 
     def hold():
-        with augmentation._turn:
+        with pipeline._turn:
             holding.set()
             done.wait()
 
@@ -423,7 +423,7 @@ def test_small_images_take_turns(monkeypatch, size, taken):
             pass
 
     turn = Turn()
-    monkeypatch.setattr(augmentation, "_turn", turn)
+    monkeypatch.setattr(pipeline_module, "_turn", turn)
     Augmentation.none().batch(np.zeros((2, size, size), "uint8"), 0)
     assert turn.count == taken
 

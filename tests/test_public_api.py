@@ -47,7 +47,7 @@ ON_ARRAYS = {
 }
 RUNS_MODELS = {"_outputs", "evaluation.embedding", "evaluation.recalibration"}
 FREE_OF_KERAS = {"_checks", "_labels", "_version"} | {
-    f"sampling.{name}" for name in ("epoch_modes", "permutation", "plan")
+    f"sampling.{name}" for name in ("epoch_modes", "permutation", "plan", "splits")
 }
 OPTIONAL = {"albumentations", "cv2", "faiss", "matplotlib", "sklearn", "tensorboard"}
 BACKENDS = {"jax", "tensorflow", "torch"}

@@ -186,7 +186,7 @@ def test_bytes_of_another_kind_are_told_how_to_be_read(tmp_path):
         path = write(tmp_path / "x", [example(image=image, label=0)])
         with pytest.raises(ValueError, match=r"Record 0 .*dtype=, bytes .* parse="):
             TFRecordSource(path, shape=(4,), dtype=dtype)
-        with pytest.raises(ValueError, match=r"no picture.*shape=.* need parse="):
+        with pytest.raises(ValueError, match=r"no image.*shape=.* need parse="):
             TFRecordSource(path)
 
 
@@ -482,7 +482,7 @@ def test_a_broken_record_is_named(paths):
     records = [example(image=b"no picture", label=0)]
     source = TFRecordSource([paths[0], write(paths[2], records)])
     with pytest.raises(
-        ValueError, match=r"Record 0 of .*c.tfrecord .*no picture.*shape="
+        ValueError, match=r"Record 0 of .*c.tfrecord .*no image.*shape="
     ):
         source.take([2, 7])
     paths[0].write_bytes(paths[0].read_bytes()[:-9])
@@ -501,7 +501,7 @@ def test_a_broken_record_is_named(paths):
             r"Record 0 .*'pixels' but \['image', 'label'",
         ),
         ({"label": "class"}, ValueError, r"Record 0 .*a.tfrecord.*'class' but"),
-        ({"feature": "label"}, ValueError, "no picture but numbers"),
+        ({"feature": "label"}, ValueError, "no image but numbers"),
         ({"shape": (5, 4)}, ValueError, "Record 0 of .*reshape"),
         ({"color": "bgr"}, ValueError, "'rgb', 'gray'"),
         ({"parse": "image"}, TypeError, "parse"),

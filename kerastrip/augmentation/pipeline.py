@@ -1,8 +1,8 @@
 """Image augmentation as a pure function of a key.
 
-Every random number of one augmented image is a function of (seed, *key). Nothing
-is drawn from a stream that other images draw from too, so the order of the calls,
-the thread and the process do not matter.
+Every random number of an augmented image is a function of (seed, *key). No image draws
+from a stream that other images draw from too, so the order of the calls, the thread and
+the process do not matter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._files import refuse_devices, write_whole
 from kerastrip._version import __version__
-from kerastrip.augmentation import pipeline_io, serialization
+from kerastrip.augmentation import pipeline_data, serialization
 from kerastrip.augmentation.keyed_random import SCHEME, KeyedRandom
 
 __all__ = [
@@ -33,8 +33,8 @@ __all__ = [
 ]
 
 # albumentations asks the network for a newer version in every process that
-# imports it. The variable is set here, not round an import of ours, because a
-# worker process imports albumentations while it unpickles a pipeline.
+# imports it, unless this variable is set. It is set when this module is imported, because
+# a worker process imports albumentations already while it unpickles a pipeline.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 # Threads that augment small images at once spend their time handing the
@@ -46,7 +46,7 @@ _turn = threading.RLock()
 
 
 def _new_turn() -> None:
-    """After a fork the lock may be held by a thread that was left behind."""
+    """A new lock after a fork: a thread that is not in the fork may hold the old one."""
     global _turn
     _turn = threading.RLock()
 
@@ -69,10 +69,10 @@ class Augmentation:
     key is (sampler seed, epoch, step, position in the batch), so that a sample
     which occurs twice in one batch gets two views.
 
-    What goes in comes out: an image gives an image; a dict of targets (image,
-    mask, boxes, keypoints, further images) gives a dict, all transformed alike.
-    uint8 stays uint8, unless the pipeline says otherwise: scale in the model
-    (`keras.layers.Rescaling(1 / 255)`), not in the pipeline, where it is slow.
+    An image gives an image. A dict of targets (image, mask, boxes, keypoints, further
+    images) gives a dict with the same keys, and all targets are transformed alike.
+    uint8 stays uint8, unless the pipeline converts it. Scale in the model
+    (`keras.layers.Rescaling(1 / 255)`), not in the pipeline, where scaling is slow.
 
     Args:
         pipeline: an albumentations `Compose` or transform (anything with
@@ -83,18 +83,19 @@ class Augmentation:
         seed: integer of 64 bits. Default 0.
 
     Raises:
-        TypeError: `pipeline` is neither, a callable that does not take two arguments,
-            or `seed` is not an integer.
+        TypeError: `pipeline` is neither a transform nor a callable, or a callable that
+            does not take two arguments, or `seed` is not an integer.
 
     Warns:
-        UserWarning: the Compose has a seed of its own. It is not used: a seeded
+        UserWarning: the Compose has a seed of its own. This seed is not used: a seeded
             Compose gives every transform the *same* random numbers, so that
             for example HorizontalFlip and VerticalFlip only ever occur
             together.
 
-    NumPy's, Python's and TensorFlow's global generators are not touched. OpenCV has one
-    for each thread, which albumentations' noises (GaussNoise, ShotNoise, ...) set by
-    `cv2.setRNGSeed` in the thread that runs them; OpenCV cannot tell its state, so it is not set back.
+    NumPy's, Python's and TensorFlow's global generators are not touched. OpenCV has a
+    generator for each thread. albumentations' noises (GaussNoise, ShotNoise, ...) set it
+    by `cv2.setRNGSeed` in the thread that runs them. OpenCV cannot tell its state, so the
+    state is not restored.
 
     Results are equal bit for bit under one version of albumentations and
     OpenCV; between OpenCV versions rotated and resized pixels may differ by a
@@ -170,8 +171,8 @@ class Augmentation:
                 float32 in [0, 1]; or a dict of targets, see `batch`. It is not
                 modified and the result shares no memory with it. (A plain
                 callable takes whatever it can work on.)
-            *key: integers of 64 bits, any number of them, none included. Keys
-                of different length are different keys.
+            *key: integers of 64 bits, any number of them, even none. Keys of
+                different length are different keys.
 
         Returns:
             The augmented image, or a dict with the same keys.
@@ -188,17 +189,21 @@ class Augmentation:
 
     @contextlib.contextmanager
     def _clone(self, bare: bool) -> Iterator[_Clone]:
-        """A clone that nobody else has: no other thread, and no callable in a call.
+        """A clone of the pipeline that nobody else uses at the moment.
+
+        Other threads have other clones, and so has a callable that calls this
+        Augmentation again. `_idle` holds the clones that are free; a clone is made when
+        there is none.
 
         Args:
-            bare: whether it is for images, not for dicts of targets.
+            bare: True for images, False for dicts of targets.
         """
         try:
             clone = self._idle.pop()
         except IndexError:
             clone = _Clone(self._pipeline, self._seedable)
         if getattr(self._pipeline, "is_check_shapes", False):
-            # Of its targets with each other: an image alone needs none.
+            # The check compares the shapes of the targets: an image alone needs no check.
             clone.pipeline.is_check_shapes = not bare
         try:
             yield clone
@@ -206,7 +211,14 @@ class Augmentation:
             self._idle.append(clone)
 
     def _view(self, clone: _Clone, draws: Any, image: Any, copy: bool = True) -> Any:
-        """The view; without `copy` the image may be written into, or returned."""
+        """The view of an image.
+
+        Args:
+            clone: of the pipeline.
+            draws: an item of `KeyedRandom.draws`.
+            image: array or dict of targets.
+            copy: False: the pipeline may write into the image, or return it.
+        """
         run = clone.pipeline
         clone.random.set(*draws)
         own = _copied if copy else _same
@@ -220,11 +232,11 @@ class Augmentation:
                     "else, write lambda image, rng: function(image)."
                 ) from error
         elif isinstance(image, dict):
-            pipeline_io.check_targets(run, image)
+            pipeline_data.check_targets(run, image)
             result = run(**{name: own(value) for name, value in image.items()})
             result = {name: result[name] for name in image}
         else:
-            pipeline_io.check_image("image", image)
+            pipeline_data.check_image("image", image)
             result = run(image=own(image))["image"]
         if not isinstance(result, dict if isinstance(image, dict) else np.ndarray):
             raise TypeError(
@@ -251,25 +263,26 @@ class Augmentation:
         Args:
             images: array (batch, height, width[, channels]), or a list of images,
                 which may differ in size if the pipeline makes them equal; or a
-                dict of such: image, mask and other arrays, lists for boxes.
-            *key: what the keys of all images begin with.
-            first: position of the first image; not 0 for a part of a larger batch.
-            rows: which of `images` to take, integers (batch,). To gather large images
-                first costs more than to augment them where they are. Default: all.
+                dict of such arrays and lists by target (image, mask, ...), in
+                which boxes and keypoints are lists.
+            *key: the beginning of the keys of all images.
+            first: position of the first image; not 0 for a piece of a larger batch.
+            rows: which of `images` to take, integers (batch,). It costs less than to
+                gather large images before the call. Default: all images.
             views: number of views of each image, at least 1; view v of image i
                 has the key (*key, first + i, v). None, the default: one view
                 with the key (*key, first + i).
             out: array (or dict of arrays) to write into, of the result's shape,
                 any dtype that holds the result's. Default: a new one.
-            copy: False if nobody needs `images` any more: a few transforms write
-                into their input, which is copied otherwise. Several views are
+            copy: False if nobody needs `images` any more. A few transforms write
+                into their input, so the input is copied by default. Several views are
                 always made of copies. Default True.
 
         Returns:
             Array (batch, height, width[, channels]), with `views`
-            (batch, views, height, width[, channels]). For a dict a dict: boxes,
-            keypoints, their labels and `masks`, whose number may change, as
-            lists, everything else stacked.
+            (batch, views, height, width[, channels]). A dict gives a dict: boxes,
+            keypoints, their labels and `masks` as lists, because their number may
+            change, and everything else stacked.
 
         Raises:
             ValueError: no images, lists of different lengths, augmented images
@@ -288,30 +301,38 @@ class Augmentation:
             >>> both["image"].shape, both["mask"].shape
             ((4, 6, 6, 3), (4, 6, 6))
         """
-        samples = pipeline_io.samples(images, rows)
+        samples = pipeline_data.samples(images, rows)
         shape: tuple[int, ...] = (len(samples),)
         if views is not None:
             shape += (_checks.integer("views", views, minimum=1),)
             copy = True
         bare = not isinstance(images, dict)
-        batch = pipeline_io.Batch(
+        collected = pipeline_data.CollectedViews(
             self._pipeline, shape, {"image": out} if bare else out
         )
         turn = _turn if _is_small(samples[0]) else contextlib.nullcontext()
         with turn, self._clone(bare) as clone:
+            # An index is (image,) or (image, view), and the draws come in the same order.
             keyed = self._draws(clone.random, key, first, shape)
             indices = itertools.product(*map(range, shape))
             for index, draws in zip(indices, keyed, strict=True):
                 view = self._view(clone, draws, samples[index[0]], copy)
                 for name, value in ({"image": view} if bare else view).items():
-                    batch.put(index, name, value)
-        targets = batch.targets()
+                    collected.put(index, name, value)
+        targets = collected.targets()
         return targets["image"] if bare else targets
 
     def _draws(
         self, random: KeyedRandom, key: tuple[int, ...], first: int, shape: Any
     ) -> Iterator[Any]:
-        """The draws of (batch,) or (batch, views) keys, one view after the other."""
+        """An item of `KeyedRandom.draws` for each view, image after image.
+
+        Args:
+            random: makes the draws.
+            key: the beginning of all keys.
+            first: position of the first image.
+            shape: (batch,) or (batch, views).
+        """
         count, *views = shape
         if not views:
             return random.draws(self.seed, (*key, first), count)
@@ -338,11 +359,11 @@ class Augmentation:
         Args:
             dataset: its elements are images, or tuples that begin with one, whose
                 rest passes through; instead of an image a dict of targets.
-            *key: what the keys of all images begin with.
-            batched: whether the elements are batches. Those cost less, because
+            *key: the beginning of the keys of all images.
+            batched: whether the elements are batches. Batches cost less, because
                 one call from TensorFlow to Python takes 35 to 60 microseconds.
             spec: `tf.TensorSpec` of the augmented image (or batch, or a dict of
-                them). Default: that of the image, which is right unless the
+                specs). Default: the spec of the image, which is right unless the
                 pipeline changes the size or the dtype.
             num_parallel_calls: as in `tf.data.Dataset.map`. More than one pays for
                 large images only.
@@ -376,6 +397,7 @@ class Augmentation:
         specs = tf.nest.flatten(spec)
 
         def count(first: Any, element: Any) -> Any:
+            # All leaves of an element have as many images as the first one.
             leaf = tf.nest.flatten(element)[0]
             size = tf.shape(leaf, tf.int64)[0] if batched else tf.ones((), tf.int64)
             return first + size, (first, element)
@@ -403,15 +425,16 @@ class Augmentation:
             images = tf.nest.pack_sequence_as(spec, leaves)
             return (images, *element[1:]) if paired else images
 
+        # `scan` runs in order, so the count does not depend on parallel calls of `map`.
         numbered = dataset.scan(tf.zeros((), tf.int64), count)
         return numbered.map(augment, num_parallel_calls)
 
     def check(self, image: Any) -> None:
-        """Look for transforms that are not what they must be.
+        """Looks for transforms that are no pure functions, or change in JSON.
 
-        An own transform that draws from `np.random` or `random`, or keeps
-        something from call to call, is not a pure function of the key; one that
-        does not store its arguments under their own names loses them in JSON.
+        A transform of your own is no pure function of the key if it draws from
+        `np.random` or `random`, or if it keeps something from call to call. A transform
+        that does not store its arguments under their own names loses them in JSON.
         64 keys are used twice, in another order the second time, and once more
         after JSON (if the pipeline can be written), with every transform applied.
 
@@ -419,7 +442,7 @@ class Augmentation:
             image: an image or a dict of targets that the pipeline can work on.
 
         Raises:
-            ValueError: names the first such transform.
+            ValueError: a transform fails the test; the message names the first one.
 
         Example:
             >>> import numpy as np
@@ -455,7 +478,13 @@ class Augmentation:
     def _prefixes(self) -> Iterator[tuple[Any, Augmentation]]:
         """The pipeline up to each of its transforms in turn, then as it is.
 
-        The shortest impure one ends in the culprit.
+        Yields (last transform, pipeline). The last transform of the shortest pipeline
+        that fails a test is the culprit. For the transforms A, B and C:
+
+            A with p=1, B and C with p=0
+            A and B with p=1, C with p=0
+            A, B and C with p=1
+            the pipeline with the probabilities that it has
         """
         if self._seedable:
             for last, transform in enumerate(_leaves(self._pipeline)):
@@ -507,15 +536,15 @@ class Augmentation:
         """The Augmentation that `to_json` described.
 
         Args:
-            text: what `to_json` returned.
+            text: the return value of `to_json`.
             lambdas: albumentations `Lambda` transforms by their names; their
-                functions are not in the text. Own transform classes must have
+                functions are not in the text. Transform classes of your own must have
                 been imported.
 
         Raises:
-            ValueError: another text; a transform that is not known here, or that does
-                not take one of its arguments, with the place where it stands. No
-                class but those of transforms is called.
+            ValueError: the text is not from `to_json`; or a transform is not known, or
+                does not take one of the arguments: the message names the place in the
+                text. Only classes of transforms are ever called.
 
         Warns:
             UserWarning: written under another version of albumentations,
@@ -531,12 +560,12 @@ class Augmentation:
         scheme, seed, versions, transform = serialization.read(text)
         if transform is None:
             return cls(_unchanged, seed)
-        here = {"scheme": SCHEME, **_versions()}
-        there = {"scheme": scheme, **versions}
+        current = {"scheme": SCHEME, **_versions()}
+        written = {"scheme": scheme, **versions}
         changed = [
-            f"{name} {there.get(name)}, here {here[name]}"
-            for name in here
-            if here[name] != there.get(name)
+            f"{name} {written.get(name)}, here {current[name]}"
+            for name in current
+            if current[name] != written.get(name)
         ]
         if changed:
             _checks.warn(
@@ -583,11 +612,12 @@ class Augmentation:
 
 
 class _Clone:
-    """A copy of a pipeline, and the random numbers from which all of it draws.
+    """A copy of a pipeline, and the random numbers from which all its transforms draw.
 
     Args:
-        pipeline: of an `Augmentation`.
-        seedable: whether it takes generators.
+        pipeline: the pipeline of an `Augmentation`.
+        seedable: whether the pipeline takes generators by `set_random_state`. Other
+            pipelines are callables, which are not copied.
     """
 
     def __init__(self, pipeline: Any, seedable: bool):
@@ -600,7 +630,7 @@ class _Clone:
 
 
 def _check_callable(function: Any) -> None:
-    """Refuses what cannot be called with an image and a generator."""
+    """TypeError unless `function` can be called with an image and a generator."""
     if isinstance(function, keras.Layer) or not callable(function):
         expected = "an albumentations transform or a callable (image, rng) -> image"
         advice = ""
@@ -612,7 +642,7 @@ def _check_callable(function: Any) -> None:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return  # a builtin that does not tell
+        return  # a builtin function without a signature
     try:
         signature.bind(None, None)
     except TypeError:
@@ -629,8 +659,8 @@ def _check_callable(function: Any) -> None:
 def _check_spec(expected: Any, received: Any) -> None:
     if not expected.is_compatible_with(received):
         advice = "Pass spec=tf.TensorSpec(shape, dtype) of what the pipeline gives."
-        told = _checks.Told(f"{received} from the pipeline")
-        raise _checks.value_error("spec", str(expected), told, advice)
+        words = _checks.Told(f"{received} from the pipeline")
+        raise _checks.value_error("spec", str(expected), words, advice)
 
 
 def _is_small(row: Any) -> bool:

@@ -1,7 +1,14 @@
-"""The JSON text of an augmentation: read with a word on what is wrong with it, and where.
+"""The JSON text of an augmentation: errors say what is wrong, and at which place.
 
-`albumentations.from_dict` would leave out arguments that it does not know, with a warning
-at most, and fails in many ways on what is no description of a pipeline.
+`albumentations.from_dict` would drop arguments that it does not know, with a warning at
+most, and fails in many ways on a text that does not describe a pipeline. Therefore the
+text is read here.
+
+    {"scheme": 2, "seed": 0, "versions": {...}, "transform":
+        {"__class_fullname__": "Compose", "p": 1.0, "transforms": [
+            {"__class_fullname__": "HorizontalFlip", "p": 0.5}]}}
+
+The flip stands at the place `transform.transforms[0]`.
 """
 
 from __future__ import annotations
@@ -25,11 +32,11 @@ __all__ = [
 
 _KEYS = {"kerastrip", "scheme", "seed", "versions", "transform"}
 _NAME = "__class_fullname__"
-_DEEPEST = 50  # copies of a pipeline go some frames deep for each level
+_DEEPEST = 50  # levels: copies of a pipeline take some frames of Python for each level
 
 
 def written(pipeline: Any) -> Any:
-    """A pipeline as dicts, lists and plain values; TypeError if that cannot be."""
+    """A pipeline as dicts, lists and plain values; TypeError if it cannot be written."""
     try:
         return pipeline.to_dict()["transform"]
     except NotImplementedError as error:
@@ -40,7 +47,7 @@ def written(pipeline: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """For JSON: enumerations and NumPy values as plain ones."""
+    """Enumerations and NumPy values as plain Python values, for JSON."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, (np.ndarray, np.generic)):
@@ -52,7 +59,7 @@ def plain(value: Any) -> Any:
 
 
 def read(text: Any) -> tuple[Any, int, dict[str, Any], Any]:
-    """Scheme, seed, versions and transform of a text; ValueError for another text."""
+    """Scheme, seed, versions and transform of a text; ValueError if it has none."""
     try:
         content = json.loads(text)
         scheme, seed = content["scheme"], content["seed"]
@@ -71,12 +78,12 @@ def read(text: Any) -> tuple[Any, int, dict[str, Any], Any]:
 
 
 def pipeline(node: Any, lambdas: Mapping[str, Any], place: str = "transform") -> Any:
-    """The transform that a part of the text describes.
+    """The transform that a node of the text describes.
 
     Args:
-        node: the part.
+        node: a dict of the class name and the arguments.
         lambdas: `Lambda` transforms by their names.
-        place: where the part stands, such as "transform.transforms[0]".
+        place: where the node stands, such as "transform.transforms[0]".
     """
     from albumentations.core import serialization
 
@@ -92,7 +99,8 @@ def pipeline(node: Any, lambdas: Mapping[str, Any], place: str = "transform") ->
     kind: Any = serialization.SERIALIZABLE_REGISTRY.get(
         serialization.shorten_class_name(name)
     )
-    # Parameters of boxes and keypoints stand in the register, too.
+    # The register holds classes that are no transforms too: parameters of boxes and
+    # keypoints.
     if not hasattr(kind, "set_random_state"):
         raise ValueError(
             f"The transform {name!r} is not known (at {place}). Import the module that "
@@ -100,14 +108,14 @@ def pipeline(node: Any, lambdas: Mapping[str, Any], place: str = "transform") ->
         )
     arguments = _arguments(kind, node, place)
     if "transforms" in node:
-        parts = node["transforms"]
-        if not isinstance(parts, list) or place.count("[") >= _DEEPEST:
+        nodes = node["transforms"]
+        if not isinstance(nodes, list) or place.count("[") >= _DEEPEST:
             expected = f"a list of transforms, nested at most {_DEEPEST} deep"
-            told = parts if not isinstance(parts, list) else _checks.Told("more")
-            raise _checks.value_error(f"{place}.transforms", expected, told)
+            received = nodes if not isinstance(nodes, list) else _checks.Told("more")
+            raise _checks.value_error(f"{place}.transforms", expected, received)
         arguments["transforms"] = [
-            pipeline(part, lambdas, f"{place}.transforms[{i}]")
-            for i, part in enumerate(parts)
+            pipeline(inner, lambdas, f"{place}.transforms[{i}]")
+            for i, inner in enumerate(nodes)
         ]
     try:
         return kind(**arguments)
@@ -116,12 +124,13 @@ def pipeline(node: Any, lambdas: Mapping[str, Any], place: str = "transform") ->
 
 
 def _arguments(kind: Any, node: dict[str, Any], place: str) -> dict[str, Any]:
-    """The arguments of a transform, none of them unknown to it."""
+    """The arguments of a transform; ValueError if there is one that it does not know."""
     signature = inspect.signature(kind.__init__).parameters
     given = {key: value for key, value in node.items() if key != _NAME}
-    if any(one.kind is one.VAR_KEYWORD for one in signature.values()):
+    if any(argument.kind is argument.VAR_KEYWORD for argument in signature.values()):
         return given
-    # Some transforms write arguments of the class above them, which they do not take.
+    # Some transforms write arguments of a base class that they do not take themselves.
+    # Such arguments are known, but left out.
     known = {
         key
         for above in kind.__mro__

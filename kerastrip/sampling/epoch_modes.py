@@ -1,10 +1,11 @@
 """Which classes a batch draws: the two epoch modes of `PKPlan`.
 
 A *draw* takes K samples of one class; a batch is P draws of distinct classes of
-one group (without `groups=` there is one group). Both schedules answer
-`draws(epoch, steps, columns)`: for the batches `steps` (n,) and the places
-`columns` (m,) of 0..P-1, the class and the number of that draw among the draws
-of the class, both (n, m) int64. Classes are numbered group by group.
+one group (without `groups=` there is one group). Both modes have a method
+`draws(epoch, steps, columns)`. `steps` (n,) are numbers of batches, and `columns`
+(m,) are places in a batch, 0..P-1. For each pair of a batch and a place it returns
+two numbers: the class that is drawn there, and how many draws of that class came
+before this draw. Both arrays are (n, m) int64. Classes are numbered group by group.
 """
 
 from __future__ import annotations
@@ -19,34 +20,36 @@ __all__ = [
     "Coverage",
 ]
 
-# Parts of a coverage table: in one part, classes of one row do not meet.
+# Parts of a coverage table. Classes that stand in one row of a part never meet in a batch
+# of this part; in another part they mostly stand in different rows, and meet there.
 _PARTS = 3
 
 
 class Balanced:
     """Every class equally often: the closed form of balanced epochs.
 
-    A group of C classes that has N = L*P slots in an epoch, N = q*C + r, draws
-    every class q times (q *rounds*, each a shuffle of all classes), then r of
-    them once more. Those r are the classes at places s, ..., s+r-1 (mod C) of
-    one keyed order, where s counts the slots of the group before the epoch. So
-    counts differ by at most 1 in each epoch and over all of them, and the draws
-    of the class at place x before the epoch are the numbers below s that are
-    congruent to x modulo C. For C = 5, P = 3 and L = 4 an epoch has N = 12 slots, so
-    that q = 2 and r = 2:
+    A group of C classes has N = L*P slots in an epoch. With N = q*C + r, every class
+    is drawn q times (in q *rounds*, each a shuffle of all classes), and then r classes
+    are drawn once more. The r extra classes stand at places s, ..., s+r-1 (mod C) of
+    one keyed order, where s is the number of slots of the group before the epoch. So
+    the counts of two classes differ by at most 1, in each epoch and over all epochs.
+    The number of earlier draws has a closed form: the class at place x was drawn as
+    often as there are numbers below s that leave the remainder x modulo C. For C = 5,
+    P = 3 and L = 4 an epoch has N = 12 slots, so that q = 2 and r = 2:
 
         epoch     s     extra places       batch      0       1        2       3
         0         0     0, 1               round    0 0 0   0 0 1    1 1 1   1 2 2
         1        12     2, 3               place    0 1 2   3 4 0    1 2 3   4 0 1
         2        24     4, 0
 
-    Where a batch runs across the seam of two rounds, `arrange` keeps the tail of
-    the one and the head of the other apart: an epoch splits the classes in two
-    halves, tails are taken from the one and heads from the other. The extra r
-    count to the half of the heads, as far as they fit. With fewer than 2 (P - 1)
-    classes there is no room for that: there the rounds between two places where
-    a round and a batch end together repeat one order, and a batch of P
-    neighbours on a circle of C >= P classes is distinct anyway.
+    A batch may run across the seam of two rounds (batches 1 and 3 above). Then it takes
+    the tail of the first round and the head of the second, and `arrange` makes sure
+    that no class is in both: each epoch cuts the classes into two halves, tails hold
+    classes of one half only, and heads hold classes of the other half. The r extra
+    classes belong to the half of the heads, as far as they fit. With fewer than
+    2 (P - 1) classes the halves are too small for that. Then all rounds up to the next
+    seam at which a batch ends too have the same order. The classes stand on a circle,
+    as it were, and P neighbours on a circle of C >= P classes are distinct.
 
     Batches go to groups in proportion to their classes, evenly interleaved.
 
@@ -99,29 +102,37 @@ class Balanced:
         roomy = size >= 2 * (p - 1)
         item = np.empty_like(place)
         if roomy.any():
-            held = np.where(round_ < full_rounds, size, np.maximum(extra, 1))
+            # The last round of an epoch is cut off: it holds the extra classes only, and
+            # needs no tail, because no batch runs from one epoch into the next.
+            places = np.where(round_ < full_rounds, size, np.maximum(extra, 1))
             tail = np.where(round_ < full_rounds, tail, 0)
-            half = np.minimum((size + 1) // 2, held)
-            item = permutation.arrange(place, held, head, tail, half, mix(key, round_))
+            half = np.minimum((size + 1) // 2, places)
+            item = permutation.arrange(
+                place, places, head, tail, half, mix(key, round_)
+            )
         if not roomy.all():
-            # The last turn of the circle begins with the extra classes.
+            # `turns` rounds have a number of slots that p divides: a round and a batch end
+            # together there. The order of the last `turns` rounds begins with the extra
+            # classes, because the last round of the epoch is cut off behind these.
             turns = p // np.gcd(size, p)
             turn = round_ // turns
             first = np.where(turn == full_rounds // turns, extra, 0)
             circle = permutation.split_permute(place, first, size, mix(key, turn))
             item = np.where(roomy, item, circle)
 
-        # Items below `extra` are the extra ones of this epoch.
-        at = (past + item) % size
-        draw = (past - at + size - 1) // size + round_
-        return self._classes[self._first[group] + at], draw
+        # Item 0 stands at place s = `past` of the keyed order. So the items below `extra`
+        # are the extra classes of this epoch.
+        in_order = (past + item) % size
+        # Draws before the epoch (see the class docstring), and one in each round since.
+        draw = (past - in_order + size - 1) // size + round_
+        return self._classes[self._first[group] + in_order], draw
 
     def draws_per_class(self, epoch: int) -> np.ndarray:
         """`(classes,)` how often each class is drawn in `epoch`."""
         group = np.repeat(np.arange(len(self._sizes)), self._sizes)
-        size, at = self._sizes[group], np.arange(len(group)) - self._first[group]
+        size, place = self._sizes[group], np.arange(len(group)) - self._first[group]
         before, after = (
-            (self._turns_before(batch, group) * self._p - at + size - 1) // size
+            (self._turns_before(batch, group) * self._p - place + size - 1) // size
             for batch in (epoch * self.batches, (epoch + 1) * self.batches)
         )
         counts = np.empty_like(size)
@@ -132,20 +143,23 @@ class Balanced:
 class Coverage:
     """Every class often enough to see all its samples, in the fewest batches.
 
-    A class of n samples needs D = ceil(n / K) draws. P distinct classes in each
-    batch allow no fewer than L = max(ceil(sum D / P), max D) batches. The spare
-    slots go to the classes drawn least, level by level.
+    A class of n samples needs D = ceil(n / K) draws. With P distinct classes in each
+    batch, an epoch cannot have fewer than L = max(ceil(sum D / P), max D) batches. The
+    spare slots go to the classes that are drawn least (see `_fill_level`).
 
-    The draws of all classes, class after class in an order keyed by the epoch,
-    fill a table of P rows and L columns row by row; a column is a batch. No class
-    has more than L draws, so a column holds it once (McNaughton, "Scheduling with
-    deadlines and loss functions", 1959).
+    A table of P rows and L columns, where each column is a batch, is filled row by row
+    with the draws of the first class, then with the draws of the second class, and so
+    on, in an order of the classes that is keyed by the epoch. No class has more than L
+    draws, so no column holds a class twice (McNaughton, "Scheduling with deadlines and
+    loss functions", 1959).
 
-    So that classes mix, every third column goes to one of three parts. Each is
-    such a table itself, and is filled anew with its classes in an order of its
-    own. Then the draws inside each row are shuffled, row by row. Only the class
-    that runs across the end of a row keeps to columns in which the next row does
-    not hold it.
+    In such a table neighbouring classes would meet again and again. Two steps mix them:
+
+    1. The columns are dealt to three parts (columns 0, 3, 6, ... to part 0). Each part
+       is a table of its own, filled with its share of the draws in its own order of
+       the classes.
+    2. In each row of a part the draws are shuffled. A class that runs across the end of
+       a row is restricted to columns in which the next row does not hold it (`_Part`).
 
     Args:
         group_sizes: `(groups,)` classes of each group, all >= P.
@@ -167,12 +181,12 @@ class Coverage:
         self._needed = np.split(needed, ends[:-1])
         self._first = ends - group_sizes
         lengths = [
-            max(-(-int(part.sum()) // self._p), int(part.max()))
-            for part in self._needed
+            max(-(-int(of_group.sum()) // self._p), int(of_group.max()))
+            for of_group in self._needed
         ]
         self._levels = [
-            _fill_level(part, length * self._p)
-            for part, length in zip(self._needed, lengths, strict=True)
+            _fill_level(of_group, length * self._p)
+            for of_group, length in zip(self._needed, lengths, strict=True)
         ]
         self._lengths = np.array(lengths, np.int64)
         self._ends = np.cumsum(self._lengths)
@@ -198,7 +212,7 @@ class Coverage:
         return class_, draw
 
     def _table(self, epoch: int, group: int) -> _Table:
-        """The table of a group in an epoch; those of the last epoch are kept."""
+        """The table of a group in an epoch; the tables of the last epoch are kept."""
         tables = self._tables
         table = tables.get((epoch, group))
         if table is None:
@@ -210,9 +224,9 @@ class Coverage:
                 int(self._lengths[group]),
                 mix(self._key, epoch, 1, group),
             )
-            # A new dict instead of a lock: another thread at most makes the same
-            # table once more.
-            kept = {at: other for at, other in tables.items() if at[0] == epoch}
+            # The dict is replaced, not changed, so no lock is needed: at worst another
+            # thread makes the same table once more.
+            kept = {key: other for key, other in tables.items() if key[0] == epoch}
             self._tables = {**kept, (epoch, group): table}
         return table
 
@@ -232,12 +246,14 @@ class _Table:
         classes = len(needed)
         order = permute(np.arange(classes), classes, mix(key, 0))
         draws = np.maximum(needed[order], level)
+        # Fewer slots are left than there are classes at the level. The first such classes
+        # of the order get one draw more.
         at_level = draws == level
         at_level &= np.cumsum(at_level) <= length * p - draws.sum()
         draws += at_level
         ends = np.concatenate(([0], np.cumsum(draws)))
-        # Part s has the columns s, s + parts, s + 2 parts, ... of the table, and so
-        # an even share of every class.
+        # Part s has the columns s, s + parts, s + 2 parts, ... of the table. So each part
+        # gets an even share of the draws of every class.
         rounds, rest = np.divmod(ends, length)
         parts = min(_PARTS, length)
         self._parts: list[_Part] = []
@@ -260,8 +276,9 @@ class _Table:
         class_ = np.empty((len(batches), len(rows)), np.int64)
         draw = np.empty_like(class_)
         for number in np.unique(part):
-            at = part == number
-            class_[at], draw[at] = self._parts[number].draws(column[at], rows)
+            inside = part == number
+            columns = column[inside]
+            class_[inside], draw[inside] = self._parts[number].draws(columns, rows)
         return class_, draw
 
 
@@ -275,10 +292,21 @@ class _Part:
         b b c c c c d           d 1, b 2       c c c b b d c
         d d d d e e e           d 4            e d d d d e e
 
-    Class b runs across the end of the first row: its tail has 3 draws there and its head
-    2 in the second row. In the shuffled rows it keeps to columns 0 ... 2 and 3 ... 4, so
-    that no column holds it twice. Likewise d. All other draws of a row (inner ones) are
-    shuffled freely over the columns that are left.
+    Class b runs across the end of the first row: the last 3 cells of that row are its
+    *tail*, and the first 2 cells of the second row are its *head*. In the shuffled rows
+    the tail is in columns 0 ... 2 and the head in columns 3 ... 4, so that no column
+    holds class b twice. Likewise class d has its tail in column 5 of the second row, and
+    its head in columns 1 ... 4 of the third. All other draws of a row (its *inner* draws)
+    are shuffled freely over the remaining columns.
+
+    How a cell (row, column) is looked up: measured from where the head of its row
+    begins, round the circle of columns, a row consists of four intervals
+
+        offset    0 ... head-1 | head ... tail_at-1 | tail_at ... | ... columns-1
+                  head         | inner              | tail        | inner ("behind")
+
+    Heads and tails stand in the order in which they were filled. The inner draws are
+    permuted by a key of the row.
 
     Args:
         counts: `(classes,)` draws of each class in this part, at most `columns`.
@@ -295,16 +323,21 @@ class _Part:
         self._classes = permute(np.arange(len(counts)), len(counts), mix(key, 0))
         self._ends = np.concatenate(([0], np.cumsum(counts[self._classes])))
         self._before = before
-        # Tails and heads are intervals on the circle of columns. The head of a row
-        # begins at `_head_at`; `_tail_at` columns after it the tail of that row
-        # begins, and after the tail the head of the next row. Between them lie random
-        # gaps: were they side by side, classes across neighbouring ends would hardly
-        # meet.
+        # Tails and heads are intervals on the circle of columns:
+        #
+        #     row 0   head ... tail
+        #     row 1                 ... head ... tail
+        #     row 2                                   ... head ... tail
+        #
+        # The head of a row begins at column `_head_at`. Its tail begins `_tail_at`
+        # columns further on, and somewhere behind the tail the next row's head begins.
+        # The gaps (...) are random. Without gaps, the classes at neighbouring row ends
+        # would hardly ever meet in a batch.
         border = np.arange(1, p) * columns
-        at = np.searchsorted(self._ends, border, "right") - 1
-        self._tail = tail = np.append(border - self._ends[at], 0)
+        crossing = np.searchsorted(self._ends, border, "right") - 1
+        self._tail = tail = np.append(border - self._ends[crossing], 0)
         self._head = head = np.append(
-            0, np.where(tail[:-1], self._ends[at + 1] - border, 0)
+            0, np.where(tail[:-1], self._ends[crossing + 1] - border, 0)
         )
         row = np.arange(p)
         room = columns - head - tail, columns - tail - np.append(head[1:], 0)
@@ -321,18 +354,20 @@ class _Part:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The classes and draw numbers of the cells in some columns and rows."""
         columns, head, tail = self._columns, self._head[rows], self._tail[rows]
-        # Round the circle from the head: head, inner, tail, inner ("behind").
-        at = (column[:, None] - self._head_at[rows]) % columns
+        # The four intervals of the class docstring.
+        offset = (column[:, None] - self._head_at[rows]) % columns
         tail_at = self._tail_at[rows]
-        behind = at >= tail_at + tail
-        in_tail = ~behind & (at >= tail_at) & (tail > 0)
-        inner = (at >= head) & ~in_tail
+        behind = offset >= tail_at + tail
+        in_tail = ~behind & (offset >= tail_at) & (tail > 0)
+        inner = (offset >= head) & ~in_tail
+        # The inner draws are numbered without the head and the tail, then permuted.
         shuffled = permute(
-            np.where(inner, at - head - np.where(behind, tail, 0), 0),
+            np.where(inner, offset - head - np.where(behind, tail, 0), 0),
             np.maximum(columns - head - tail, 1),
             mix(self._key, 3, rows),
         )
-        cell = np.where(in_tail, columns - tail + at - tail_at, at)
+        # The cell in the order of filling: heads stand first in their row, tails last.
+        cell = np.where(in_tail, columns - tail + offset - tail_at, offset)
         cell = rows * columns + np.where(inner, head + shuffled, cell)
         place = np.searchsorted(self._ends, cell, "right") - 1
         class_ = self._classes[place]
@@ -340,7 +375,11 @@ class _Part:
 
 
 def _fill_level(needed: np.ndarray, slots: int) -> int:
-    """The largest level w with sum(max(needed, w)) <= slots."""
+    """The largest level w with sum(max(needed, w)) <= slots.
+
+    Every class that needs fewer than w draws gets w draws, like water that fills the low
+    places first. For needed = 1, 4, 2 and 10 slots w is 3, as 3 + 4 + 3 = 10.
+    """
     ordered = np.sort(needed)
     # Raising the i smallest to w costs i * w instead of their sum.
     above = needed.sum() - np.cumsum(ordered)

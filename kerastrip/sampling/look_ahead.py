@@ -27,7 +27,7 @@ inherited: weakref.WeakSet = weakref.WeakSet()
 
 
 def _forget_parent() -> None:
-    """In a fork: the threads and workers of the parent are not here."""
+    """In a fork: forgets the threads and workers, which stay with the parent."""
     for each in list(inherited):
         each.forget()
 
@@ -39,42 +39,43 @@ if hasattr(os, "register_at_fork"):
 class LookAhead:
     """Has the next batches begun while the caller works on the last one.
 
-    Keras has threads for that, but they stay for ever, with the batches in their queue,
-    when `stop_training` or an error ends an epoch early, and on JAX and PyTorch they put
-    the first `fit` a batch ahead. The threads of `in_thread` end when they have no work.
+    Keras has threads for this purpose. But when `stop_training` or an error ends an epoch
+    early, these threads stay for ever, with the batches in their queue, and on JAX and
+    PyTorch they put the first `fit` a batch ahead. The threads of `in_thread` end when
+    they have no work.
 
-    The order of the steps is known in two cases: they come one after the other, or Keras
-    has shuffled them. It shuffles by the module `random`, straight after it has asked
-    for their number, so the same shuffle can be made here. In any other order a batch is
-    made when it is asked for: only speed depends on it.
+    The next steps are known in two cases: the steps come in order, or Keras has shuffled
+    them. Keras shuffles by the module `random`, straight after it has asked for the
+    number of steps, so the same shuffle can be repeated here. In any other order each
+    batch is made when it is asked for. The batches are the same; only speed is lost.
 
     Args:
         steps: length of an epoch.
-        ahead: batches under way or ready, beyond the one that was asked for.
+        ahead: how many batches are under way or ready, beside the one asked for.
         endless: whether the epoch after this one has batches of its own.
     """
 
     def __init__(self, steps: int, ahead: int, endless: bool):
         self._ahead, self._endless = ahead, endless
         self._order: Sequence[int] = range(steps)  # of this epoch
-        self._due = 0  # the place in it whose step is expected next
-        self._asked = 0  # steps since Keras asked for their number
-        self._dice: Any = None  # the state of `random` when it asked
+        self._due = 0  # the place in `_order` whose step is expected next
+        self._asked = 0  # steps asked for since Keras asked for the number of steps
+        self._dice: Any = None  # the state of `random` when Keras asked for the number
         self.forget()
         inherited.add(self)
 
     def forget(self) -> None:
-        """Begins with nothing under way: no thread of the parent works in a fork."""
+        """Begins with nothing under way: the threads of the parent do not run in a fork."""
         self._ready: dict[tuple[int, int], Any] = {}
         self._lock = threading.Lock()
 
     def expect_shuffle(self) -> None:
-        """To be called when Keras asks for the number of steps."""
+        """Notes the state of `random`; call it when Keras asks for the number of steps."""
         with self._lock:
             self._dice, self._asked = random.getstate(), 0
 
     def __call__(self, begin: Callable[..., Any], step: int, epoch: int) -> Any:
-        """What was begun for a step, and a beginning of what comes after it.
+        """The batch of a step, as far as it is begun; begins the batches that follow.
 
         Args:
             begin: (step, epoch) -> a batch that is under way, or None if it cannot be
@@ -82,7 +83,8 @@ class LookAhead:
             step, epoch: of the batch that is needed.
 
         Returns:
-            What `begin` gave for it, now or earlier. None: nothing is under way.
+            What `begin` returned for this step, now or earlier; None if the batch is not
+            under way.
         """
         with self._lock:
             run = self._run(step, epoch)
@@ -98,7 +100,7 @@ class LookAhead:
             return self._ready.pop((step, epoch), None)
 
     def _run(self, step: int, epoch: int) -> list[tuple[int, int]]:
-        """This step and the steps that follow it, as far as they are known.
+        """(step, epoch) of this step and of the steps that follow, as far as known.
 
         With 5 steps, two ahead, in order: step 3 of epoch 0 gives (3, 0), (4, 0), (0, 1).
         In an epoch that is shuffled to 4 1 3 0 2, step 3 gives (3, 0), (0, 0), (2, 0),
@@ -127,7 +129,7 @@ class LookAhead:
             return 0
         if self._dice is None or asked >= steps:
             return None
-        # The same shuffle as Keras makes, from the state that it was about to use.
+        # The same shuffle as Keras makes, from the state of `random` that Keras had.
         shuffled, chance = list(range(steps)), random.Random()
         chance.setstate(self._dice)
         chance.shuffle(shuffled)
@@ -141,8 +143,10 @@ class LookAhead:
 class _Threads:
     """Threads that are used again, and end when there has been no work for a while.
 
-    OpenCV keeps memory for every thread that has ever resized or warped an image, so a
-    thread for each batch would lose some of it with each.
+    OpenCV keeps memory for every thread that has ever resized or warped an image. So with
+    a new thread for each batch some memory would be lost at each batch.
+
+        started by `run` -> works <-> waits in `_free` -> ends after `_IDLE` seconds
     """
 
     def __init__(self) -> None:
@@ -152,14 +156,15 @@ class _Threads:
     def forget(self) -> None:
         """Begins without threads: a fork does not copy them."""
         self._lock = threading.Lock()
-        self._free: list[queue.SimpleQueue] = []  # of each thread without work
+        self._free: list[queue.SimpleQueue] = []  # the queues of threads without work
 
     def run(self, task: Callable[[], None]) -> None:
         """Runs `task`, which raises nothing, in a thread that has nothing else to do."""
         with self._lock:
             tasks = self._free.pop() if self._free else None
         if tasks is None:
-            # Not an executor: it would be joined at exit, however long a batch takes.
+            # An executor would be joined at exit, however long a batch takes. A daemon
+            # thread is not.
             tasks = queue.SimpleQueue()
             threading.Thread(target=self._work, args=(tasks,), daemon=True).start()
         tasks.put(task)
@@ -167,7 +172,8 @@ class _Threads:
     def _work(self, tasks: queue.SimpleQueue) -> None:
         while True:
             try:
-                tasks.get(timeout=_IDLE)()  # in no variable: a task holds its batch
+                # No variable refers to the task: it would keep the batch alive.
+                tasks.get(timeout=_IDLE)()
             except queue.Empty:
                 with self._lock:
                     if tasks in self._free:
@@ -212,13 +218,13 @@ class InFlight:
         inherited.add(self)
 
     def forget(self) -> None:
-        """Begins with no calls: in a fork those of other threads never end."""
+        """Begins with no calls: in a fork the calls of other threads never end."""
         self._running = 0
         self._idle = threading.Condition()
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """One call; `Ending` when the process is ending."""
+        """Counts one call; raises `Ending` when the process is ending."""
         with self._idle:
             if self._closing:
                 raise Ending("The process is ending: no more batches.")

@@ -55,6 +55,8 @@ def mix(*parts: Any) -> Any:
 
 
 def _scramble(x: Any) -> Any:
+    """SplitMix64: a bijection of 64-bit integers whose output bits look random."""
+    # The same arithmetic twice: arrays wrap round at 64 bits, Python integers do not.
     if not isinstance(x, np.ndarray):
         x = (x + _WEYL) & _MASK
         x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
@@ -95,7 +97,8 @@ def permute(x: np.ndarray, n: Any, key: Any) -> np.ndarray:
     out = _feistel(x, rows, columns, key).view(np.int64)
     outside = np.nonzero(out >= n)
     if outside[0].size:
-        # They walk on from where they are, which is on the grid all the same.
+        # Cycle walking: an index outside of 0..n-1 is still a cell of the grid, so it is
+        # permuted again.
         n, key = np.broadcast_to(n, out.shape), np.broadcast_to(key, out.shape)
         out[outside] = permute(out[outside], n[outside], key[outside])
     return out
@@ -104,6 +107,11 @@ def permute(x: np.ndarray, n: Any, key: Any) -> np.ndarray:
 def _feistel(
     x: np.ndarray, rows: np.ndarray, columns: np.ndarray, key: np.ndarray
 ) -> np.ndarray:
+    """One pass through the network: x is the cell (i, j) of a grid of rows x columns.
+
+    Even rounds shift i by a hash of j, modulo `rows`; odd rounds shift j by a hash of i,
+    modulo `columns`. Each round can be undone, so the whole is a permutation.
+    """
     i = x // columns
     j = x - i * columns
     keys = np.add.outer(_ROUND_KEYS, key)
@@ -112,12 +120,14 @@ def _feistel(
         step = source * _MIX_1 + round_key
         step ^= step >> 32
         step *= _MIX_2
-        # The upper half is a fraction of 2**32: times size, rounded down.
+        # The upper half of `step`, as a fraction of 2**32, times `size` and rounded
+        # down, is a number below `size` (a multiplication instead of a division).
         step >>= 32
         step *= size
         step >>= 32
         step += target
-        # Modulo size: what is below it wraps round to a large number instead.
+        # Modulo `size`, without a division: if `step` is below `size`, the unsigned
+        # difference wraps round to a huge number, and the minimum is `step` itself.
         np.minimum(step, step - size, out=step)
         if number % 2:
             j = step
@@ -140,9 +150,9 @@ def arrange(
 ) -> np.ndarray:
     """The item at `place` of a keyed order of 0..n-1 with guarded ends.
 
-    The first `head` places hold items below `split`, the last `tail` places
-    items from `split` on. So two orders one after the other, the first with a
-    tail and the second with a head, share no item across their seam.
+    The first `head` places hold items below `split`, and the last `tail` places hold
+    items from `split` on. So where one order follows another, the tail of the first and
+    the head of the second have no item in common.
 
     Two shuffles do it. For n = 7, head = 2, tail = 2 and split = 4:
 
@@ -155,7 +165,7 @@ def arrange(
         n: number of items; broadcast with place, as are the following.
         head: guarded places at the start, 0 <= head <= split.
         tail: guarded places at the end, 0 <= tail <= n - split.
-        split: border between the items of the heads and those of the tails.
+        split: heads hold items below `split`, tails hold the other items.
         key: 64-bit integer(s) from `mix`.
 
     Returns:
@@ -181,12 +191,12 @@ def arrange(
 def deal(
     draw: np.ndarray, row: np.ndarray, n: Any, k: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Where a row of a draw stands when draws of k are dealt from rounds of n.
+    """Which round and place each row of a draw comes from.
 
-    Draw d takes the places d*k ... d*k + k - 1 of an endless sequence of rounds,
-    n places each. A draw that runs across the seam of two rounds takes the tail
-    of the first and the head of the second. For n = 7 and k = 3, seven draws take
-    three rounds:
+    Cards are dealt in the same way: round after round of n cards lies in a row, and draw
+    d takes the k cards d*k ... d*k + k - 1. A draw that runs across the seam of two
+    rounds takes the last places of the first round (its *tail*) and the first places of
+    the second (its *head*). For n = 7 and k = 3, seven draws take three rounds:
 
         draw    0 0 0 1 1 1 2 | 2 2 3 3 3 4 4 | 4 5 5 5 6 6 6
         round   0 0 0 0 0 0 0 | 1 1 1 1 1 1 1 | 2 2 2 2 2 2 2
@@ -203,17 +213,20 @@ def deal(
         k: rows of a draw, >= 1.
 
     Returns:
-        (round, place in it, head of that round, tail of that round): its first
-        `head` places belong to a draw begun before it, its last `tail` places to
-        one that ends behind it. int64, of the broadcast shape.
+        (round, place in the round, head of the round, tail of the round). The first
+        `head` places of a round belong to a draw that begins in the round before, and
+        its last `tail` places to a draw that ends in the round after. int64, of the
+        broadcast shape.
     """
-    # What depends on the draw alone is computed once for all of its rows.
+    # `draw` has one entry for all rows of a draw, so `start` and `first` are computed
+    # once for each draw. The sums with `row` broadcast over the rows.
     start = draw * k
     first = start // n
     place = start - first * n + row
     over = place >= n
-    # Rows that a draw has before the seams in front of rounds first, first + 1 and
-    # first + 2; its other rows, if it has any there, lie behind the seam.
+    # A seam in front of round r stands r * n places from the start. The draw across it
+    # has r * n % k of its rows before the seam: these are the tail of round r - 1. Its
+    # -r * n % k other rows are the head of round r.
     before = [(first + later) * n % k for later in range(3)]
     return (
         first + over,
@@ -226,17 +239,18 @@ def deal(
 def cycle(draw: np.ndarray, row: np.ndarray, n: Any, k: Any, key: Any) -> np.ndarray:
     """The item in a row of a draw of k from shuffled cycles of 0..n-1.
 
-    The rows of a draw are distinct, also where it runs across the seam of two
-    cycles, and each cycle holds every item once. Cycles are shuffled one by one;
-    only where fewer than 2 (k - 1) items leave no room to guard the seams,
-    k / gcd(n, k) cycles, which end where a draw ends, repeat one order.
+    The rows of a draw are distinct, also where the draw runs across the seam of two
+    cycles, and each cycle holds every item once. Every cycle has a shuffle of its own.
+    The exception are fewer than 2 (k - 1) items, where a seam cannot be guarded: there
+    k / gcd(n, k) cycles in a row have the same order. (After so many cycles a cycle and
+    a draw end together.)
 
     For n = 7, k = 3 and the key `mix(2)`, with cycles and draws as for `deal`:
 
         4 2 6 0 3 1 5 | 3 0 1 4 2 6 5 | 0 2 6 4 3 1 5
 
-    Draw 2 is 5 | 3 0 and draw 4 is 6 5 | 0: tails are items of 4 ... 6, and heads of
-    0 ... 3.
+    Draw 2 is 5 | 3 0 and draw 4 is 6 5 | 0. Tails hold items of 4 ... 6 only, and heads
+    hold items of 0 ... 3 only, so that the two never share an item.
 
     Args:
         draw: int64, >= 0.

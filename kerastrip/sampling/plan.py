@@ -1,14 +1,13 @@
 """The sampling plan: which samples make up a batch, as a pure function.
 
-`PKPlan` is NumPy only and knows nothing of Keras or of images: anyone can wrap
-it. `split_classes` and `split_samples` make the two splits of metric learning.
+`PKPlan` is NumPy only and knows nothing of Keras or of images: anyone can wrap it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,42 +17,41 @@ from kerastrip.sampling import epoch_modes, permutation
 from kerastrip.sampling.permutation import mix
 
 __all__ = [
+    "EPOCH_MODES",
     "PKPlan",
     "SamplingReport",
-    "split_classes",
-    "split_samples",
 ]
 
 EPOCH_MODES = ("balanced", "coverage")
-SMALL_CLASSES = ("repeat", "drop", "error")
+_SMALL_CLASSES = ("repeat", "drop", "error")
 
 # About this many indices are planned at once when steps are asked for in order.
 _BLOCK = 1 << 15
-# The streams of keys that one seed is split into.
-_SAMPLES, _CLASSES, _LIMIT, _SPLIT, _SUBSTITUTES = range(5)
+# The streams of keys that one seed is split into. (Stream 3 belongs to `splits`.)
+_SAMPLES, _CLASSES, _LIMIT, _SUBSTITUTES = 0, 1, 2, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingReport:
     """What a plan makes of its labels; a table when printed or shown in a notebook.
 
-    The figures of an epoch are those of epoch 0. With `groups=` given for
+    All numbers of an epoch are numbers of epoch 0. With `groups=` given for
     samples, a class counts once for each group it has samples in.
 
     Attributes:
         classes_kept: classes that are drawn.
-        classes_left_out: classes that are not.
+        classes_left_out: classes that are not drawn.
         samples_kept: samples of the classes that are drawn.
-        samples_left_out: samples of the others.
+        samples_left_out: samples of the classes that are not drawn.
         batches_per_epoch: the length of the plan.
         rows_per_epoch: batches times rows of a batch.
         samples_seen: distinct samples in an epoch.
         coverage: `samples_seen / samples_kept`.
-        repeats_per_epoch: rows beyond the first of their sample.
+        repeats_per_epoch: rows whose sample has come before in the epoch.
         least_drawn: label and draws of the class drawn least.
         most_drawn: label and draws of the class drawn most.
-        samples_broken: samples found so far that cannot be read; others of their
-            class are drawn instead. From a sampler only.
+        samples_broken: how many samples could not be read so far; other samples of
+            their class are drawn instead. Only a sampler counts them; 0 from a plan.
     """
 
     classes_kept: int
@@ -99,16 +97,16 @@ class PKPlan:
 
     Two kinds of epoch:
 
-    - `"balanced"`: every class equally often. In each epoch, and over all epochs,
-      the draws of any two classes differ by at most 1. Inside a class the samples
-      go round in shuffled cycles that run on over the epochs: after every batch
-      the uses of any two of its samples differ by at most 1.
-    - `"coverage"`: every kept sample at least once per epoch, in the fewest
-      batches that P distinct classes x K rows allow: the larger of
+    - `"balanced"`: every class is drawn equally often. In each epoch, and over all
+      epochs, the draws of any two classes differ by at most 1. Inside a class the
+      samples come in shuffled cycles, which continue from epoch to epoch: after every
+      batch the numbers of uses of any two samples of a class differ by at most 1.
+    - `"coverage"`: every kept sample is drawn at least once per epoch, in the fewest
+      batches that P distinct classes x K rows allow. That is the larger of
       `ceil(sum(D) / P)` and `max(D)`, where `D = ceil(samples / K)` for each
       class. Spare places go to the classes drawn least in the epoch.
 
-    In the corner cases:
+    Corner cases:
 
     - A class with fewer than `min_class_size` samples is left out.
     - A class with fewer than K samples is, by `small_classes`, drawn with all of
@@ -132,11 +130,11 @@ class PKPlan:
         small_classes: `"repeat"` (default), `"drop"` or `"error"`.
         min_class_size: the least samples of a class that is drawn, default 2.
         max_per_class: with coverage, the most samples of a class in an epoch;
-            the next epoch takes the next ones. No limit by default.
+            the next epoch takes the next samples. No limit by default.
         groups: `(samples,)` or `(distinct labels,)` group labels (a camera, a
             category, an alphabet): the P classes of a batch come from one group,
-            and groups get batches in proportion to their classes. With one group
-            for each sample, a class gives only its samples of that group.
+            and groups get batches in proportion to their classes. If `groups` has an
+            entry for each sample, a class gives only its samples of the batch's group.
         shard: `(index, count)`: this host's `P / count` classes of each batch.
         seed: any integer.
 
@@ -146,8 +144,8 @@ class PKPlan:
         first_row: the place of the shard's first row in the global batch.
 
     Raises:
-        TypeError: labels of a float dtype; a count that is no integer.
-        ValueError: any other value out of range; the message says what would do.
+        TypeError: the labels have a float dtype, or a count is no integer.
+        ValueError: another argument is out of range; the message says what would work.
 
     Example:
 
@@ -188,7 +186,7 @@ class PKPlan:
         self.samples_per_class = check("samples_per_class", samples_per_class, 1)
         self.epoch_mode = _checks.one_of("epoch_mode", epoch_mode, EPOCH_MODES)
         self.small_classes = _checks.one_of(
-            "small_classes", small_classes, SMALL_CLASSES
+            "small_classes", small_classes, _SMALL_CLASSES
         )
         self.min_class_size = check("min_class_size", min_class_size, 1)
         if self.epoch_mode == "balanced":
@@ -227,7 +225,19 @@ class PKPlan:
         self._next: tuple[int, int] = (0, 0)
 
     def _index(self, groups: np.ndarray | None) -> None:
-        """Sort the samples by (group, class) and keep the classes to draw from."""
+        """Sort the samples by (group, class) and keep the classes to draw from.
+
+        What is drawn as a class is a *unit*: the samples of one class, or with groups
+        for samples the samples of one class in one group.
+        """
+        # For the codes 1 0 1 2 0 1 and no groups the index is
+        #
+        #     order     1 4 | 0 2 5 | 3      rows of class 0, of class 1, of class 2
+        #     sizes     2     3       1
+        #     starts    0     2       5
+        #
+        # Class 2 has a single sample and is left out: `order` stays as it is, and the
+        # last entry of `sizes` and of `starts` goes.
         units = self.codes if groups is None else _paired(groups, self.codes)
         order, sizes = _labels.sorted_by(units)
         starts = np.cumsum(sizes) - sizes
@@ -241,21 +251,21 @@ class PKPlan:
         if groups is not None:
             self._group_sizes = self._classes_of_groups(groups[order[self._starts]])
         self._check_usable(code)
-        told = []
+        notes = []
         if not kept.all():
-            told.append(
+            notes.append(
                 f"{(~kept).sum()} of {len(sizes)} classes have fewer than "
                 f"{fewest} samples and are left out: {self._named(code[~kept])}"
             )
         repeated = kept & (sizes < self.samples_per_class)
         if repeated.any():
-            told.append(
+            notes.append(
                 f"{repeated.sum()} of {len(sizes)} classes have fewer than "
                 f"samples_per_class={self.samples_per_class} samples and repeat them "
                 f"inside a batch: {self._named(code[repeated])}"
             )
-        if told:
-            _checks.warn("; ".join(told) + ".")
+        if notes:
+            _checks.warn("; ".join(notes) + ".")
 
     def _fewest_samples(self, sizes: np.ndarray, code: np.ndarray) -> int:
         """The fewest samples of a class that is drawn, given all sizes and codes."""
@@ -286,7 +296,11 @@ class PKPlan:
         return sizes
 
     def _check_usable(self, code: np.ndarray) -> None:
-        """ValueError where fewer than P classes are kept; `code` is of all of them."""
+        """ValueError if fewer than P classes are kept.
+
+        Args:
+            code: the class of every unit, including units that are left out.
+        """
         usable = len(self._sizes)
         if self.classes_per_batch <= usable:
             return
@@ -311,7 +325,7 @@ class PKPlan:
         return ", ".join(names) + more
 
     def _schedule_epochs(self, batches_per_epoch: int | None) -> int:
-        """Set up the epoch mode; the number of batches in an epoch."""
+        """Sets up the epoch mode and returns the number of batches in an epoch."""
         p, k = self.classes_per_batch, self.samples_per_class
         kept = int(self._sizes.sum())
         key = mix(self.seed, _CLASSES)
@@ -367,10 +381,11 @@ class PKPlan:
             raise IndexError(
                 _checks.message("step", f"an integer in 0..{self._batches - 1}", step)
             )
-        # One block serves the calls that come in order. Reading and replacing it
-        # as a whole needs no lock; whoever misses it plans the same rows again.
-        held, first, rows = self._block
-        if held == epoch and first <= step < first + len(rows):
+        # One block of steps is planned at once and serves the calls that come in order.
+        # Reading and replacing the tuple as a whole needs no lock: a thread that comes
+        # too late for a block plans the same rows again.
+        block_epoch, first, rows = self._block
+        if block_epoch == epoch and first <= step < first + len(rows):
             return rows[step - first].copy()
         count = 1
         if self._next == (epoch, step):
@@ -390,11 +405,16 @@ class PKPlan:
         unit, draw = self._schedule.draws(epoch, steps, columns)
         unit, draw = unit[..., None], draw[..., None]
         size = self._limits[unit]
-        # Balanced cycles run on over the epochs; coverage begins them anew.
+        # Balanced cycles run on over the epochs; coverage begins new cycles in each epoch,
+        # so its key holds the epoch.
         cycles_since = epoch if self.epoch_mode == "coverage" else 0
         key = mix(self.seed, _SAMPLES, cycles_since, unit)
-        # A class too small for K rows gives all of its samples as often as they
-        # fit; the rows left over go round in cycles, as in a larger class.
+        # A class too small for K rows gives all of its samples as often as they fit. The
+        # remaining rows come from cycles, as in a larger class. For K = 5 and 2 samples:
+        #
+        #     row      0 1 2 3   4
+        #     item     0 1 0 1   the next one of the cycles
+        #
         k = self.samples_per_class
         cycled = np.where(size >= k, k, k % size)
         row = np.arange(k)
@@ -408,6 +428,8 @@ class PKPlan:
         )
         item = np.where(whole, row % size, item)
         if self.max_per_class is not None:
+            # Each epoch takes the next `size` samples of the class from cycles over all
+            # of its samples; so far `item` is a position among these `size` samples.
             key = mix(self.seed, _LIMIT, unit)
             item = permutation.cycle(
                 np.full_like(unit, epoch), item, self._sizes[unit], size, key
@@ -433,6 +455,8 @@ class PKPlan:
         drawn, _ = self._schedule.draws(epoch, np.array([step]), np.array([column]))
         unit = int(drawn.item())
         start, size = int(self._starts[unit]), int(self._sizes[unit])
+        # With the position in the global batch, so that all shards agree. Few substitutes
+        # are ever needed, therefore they are shuffled in pieces of 64.
         key = mix(self.seed, _SUBSTITUTES, epoch, step, self.first_row + position)
         for first in range(0, size, 64):
             places = np.arange(first, min(first + 64, size))
@@ -454,8 +478,8 @@ class PKPlan:
     def report(self) -> SamplingReport:
         """What the plan keeps, leaves out and repeats: a table when printed."""
         draws = self._schedule.draws_per_class(0)
-        # Epoch 0 begins at the start of a cycle: no sample comes twice before
-        # all of the class have come.
+        # Epoch 0 begins at the start of a cycle: no sample of a class comes twice before
+        # all samples of the class have come once.
         seen = int(np.minimum(self._limits, draws * self.samples_per_class).sum())
         rows = len(self) * self.classes_per_batch * self.samples_per_class
         least, most = int(draws.argmin()), int(draws.argmax())
@@ -473,120 +497,6 @@ class PKPlan:
             least_drawn=(label[0], int(draws[least])),
             most_drawn=(label[1], int(draws[most])),
         )
-
-
-def split_classes(
-    labels: Any, *, test: float | int | Sequence[Any] = 0.2, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Split samples so that no class is in both parts.
-
-    This is the split that shows whether an embedding knows classes it has never
-    seen.
-
-    Args:
-        labels: `(samples,)` labels or one-hot rows, as for `PKPlan`.
-        test: the share of the classes (a float in (0, 1), rounded, at least one
-            class in each part), their number (an integer), or their labels.
-        seed: any integer; which classes are taken depends on it alone.
-
-    Returns:
-        `(train, test)` int64 positions into `labels`, ascending.
-
-    Raises:
-        TypeError: `test` is none of the three.
-        ValueError: fewer than two classes, or `test` leaves one part empty.
-
-    Example:
-
-    >>> train, test = split_classes(["a", "a", "b", "c"], test=["b"])
-    >>> train, test
-    (array([0, 1, 3]), array([2]))
-    """
-    seed = _checks.integer("seed", seed)
-    table = _labels.LabelTable(labels)
-    present = np.unique(table.codes)
-    if isinstance(test, (float, int, np.number)):
-        count = _share("test", test, np.array([len(present)]), "classes")
-        order = permutation.permute(
-            np.arange(len(present)), len(present), mix(seed, _SPLIT)
-        )
-        held_out = present[order[: count[0]]]
-    else:
-        if np.ndim(test) != 1:
-            raise _checks.type_error(
-                "test", "a share, a number or a list of labels", test
-            )
-        held_out = np.unique(table.encode(test, "test"))
-        if len(held_out) == len(present):
-            raise _checks.value_error(
-                "test", "some of the classes, not all of them", test
-            )
-    in_test = np.isin(table.codes, held_out)
-    return np.flatnonzero(~in_test), np.flatnonzero(in_test)
-
-
-def split_samples(
-    labels: Any, *, test: float | int = 0.2, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Split samples so that every class is in both parts.
-
-    Args:
-        labels: `(samples,)` labels or one-hot rows, as for `PKPlan`.
-        test: the share of each class (a float in (0, 1), rounded, at least one
-            sample in each part) or the number of samples of each class (an
-            integer).
-        seed: any integer; which samples are taken depends on it alone.
-
-    Returns:
-        `(train, test)` int64 positions into `labels`, ascending.
-
-    Raises:
-        TypeError: `test` is neither.
-        ValueError: a class is too small to be in both parts; it is named.
-
-    Example:
-
-    >>> train, test = split_samples([5, 5, 5, 7, 7], test=1)
-    >>> len(train), len(test)
-    (3, 2)
-    """
-    seed = _checks.integer("seed", seed)
-    table = _labels.LabelTable(labels)
-    order, sizes = _labels.sorted_by(table.codes)
-    unit = np.repeat(np.arange(len(sizes)), sizes)
-    code = table.codes[order]
-    starts = np.cumsum(sizes) - sizes
-    if (sizes < 2).any():
-        alone = table.classes[code[starts[sizes < 2]]]
-        raise _checks.value_error(
-            "labels",
-            "at least 2 samples of every class, one for each part",
-            _checks.Told(f"{len(alone)} classes with one sample"),
-            f"The first is {alone.tolist()[0]!r}.",
-        )
-    count = _share("test", test, sizes, "samples of the smallest class")
-    at = np.arange(len(order)) - starts[unit]
-    shuffled = permutation.permute(at, sizes[unit], mix(seed, _SPLIT, code))
-    in_test = np.zeros(len(order), bool)
-    in_test[order] = shuffled < count[unit]
-    return np.flatnonzero(~in_test), np.flatnonzero(in_test)
-
-
-def _share(name: str, value: Any, sizes: np.ndarray, what: str) -> np.ndarray:
-    """How many of each of `sizes` a fraction or a number asks for."""
-    least = int(sizes.min())
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        if not 0 < value < least:
-            raise _checks.value_error(
-                name, f"an integer in 1..{least - 1} (of {least} {what})", value
-            )
-        return np.full_like(sizes, value)
-    fraction = _checks.number(name, value, above=0, below=1)
-    if least < 2:
-        raise _checks.value_error(
-            name, f"at least 2 {what} to split", _checks.Told(least)
-        )
-    return np.clip(np.rint(fraction * sizes).astype(np.int64), 1, sizes - 1)
 
 
 def _checked_shard(shard: Any, classes_per_batch: int) -> tuple[int, int]:
@@ -612,7 +522,7 @@ def _checked_shard(shard: Any, classes_per_batch: int) -> tuple[int, int]:
 
 
 def _group_codes(groups: Any, table: _labels.LabelTable) -> np.ndarray | None:
-    """The group of each sample, coded; None for one group."""
+    """(samples,) codes of the groups; None if there is one group only."""
     if groups is None:
         return None
     codes = _labels.LabelTable(groups, name="groups").codes
@@ -629,6 +539,6 @@ def _group_codes(groups: Any, table: _labels.LabelTable) -> np.ndarray | None:
 
 
 def _paired(groups: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """One number for each pair (group, class) that occurs, in that order."""
+    """(samples,) numbers of the units: pairs (group, class) that occur, in this order."""
     pairs = groups.astype(np.int64) * (int(codes.max()) + 1) + codes
     return np.unique(pairs, return_inverse=True)[1]

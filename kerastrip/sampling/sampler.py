@@ -35,80 +35,85 @@ class PKSampler(keras.utils.PyDataset):
 
     Args:
         x: the samples: an array, `np.memmap`, anything with `__len__` and
-            `__getitem__` whose samples are the inputs alone, a source of `kerastrip.sources`, or a dict or tuple of
-            those (several model inputs). Not copied.
+            `__getitem__` whose samples are the inputs alone, a source of
+            `kerastrip.sources`, or a dict or tuple of these (several model inputs). The
+            samples are not copied.
         y: (samples,) integer or text labels, or (samples, classes) one-hot rows.
-            Default None: the labels of the source. Copied.
+            Default None: the labels of the source. The labels are copied.
         classes_per_batch: P >= 1, distinct classes in a batch.
-        samples_per_class: K >= 1, samples of each of them.
+        samples_per_class: K >= 1, samples of each class in a batch.
         targets: what the model gets as y. "label": (rows,) int32 codes, positions in
             `classes_`. "one_hot": (rows, classes) float32 over all of `classes_`. An
-            array of one row per sample: its rows. A tuple of those in the order of
-            the model's outputs, or a dict by output name.
-        classes: the label table, if it is not that of `y`: pass the training
-            sampler's `classes_` for validation, so that codes agree.
+            array with one row per sample: the rows of the samples in the batch. A tuple
+            of such entries in the order of the model's outputs, or a dict by output name.
+        classes: the label table, if it shall not be made of `y`: pass the training
+            sampler's `classes_` for validation, so that the codes agree.
         epoch_mode: "balanced": classes are drawn equally often. "coverage": every
-            kept sample at least once in an epoch.
+            kept sample is drawn at least once in an epoch.
         batches_per_epoch: length of an epoch ("balanced" only).
-        small_classes: classes of fewer than K samples: "repeat" their samples in a
-            batch, "drop" them, or "error".
-        min_class_size: classes of fewer samples are left out. Default 2.
-        max_per_class: samples an epoch takes from a class at most, others each epoch.
-        groups: one group per sample or class; a batch stays in one group.
+        small_classes: what to do with classes of fewer than K samples: "repeat" their
+            samples in a batch, "drop" the classes, or "error".
+        min_class_size: classes with fewer samples are left out. Default 2.
+        max_per_class: the most samples that an epoch takes from a class ("coverage"
+            only); the next epoch takes other samples.
+        groups: one group per sample or class; all classes of a batch are of one group.
         sample_weight: (samples,) weights for all outputs, or a tuple of one array per
             output; for a model whose outputs are a dict a dict by output name. Use
             ones for an output without weights.
         augment: `Augmentation`, albumentations pipeline or callable (image, rng) ->
-            image; for dict or tuple inputs a dict or tuple of those by input, or for a
-            dict one pipeline that transforms its entries (image, mask, ...) alike. The
+            image; for dict or tuple inputs a dict or tuple of augmentations by input, or
+            for a dict one pipeline that transforms all entries (image, mask, ...) alike. The
             key of an image is (seed, epoch, step, position in the global batch), so
             inputs whose `Augmentation`s have one seed draw the same numbers.
         fixed: True for validation: always the batches of epoch 0.
         replicas: devices that share a batch in contiguous parts (on this host). P
             must be divisible, so that no class is cut.
         shard: (index, count) of this host; it gets P / count classes of each batch.
-            A sampler with a shard refuses steps out of order: pass `shuffle=False`.
+            A sampler with a shard raises an error if steps come out of order: pass
+            `shuffle=False` to `fit`.
         seed: integer of 64 bits. Default 0.
         workers: threads that prepare batches ahead, or processes with
             `use_multiprocessing=True`. Default 2 on TensorFlow, 1 on JAX and
             PyTorch. 0: batches are made when they are asked for.
         use_multiprocessing: True: a pool of processes, forked here (spawned on macOS
             and Windows), prepares the inputs. Worth it where augmentation or decoding
-            is slow. No TensorFlow, JAX or PyTorch in what they run. Processes that rest
-            end when another sampler starts its own, and are forked again with the next
-            batch; `close()` ends them for good.
-        max_queue_size: batches made ahead at most. Default 10.
+            is slow. Sources and augmentations must not call TensorFlow, JAX or PyTorch
+            there. Processes without work end when another sampler starts its processes,
+            and are forked again for the next batch. Call `close()` to stop the processes
+            before the program ends: Keras keeps a reference to a sampler after `fit`, so
+            that Python never frees it.
+        max_queue_size: the most batches that are made ahead. Default 10.
 
     Raises:
-        ValueError, TypeError: for arguments that do not work, naming what would.
+        ValueError, TypeError: an argument does not work; the message says what would.
 
     Corner cases:
         * Classes smaller than `min_class_size` are left out, classes smaller than K
-          repeat samples inside a batch; one warning names them and `report()`
-          counts. Repeated samples have different augmentations.
+          repeat samples inside a batch; one warning names these classes and `report()`
+          counts them. Repeated samples have different augmentations.
         * P larger than the number of classes left is an error: every batch holds P
           *distinct* classes.
         * P need not divide the number of classes, nor K a class: no batch is short;
           counts even out over the epochs.
-        * `classes_` holds classes that were left out too, `one_hot` has a column for
-          each.
+        * `classes_` also holds the classes that were left out, and `one_hot` has a column
+          for each of `classes_`.
         * Epochs: `EpochSync(sampler)` among the callbacks sets the number that `fit`
           passes, which makes `initial_epoch` and `BackupAndRestore` exact. Without
-          it the sampler counts the epochs that it has been through.
+          it the sampler counts its epochs itself.
         * `sampler.asked` counts the calls of `sampler[step]`, so that `EpochSync` can
           tell whether its sampler is the one that trains.
         * `fit` permutes the steps unless it is given `shuffle=False`; the content of
           a step stays the same. Leave `steps_per_epoch` alone: `len()` is the epoch.
-        * `sampler[step]` is a batch of the current epoch, `sampler.batch(step,
-          epoch)` of any.
+        * `sampler[step]` is a batch of the current epoch, `sampler.batch(step, epoch)` a
+          batch of any epoch.
         * `fit(class_weight=)` counts codes, not labels: `class_weight` translates.
         * Images that cannot be read are an error, unless their source has
-          `on_error="skip"`: then another sample of the class takes the place, targets
-          and weights included; `broken` names them.
+          `on_error="skip"`: then another sample of the class takes the place, with its
+          target and weight; `broken` names the images.
         * Threads read arrays, memory maps and the sources of `kerastrip.sources` side by
-          side. In all that may keep a file open (data sets, h5py files, sources of your
-          own) they take turns; an attribute `thread_safe = True` of the data set says
-          that they need not. Forked workers open such files anew and read in parallel.
+          side. Threads take turns where a file may stay open: in data sets, h5py files
+          and sources of your own. An attribute `thread_safe = True` of the data set says
+          that threads need not. Forked workers open such files anew and read in parallel.
         * Texts are inputs for a model that begins with `TextVectorization`, on
           TensorFlow only.
 
@@ -169,15 +174,15 @@ class PKSampler(keras.utils.PyDataset):
         self.classes_ = self.plan.classes_
         if len(self.source) != len(self.labels):
             expected = f"{len(self.labels)} samples, as many as labels"
-            told = _checks.Told(f"{len(self.source)} samples")
+            received = _checks.Told(f"{len(self.source)} samples")
             advice = "Several inputs go in as a tuple or a dict, not as a list."
             advice = advice if isinstance(x, list) else ""
-            raise _checks.value_error("x", expected, told, advice)
+            raise _checks.value_error("x", expected, received, advice)
         self._threads, self._processes = _employees(
             workers, use_multiprocessing, max_queue_size
         )
-        # Keras gets none: its processes repeat random numbers and hang when one dies,
-        # and its threads outlive a `fit` that was stopped.
+        # Keras gets no workers: its processes repeat random numbers and hang when one of
+        # them dies, and its threads outlive a `fit` that was stopped.
         super().__init__(workers=0)
         self.fixed = _checks.boolean("fixed", fixed)
         self.check_replicas(replicas)
@@ -185,7 +190,7 @@ class PKSampler(keras.utils.PyDataset):
         self._weights = batch_parts.weights(sample_weight, targets, len(self.labels))
         self.asked = 0
         self._epoch, self._due, self._begun, self._closed = 0, 0, False, False
-        self._rows = batch_parts.Rows(self.plan)
+        self._rows = batch_parts.ReadableRows(self.plan)
         self._inputs = batch_parts.Inputs(self.source, augment, self.plan, self._rows)
         if self._processes:
             self._inputs.check_fixed_size()
@@ -199,7 +204,8 @@ class PKSampler(keras.utils.PyDataset):
             self._pool = WorkerPool(
                 inputs.arrays, inputs.layout, self._processes, start=start
             )
-            # At exit it would end a batch that somebody waits for.
+            # Not at exit: the finalizer would stop a batch that a thread waits for. (`_leave`
+            # of `workers` ends the processes in the right order.)
             weakref.finalize(self, self._pool.close).atexit = False
         self._ahead: LookAhead | None = None
         if self._threads and not self._closed:
@@ -214,8 +220,9 @@ class PKSampler(keras.utils.PyDataset):
         self._employ(start=False)
 
     def __deepcopy__(self, memo: Any) -> PKSampler:
-        # Tuners copy callbacks and what they hold for every trial. The samples do not
-        # change, and may fill the memory: the copy has its own epoch and workers only.
+        # Tuners copy callbacks, and the samplers in them, for every trial. The samples do
+        # not change, and two copies may not fit into memory: so the copy shares them, and
+        # has only an epoch and workers of its own.
         return copy.copy(self)
 
     # -- batches -------------------------------------------------------------
@@ -244,19 +251,24 @@ class PKSampler(keras.utils.PyDataset):
         return self._made(step, epoch, begun)
 
     def _begin(self, step: int, epoch: int) -> Any:
-        """A batch under way: its future, or its rows and a wait for their inputs."""
+        """Begins a batch.
+
+        Returns:
+            With threads the future of the batch. With processes (rows, function that
+            waits for the inputs of the rows), or None if the batch cannot be begun now.
+        """
         if self._pool is None:
             return in_thread(self._made, step, epoch)
         try:
             rows = self._rows.planned(epoch, step)
         except ValueError:
-            return None  # it is raised when the batch is needed
+            return None  # the error is raised when the batch is needed
         finish = self._pool.begin(rows, epoch, step)
         return None if finish is None else (rows, finish)
 
     @property
     def num_batches(self) -> int:
-        """Batches of an epoch, as Keras asks for them."""
+        """The number of batches in an epoch; Keras reads it before each epoch."""
         if self._ahead is not None:
             self._ahead.expect_shuffle()
         return len(self)
@@ -274,7 +286,12 @@ class PKSampler(keras.utils.PyDataset):
         return self._made(step, self._epoch if epoch is None else epoch)
 
     def _made(self, step: int, epoch: int, begun: Any = None) -> tuple:
-        """A batch; of one that processes have begun, what `_begin` returned."""
+        """Makes a batch.
+
+        Args:
+            step, epoch: of the batch.
+            begun: what `_begin` returned, if processes have begun the batch. Default None.
+        """
         if self._closed:
             raise RuntimeError("This sampler was closed: no more batches.")
         with in_flight.call():
@@ -284,7 +301,7 @@ class PKSampler(keras.utils.PyDataset):
                 x = self._inputs.packed(arrays)
                 y = batch_parts.gather(self._targets, rows)
             except SystemExit as error:
-                # Keras' threads would swallow it and wait for the batch for ever.
+                # Keras' threads would swallow a SystemExit and wait for the batch for ever.
                 raise RuntimeError(
                     f"Something called sys.exit({error.code!r}) while preparing step "
                     f"{step} of epoch {epoch}."
@@ -320,7 +337,7 @@ class PKSampler(keras.utils.PyDataset):
         def keys() -> Iterator[tuple[int, int]]:
             epoch, last = self._epoch, len(self) - 1
             for step in range(len(self)):
-                # Before the last batch is given out: nobody need ask for one more.
+                # Here and not after the loop: nobody asks for a batch behind the last one.
                 if step == last and self._epoch == epoch and not self.fixed:
                     self._epoch = epoch + 1
                 yield epoch, step
@@ -330,7 +347,8 @@ class PKSampler(keras.utils.PyDataset):
             try:
                 return keras.tree.flatten(self.batch(int(step), int(epoch)))
             except Ending:
-                raise StopIteration from None  # TensorFlow logs no traceback of it
+                # TensorFlow logs a traceback of every other error.
+                raise StopIteration from None
 
         def load(epoch: Any, step: Any) -> Any:
             dtypes = [spec.dtype for spec in specs]
@@ -374,8 +392,8 @@ class PKSampler(keras.utils.PyDataset):
         images = [array for array in arrays if array.ndim in (3, 4)]
         if not images:
             expected = "an input of images, (rows, height, width[, channels])"
-            told = _checks.Told(f"shapes {[array.shape for array in arrays]}")
-            raise _checks.value_error("x", expected, told)
+            received = _checks.Told(f"shapes {[array.shape for array in arrays]}")
+            raise _checks.value_error("x", expected, received)
         codes = self.labels[self.plan.indices(epoch, step)]
         names = self.decode(codes[:: self.plan.samples_per_class])
         return plot_batch(
@@ -401,14 +419,15 @@ class PKSampler(keras.utils.PyDataset):
             raise _checks.value_error("epoch", expected, epoch)
         self._epoch = epoch
 
-    # Keras ends an epoch before the first one and twice round a validation, so only one
-    # that was begun counts. To build a model on JAX, PyTorch or several replicas it
-    # even begins an epoch, takes a batch and starts over:
+    # Keras calls on_epoch_end before the first epoch, and twice round a validation. So
+    # only an epoch that was begun counts. To build a model on JAX, PyTorch or several
+    # replicas, Keras even begins an epoch, takes a batch and starts over:
     #
     #     on_epoch_begin  batch                  EpochIterator.reset -> on_epoch_end
     #     on_epoch_begin  batch  batch  batch                           on_epoch_end
     #
-    # Nothing but the caller tells the two apart, as an epoch may have one batch.
+    # An epoch may have one batch, so only the caller of on_epoch_end (`reset` or not)
+    # tells the two apart.
     def on_epoch_begin(self) -> None:
         self._begun = True
 
@@ -436,22 +455,22 @@ class PKSampler(keras.utils.PyDataset):
 
             model.fit(train, class_weight=train.class_weight({"rare": 5.0}))
 
-        The targets of a batch are codes, so that Keras would take `{1: 5.0}` for the
-        second label. It weighs the losses of a model with one output; with more than
-        one give `sample_weight` to the sampler.
+        The targets of a batch are codes, so Keras would take `{1: 5.0}` for the second
+        label. Keras takes class weights for models with one output only; for more
+        outputs give `sample_weight` to the sampler.
 
         Args:
             weights: label -> weight, >= 0. Labels that are left out weigh 1.
 
         Raises:
-            TypeError, ValueError: for a label that is not in `classes_`, or a weight
-                that is none.
+            TypeError, ValueError: a label is not in `classes_`, or a weight is no finite
+                number >= 0.
         """
         if isinstance(self._targets, (tuple, Mapping)) and len(self._targets) > 1:
             advice = "Give the sampler `sample_weight`, one array for each output."
             expected = "a sampler with targets for one output, as Keras weighs one only"
-            told = _checks.Told(f"targets for {len(self._targets)} outputs")
-            raise _checks.value_error("class_weight", expected, told, advice)
+            received = _checks.Told(f"targets for {len(self._targets)} outputs")
+            raise _checks.value_error("class_weight", expected, received, advice)
         return self.plan.class_weight(weights)
 
     def report(self) -> Any:
@@ -461,7 +480,7 @@ class PKSampler(keras.utils.PyDataset):
 
     @property
     def broken(self) -> dict[int, str]:
-        """Sample -> what is wrong with it, for those found so far that are skipped."""
+        """Sample -> what is wrong with it, for all samples skipped so far."""
         return dict(self._rows.broken)
 
     def check_replicas(self, replicas: int) -> None:
@@ -500,7 +519,7 @@ class PKSampler(keras.utils.PyDataset):
 
 
 def _labels_of(source: Any) -> Any:
-    """The labels that a source has of its own samples."""
+    """The `labels` of a source; ValueError if it has none."""
     labels = getattr(source, "labels", None)
     if labels is None:
         expected, advice = "labels, as `x` has none of its own", "Pass PKSampler(x, y)."
@@ -511,11 +530,11 @@ def _labels_of(source: Any) -> Any:
 def _employees(
     workers: int | None, use_multiprocessing: bool, max_queue_size: int
 ) -> tuple[int, int]:
-    """How many batches are made ahead, each by a thread, and by how many processes."""
+    """The arguments checked: (batches made ahead, processes or 0)."""
     processes = _checks.boolean("use_multiprocessing", use_multiprocessing)
     if workers is None:
         workers = 2 if keras.backend.backend() == "tensorflow" else 1
     workers = _checks.integer("workers", workers, minimum=int(processes))
     ahead = _checks.integer("max_queue_size", max_queue_size, minimum=1)
-    # One more than there are processes, so that none waits for the next.
+    # One batch more than there are processes, so that no process waits for its next task.
     return min(ahead, workers + processes), workers if processes else 0

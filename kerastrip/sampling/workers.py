@@ -1,11 +1,11 @@
 """The persistent worker pool behind PKSampler, and a clean end of the process.
 
-Processes are forked once, when the pool is made, and inherit what they work on; where
-there is no safe fork (macOS, Windows) they are spawned and it is pickled once. Results
-travel through shared memory that was laid out beforehand, which is several times
+Processes are forked once, when the pool is made, and inherit the work and its data.
+Where there is no safe fork (macOS, Windows) they are spawned, and the work is pickled
+once. Results travel through shared memory of a fixed layout, which is several times
 cheaper than a pipe: the worker writes a batch there, and the caller gets arrays over
-that very memory. Each worker has three places for a batch. A place is in one of three
-states, and these are all the ways between them:
+the same memory. Each worker has three places for a batch. A place is in one of three
+states, and these are all the ways between the states:
 
       ask()               receive(): the work is done
     +--------> has a task ----------------------------> lent to the caller
@@ -18,18 +18,20 @@ states, and these are all the ways between them:
 A result is lent only while another place is free; otherwise the caller gets a copy, and
 the place is free at once. So a caller that keeps every batch never stops a worker.
 
-A worker is asked for its next batch before it has finished the last one. So it does not
-wait for the process that trains, and that process needs no thread to wait for it.
+A worker is asked for its next batch before it has finished the last one. So the worker
+never waits for the process that trains, and the process that trains needs no thread
+that waits for the worker.
 
 A fork copies only the thread that forks, but the locks of all threads: a lock that
 another thread holds at that moment stays locked in the child for ever. Three things
-guard against that. The pool takes the locks that it knows (those of the handlers of
-`logging` and of NumPy's global generator) while it forks. The BLAS library of a worker
-has one thread and needs no lock. A worker that says nothing and uses no processor time
-is replaced by another fork; a batch is a pure function of its arguments, so only time is
+guard against that. While it forks, the pool holds the locks that it knows: the locks of
+`logging` handlers and of NumPy's global generator. The BLAS library of a worker has one
+thread and needs no lock. A worker that does not answer and uses no processor time is
+replaced by another fork; a batch is a pure function of its arguments, so only time is
 lost.
 
-The life of a pool (one whose workers rest has none; the next call forks them again):
+The life of a pool (while the workers rest there are no processes; the next call forks
+new ones):
 
     waits for its first call -> workers run <-> workers rest
                                      |               |
@@ -70,13 +72,13 @@ __all__ = [
     "WorkerPool",
 ]
 
-Layout = Sequence[tuple[tuple[int, ...], np.dtype]]
-Work = Callable[..., Sequence[np.ndarray]]
+_Layout = Sequence[tuple[tuple[int, ...], np.dtype]]
+_Work = Callable[..., Sequence[np.ndarray]]
 
 _ALIGN = 64
 _PLACES = 3  # of each worker: one is lent, one is written, one is for the next batch
 _PATIENCE = 60.0  # seconds of one batch, then a warning
-_SILENCE = 10.0  # seconds without a word and without processor time: it hangs
+_SILENCE = 10.0  # seconds without an answer and without processor time: it hangs
 _FORKS = 3  # of a worker that hangs
 _REST = 2.0  # seconds without a call, after which workers may make room for others
 _PDEATHSIG = 1  # of prctl(2)
@@ -86,9 +88,9 @@ _START = "fork" if sys.platform.startswith("linux") else "spawn"
 class WorkerPool:
     """Processes that run `work(*args, out=arrays)` and return the arrays.
 
-    Calls may come from any number of threads; each goes to the worker with the least to
-    do. (The pools of the standard library wait for their workers when the process ends,
-    so a worker that hangs would hang the process.)
+    Calls may come from any number of threads; each call goes to the worker with the
+    least to do. (The pools of the standard library are no use here: they wait for their
+    workers when the process ends, so a worker that hangs would hang the process.)
 
     Keras never frees a sampler that has been through `fit`, and so never its pool.
     Therefore resting workers end when another pool starts its workers for the first
@@ -106,7 +108,7 @@ class WorkerPool:
     """
 
     def __init__(
-        self, work: Work, layout: Layout, processes: int, *, start: bool = True
+        self, work: _Work, layout: _Layout, processes: int, *, start: bool = True
     ):
         self._work, self._layout, self._processes = work, layout, processes
         self._closed = self._started = False
@@ -117,7 +119,7 @@ class WorkerPool:
             self._start()
 
     def forget(self) -> None:
-        """Begins without workers: the workers of a parent do not belong to its fork."""
+        """Begins without workers: in a fork, the workers belong to the parent process."""
         for worker in self._workers:
             # `multiprocessing` would end the parent's workers when this process ends.
             multiprocessing.process._children.discard(worker.process)  # type: ignore
@@ -176,11 +178,11 @@ class WorkerPool:
         return self._result(worker, task)
 
     def begin(self, *args: Any) -> Callable[[], list[np.ndarray]] | None:
-        """Asks for what a call gives, without waiting for it.
+        """Gives a worker a task without waiting for the result.
 
         Returns:
-            A function that waits, to be called once at most, and returns or raises what
-            a call would; None if the workers have enough to do.
+            A function that waits for the result, and returns or raises what a call of the
+            pool would; call it at most once. None if the workers have enough to do.
         """
         with self._alive():
             for worker in self._idlest():
@@ -204,7 +206,7 @@ class WorkerPool:
 
     @contextlib.contextmanager
     def _alive(self) -> Iterator[None]:
-        """A call, with workers; says what happened if one of them died."""
+        """Counts a call and starts resting workers; explains the death of a worker."""
         with self._lock:
             self._calls += 1
         try:
@@ -217,8 +219,8 @@ class WorkerPool:
         except _Died as error:
             self._death = error
             if self._closed:
-                told = "The workers of the sampler were closed."
-                raise RuntimeError(told) from None
+                words = "The workers of the sampler were closed."
+                raise RuntimeError(words) from None
             raise RuntimeError(f"A worker process of the sampler {error}") from error
         finally:
             with self._lock:
@@ -233,7 +235,7 @@ class WorkerPool:
 
 
 class _Task(Future):
-    """What a worker was asked for; its result are the arrays."""
+    """A batch that a worker was asked for; the result of the future are its arrays."""
 
     def __init__(self, place: int, args: Sequence[Any]):
         super().__init__()
@@ -243,22 +245,24 @@ class _Task(Future):
 class _Worker:
     """One process, the pipe to it and its places in shared memory."""
 
-    def __init__(self, context: Any, work: Work, layout: Layout):
+    def __init__(self, context: Any, work: _Work, layout: _Layout):
         # Unnamed shared memory: nothing is left behind, however the process ends.
         self._context, self._work, self._layout = context, work, layout
         self._places = [context.RawArray("B", _size(layout)) for _ in range(_PLACES)]
-        # The states of a place are drawn above: here are the free places, and the tasks
-        # by their numbers. Not all places are ever lent, so whoever waits gets one.
+        # The states of a place are drawn at the top of this file. `_spare` holds the free
+        # places, `_tasks` the tasks by their numbers, each with its place; all other
+        # places are lent. Never are all places lent, so whoever waits for one gets it.
         self._spare = list(range(_PLACES))
         self._tasks: dict[int, _Task] = {}
         self._asked = self._forks = 0  # how many tasks, and processes, there have been
         self._has_worked = False
-        # Who sends, and who receives, does so alone; the two may happen side by side.
+        # Only one thread sends at a time, and only one receives. A thread may send while
+        # another receives.
         self._asking, self._waiting = threading.Lock(), threading.Lock()
         self._start()
 
     def _start(self) -> None:
-        """Starts the process, and has it do what is asked for already."""
+        """Starts the process and sends it all tasks that are not done yet."""
         self._forks += 1
         self._pipe, far_end = self._context.Pipe()
         # Linux tells a process of the end of the thread that forked it, and only the
@@ -268,7 +272,7 @@ class _Worker:
         self.process = self._context.Process(target=_serve, args=args, daemon=True)
         with _locks_held(), warnings.catch_warnings():
             # Python and JAX warn of forks beside threads. The workers run NumPy, OpenCV
-            # and the user's functions only; for locks see above.
+            # and the user's functions only; locks are treated at the top of this file.
             warnings.filterwarnings("ignore", ".*fork", RuntimeWarning)
             warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
             self.process.start()
@@ -277,7 +281,7 @@ class _Worker:
             self._send(number, task)
 
     def _send(self, number: int, task: _Task) -> None:
-        # The process may be gone. Whoever waits for the task finds out and is told.
+        # The process may be gone. The thread that waits for the task finds that out.
         with contextlib.suppress(OSError):
             self._pipe.send((number, task.place, task.args))
 
@@ -292,7 +296,7 @@ class _Worker:
         return len(self._spare)
 
     def load(self) -> tuple[int, int, int]:
-        """Tasks that are not done, places in use, tasks that there have been."""
+        """Sorts workers: tasks not done, then places in use, then tasks ever given."""
         return len(self._tasks), _PLACES - self.spare, self._asked
 
     def ask(self, args: Sequence[Any], left: int = 0) -> _Task | None:
@@ -306,14 +310,14 @@ class _Worker:
         return task
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        """Receives what the process has done until `condition` holds; _Died if it ends."""
+        """Receives results until `condition` holds; _Died if the process ends before."""
         while not condition():
             with self._waiting:
                 if not condition():  # threads before this one may have received it
                     self.receive()
 
     def collect(self) -> None:
-        """Receives what the process has done already, needed or not."""
+        """Receives all results that are ready, so that their tasks count as done."""
         if self._waiting.acquire(blocking=False):  # else another thread receives
             try:
                 while self._pipe.poll():
@@ -349,8 +353,9 @@ class _Worker:
             number, failure = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise self._died() from error
-        # A worker answers in order: if the answer to an earlier task is missing, Ctrl-C
-        # struck after its receipt. (`list` is one step, as other threads add tasks.)
+        # Workers answer in order. If the answer to an earlier task is missing, Ctrl-C
+        # interrupted this thread while it received that answer. (`list` is one step, so
+        # it is safe while other threads add tasks.)
         for each in [each for each in list(self._tasks) if each <= number]:
             task = self._tasks.pop(each)
             if each == number and failure is None:
@@ -362,7 +367,7 @@ class _Worker:
             self._has_worked = True
 
     def _ready(self) -> Sequence:
-        """The pipe, if there is a word in it, or the end of the process; or nothing."""
+        """Waits a moment for an answer or the end of the process: what is ready."""
         seconds = min(_PATIENCE, _SILENCE / 4)
         return wait([self._pipe, self.process.sentinel], seconds)
 
@@ -400,19 +405,20 @@ class _Worker:
 
 
 class _Died(Exception):
-    """The process of a worker is gone, or as good as gone."""
+    """The process of a worker has ended, hangs, or was closed."""
 
 
 class _InWorker(Exception):
     """The traceback of an error in a worker process."""
 
 
-def _size(layout: Layout) -> int:
+def _size(layout: _Layout) -> int:
+    """Bytes of a place: the arrays, each rounded up to a whole number of `_ALIGN`."""
     sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout]
     return sum(size + _ALIGN for size in sizes) + _ALIGN
 
 
-def _views(memory: np.ndarray, layout: Layout) -> list[np.ndarray]:
+def _views(memory: np.ndarray, layout: _Layout) -> list[np.ndarray]:
     """Arrays of `layout` inside `memory`, one after the other."""
     views, offset = [], 0
     for shape, dtype in layout:
@@ -423,7 +429,7 @@ def _views(memory: np.ndarray, layout: Layout) -> list[np.ndarray]:
 
 
 def _processor_time(process: Any) -> int | None:
-    """Ticks of processor time that a process has used; None where nobody counts."""
+    """Ticks of processor time that a process has used; None where /proc is missing."""
     try:
         with open(f"/proc/{process.pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
@@ -436,11 +442,14 @@ def _processor_time(process: Any) -> int | None:
 def _locks_held() -> Iterator[None]:
     """Holds locks that a worker may need, so that nobody else does while it is forked.
 
-    `logging` makes the locks of its handlers anew in a fork, but not those of the
-    streams below them, which are held inside those of the handlers only.
+    `logging` makes new locks for its handlers in a fork, but not for the streams that
+    they write to. A stream is locked only while its handler is locked, so whoever holds
+    the locks of all handlers knows that no stream is locked.
     """
     loggers = [logging.getLogger(), *list(logging.root.manager.loggerDict.values())]
-    handlers = [each for one in loggers for each in getattr(one, "handlers", ())]
+    handlers = [
+        handler for logger in loggers for handler in getattr(logger, "handlers", ())
+    ]
     locks = [handler.lock for handler in dict.fromkeys(handlers) if handler.lock]
     with contextlib.ExitStack() as held:
         for lock in [*locks, _lock_of_numpy()]:
@@ -455,9 +464,9 @@ def _lock_of_numpy() -> Any:
 
 
 def _serve(
-    work: Work, layout: Layout, places: Sequence, pipe: Any, watched: bool
+    work: _Work, layout: _Layout, places: Sequence, pipe: Any, watched: bool
 ) -> None:
-    """What a worker process does all its life."""
+    """The main function of a worker process: it does tasks until it is killed."""
     own_files()
     # Ctrl-C reaches the whole process group; the parent decides what ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -467,7 +476,7 @@ def _serve(
         with contextlib.suppress(Exception):
             ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    with contextlib.suppress(RuntimeError):  # spawned: it is not held
+    with contextlib.suppress(RuntimeError):  # a spawned process does not hold it
         _lock_of_numpy().release()
     _have_one_thread()
     # The number 0 belongs to no task: it says that this process is ready.
@@ -484,7 +493,10 @@ def _serve(
 
 
 def _have_one_thread() -> None:
-    """OpenCV's and OpenBLAS' threads do not survive a fork; workers are the parallelism."""
+    """Switches off threads of OpenCV and OpenBLAS, which do not survive a fork.
+
+    The workers themselves are the parallelism.
+    """
     if "cv2" in sys.modules:
         sys.modules["cv2"].setNumThreads(0)
     with contextlib.suppress(OSError), open("/proc/self/maps") as maps:
@@ -498,7 +510,7 @@ def _have_one_thread() -> None:
 
 
 def _packed(error: BaseException) -> tuple[bytes, str, str]:
-    """An error pickled, if that is possible, in words, and its traceback."""
+    """An error as bytes (empty if it cannot be pickled), as words, and its traceback."""
     try:
         packed = pickle.dumps(error)
     except Exception:
@@ -506,21 +518,25 @@ def _packed(error: BaseException) -> tuple[bytes, str, str]:
     return packed, repr(error), traceback.format_exc()
 
 
-def _unpacked(packed: bytes, words: str, told: str) -> Exception:
-    """The error, if it survives pickling and ends no thread in silence."""
+def _unpacked(packed: bytes, words: str, trace: str) -> Exception:
+    """The error that `_packed` took apart, or a RuntimeError with its words.
+
+    A SystemExit becomes a RuntimeError too: a thread would end by it without a word.
+    """
     error: Any = None
     with contextlib.suppress(Exception):
         error = pickle.loads(packed)
     if not isinstance(error, Exception):
         error = RuntimeError(f"A worker process of the sampler failed: {words}")
-    error.__cause__ = _InWorker(told)
+    error.__cause__ = _InWorker(trace)
     return error
 
 
 def _leave_with_parent() -> None:
-    """Ends this worker when its parent is gone, even if that was killed."""
+    """Ends this worker when its parent is gone, even if the parent was killed."""
     parent: Any = multiprocessing.parent_process()
-    # The sentinel alone is not enough: forked siblings hold its other end open too.
+    # The sentinel alone is not enough: forked siblings hold its other end open too. A
+    # process whose parent is gone gets another parent, so that its number changes.
     while os.getppid() == parent.pid:
         if wait([parent.sentinel], timeout=1):
             break
@@ -528,7 +544,10 @@ def _leave_with_parent() -> None:
 
 
 def _leave() -> None:
-    """Lets calls end, then the workers: `multiprocessing` would wait for a stopped one."""
+    """Waits for calls under way, then kills all workers.
+
+    `multiprocessing` would wait at exit for a worker that is stopped (SIGSTOP).
+    """
     in_flight.close()
     for each in list(inherited):
         if isinstance(each, WorkerPool):

@@ -1,8 +1,8 @@
 """What the first bytes of an encoded image say about it, before it is decoded.
 
-A picture of 30,000 x 30,000 pixels fits into a PNG of 100 kB and takes gigabytes once
-it is decoded, so the size is read here first. Where a file names several sizes the
-largest counts: which of them a decoder believes is its own affair.
+An image of 30,000 x 30,000 pixels fits into a PNG of 100 kB and takes gigabytes when it
+is decoded, so the size is read here first. If a file names several sizes, the largest
+counts, because decoders differ in the size that they believe.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 
 class Header(NamedTuple):
-    """Height and width in pixels, and what else decoding has to know.
+    """Height and width in pixels, and what else is needed to decode the image.
 
-    `deep`: whether OpenCV gives the values of 16 bits as they are. `top`: the value of
-    white where the file names it (PGM, PPM). `least`: the fewest bytes of a whole file.
+    `deep`: whether OpenCV returns values of 16 bits unchanged. `top`: the value of white,
+    if the file names it (PGM, PPM). `least`: a file with fewer bytes is cut short.
     """
 
     height: int
@@ -27,12 +27,12 @@ class Header(NamedTuple):
 
 
 def is_known(data: bytes) -> bool:
-    """Whether a file that begins so is in one of the formats that are read."""
+    """Whether the first bytes of a file are of one of the formats that are read."""
     return any(data.startswith(start, place) for start, place, _ in _FORMATS)
 
 
 def read_header(data: bytes) -> Header | None:
-    """The header of a file in one of the formats that are read; None for another one."""
+    """The header of an encoded image; None if the format is not read, or it is damaged."""
     for start, place, parse in _FORMATS:
         if data.startswith(start, place):
             try:
@@ -43,14 +43,15 @@ def read_header(data: bytes) -> Header | None:
 
 
 def _png(data: bytes) -> Header:
-    """A chain of chunks: a length, four letters, what it holds, and a checksum."""
+    """A chain of chunks: a length, four letters, the content, and a checksum."""
     width, height = struct.unpack_from(">II", data, 16)
-    at, kind = 8, b""
-    while at + 8 <= len(data) and kind != b"IEND":
-        kind = data[at + 4 : at + 8]
-        # OpenCV takes memory for a length of 4 GB before it looks whether it is there.
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
-    return Header(height, width, deep=True, least=at)
+    offset, kind = 8, b""
+    while offset + 8 <= len(data) and kind != b"IEND":
+        kind = data[offset + 4 : offset + 8]
+        # OpenCV takes memory for a chunk before it looks whether the file is long enough.
+        # So the length of the file is compared with all the lengths in it (`least`).
+        offset += 12 + int.from_bytes(data[offset : offset + 4], "big")
+    return Header(height, width, deep=True, least=offset)
 
 
 def _jpeg(data: bytes) -> Header | None:
@@ -59,23 +60,26 @@ def _jpeg(data: bytes) -> Header | None:
     FF D8 | FF E1 length ... | FF C0 length bits height width ... | ... | FF D9
     begin | EXIF             | the frame                                | end
     """
-    at = data.find(b"\xff", 2)
-    while at >= 0 and at + 9 <= len(data):
-        marker = data[at + 1]
+    offset = data.find(b"\xff", 2)
+    while offset >= 0 and offset + 9 <= len(data):
+        marker = data[offset + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            # Huffman codes (FF C0 to C2) need a bit or more for each block of 8 x 8.
+            height, width = struct.unpack_from(">HH", data, offset + 5)
+            # Huffman codes (FF C0 to C2) need at least a bit for each block of 8 x 8.
             least = height // 8 * (width // 8) // 8 if marker <= 0xC2 else 0
-            # A file that was cut has no end marker: in coded data a 0 follows each FF.
-            if data.rfind(b"\xff\xd9", at) < 0:
+            # A file that was cut short has no end marker, and coded data cannot hold one
+            # by chance: there, a 0 follows each FF.
+            if data.rfind(b"\xff\xd9", offset) < 0:
                 least = len(data) + 1
             return Header(height, width, least=least)
         if marker == 0xFF:  # filling
-            at += 1
+            offset += 1
         else:
             alone = marker in (0, 1) or 0xD0 <= marker <= 0xD9
-            length = 0 if alone else int.from_bytes(data[at + 2 : at + 4], "big")
-            at = data.find(b"\xff", at + 2 + length)
+            length = (
+                0 if alone else int.from_bytes(data[offset + 2 : offset + 4], "big")
+            )
+            offset = data.find(b"\xff", offset + 2 + length)
     return None
 
 
@@ -95,7 +99,10 @@ def _bmp(data: bytes) -> Header:
 def _webp(data: bytes) -> Header:
     kind = data[12:16]
     if kind == b"VP8X":
-        sides = [int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27)]
+        sides = [
+            int.from_bytes(data[offset : offset + 3], "little") + 1
+            for offset in (24, 27)
+        ]
         return Header(sides[1], sides[0])
     if kind == b"VP8L":
         bits = struct.unpack_from("<I", data, 21)[0]
@@ -108,19 +115,19 @@ def _tiff(data: bytes) -> Header:
     """The first directory: entries of a tag, a type, a count and a value."""
     order = "<" if data.startswith(b"I") else ">"
     big = data[2:4] in (b"+\0", b"\0+")
-    (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
-    (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
-    at, step, value = (at + 8, 20, 12) if big else (at + 2, 12, 8)
-    found: dict[int, int] = {}
-    for entry in range(at, min(at + count * step, len(data)), step):
+    (offset,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+    (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, offset)
+    offset, step, value = (offset + 8, 20, 12) if big else (offset + 2, 12, 8)
+    sides: dict[int, int] = {}
+    for entry in range(offset, min(offset + count * step, len(data)), step):
         tag, kind = struct.unpack_from(order + "HH", data, entry)
         if tag in _TIFF_SIDES and kind in _TIFF_INTEGERS:
             (side,) = struct.unpack_from(
                 order + _TIFF_INTEGERS[kind], data, entry + value
             )
-            found[tag] = max(side, found.get(tag, 0))
-    width, height, *tile = (found.get(tag, 0) for tag in _TIFF_SIDES)
-    if width * height < tile[0] * tile[1]:  # decoded as a whole
+            sides[tag] = max(side, sides.get(tag, 0))
+    width, height, *tile = (sides.get(tag, 0) for tag in _TIFF_SIDES)
+    if width * height < tile[0] * tile[1]:  # a tile is decoded as a whole
         width, height = tile
     return Header(height, width, deep=True)
 
@@ -134,26 +141,29 @@ def _pixels(header: Header) -> int:
 
 
 def _places(data: bytes, word: bytes) -> Iterator[int]:
-    at = data.find(word)
-    while at >= 0:
-        yield at + len(word)
-        at = data.find(word, at + 1)
+    offset = data.find(word)
+    while offset >= 0:
+        yield offset + len(word)
+        offset = data.find(word, offset + 1)
 
 
 def _jpeg2000(data: bytes) -> Header:
     """The segment SIZ: where the image ends and begins on a grid, and its bits."""
-    found = []
-    for at in _places(data, b"\xff\x4f\xff\x51"):
-        right, bottom, left, top = struct.unpack_from(">4I", data, at + 4)
-        # OpenCV brings 9 to 15 bits to 8 by itself.
-        found.append(Header(bottom - top, right - left, deep=data[at + 38] & 127 == 15))
-    return max(found, key=_pixels)
+    headers = []
+    for offset in _places(data, b"\xff\x4f\xff\x51"):
+        right, bottom, left, top = struct.unpack_from(">4I", data, offset + 4)
+        # OpenCV scales 9 to 15 bits to 8 bits by itself.
+        deep = data[offset + 38] & 127 == 15
+        headers.append(Header(bottom - top, right - left, deep=deep))
+    return max(headers, key=_pixels)
 
 
 def _avif(data: bytes) -> Header:
     """The property `ispe` of each image in the file: version, width, height."""
     meta = data[: data.find(b"mdat")] if b"mdat" in data else data
-    sides = [struct.unpack_from(">II", meta, at + 4) for at in _places(meta, b"ispe")]
+    sides = [
+        struct.unpack_from(">II", meta, offset + 4) for offset in _places(meta, b"ispe")
+    ]
     return max((Header(height, width) for width, height in sides), key=_pixels)
 
 
@@ -171,7 +181,8 @@ def _netpbm(data: bytes) -> Header:
         if len(words) >= needed:
             break
     width, height, *top = (int(word) for word in words[:needed])
-    if data[1:2] in b"23" and top[0] < 256:  # as text: OpenCV scales these by itself
+    # OpenCV scales values that are written as text by itself.
+    if data[1:2] in b"23" and top[0] < 256:
         top = []
     return Header(height, width, True, *top)
 

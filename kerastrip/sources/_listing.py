@@ -13,25 +13,28 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._labels import label_array
 
-# Endings of images, by the encoder that OpenCV must have been built with, where it may
-# be missing.
-EXTENSIONS = {
+# Endings of image files. A key is the ending of an encoder without which OpenCV may have
+# been built; the endings under "" can always be read.
+_EXTENSIONS = {
     "": "bmp dib jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp",
     ".avif": "avif",
     ".gif": "gif",
     ".jp2": "j2k jp2",
 }
-# Endings of files that lie beside images without being images. A warning tells of all
-# other files that are left out.
-NO_IMAGES = (
+# Endings of files that often lie beside images and are no images. All other files that
+# are left out are named in a warning.
+_NO_IMAGES = (
     "cfg csv db htm html ini json jsonl lnk lock log md py sh toml tsv txt url xml yaml "
     "yml zip"
 )
-LABEL_FROM = ("parent", "top", "path")
+_LABEL_FROM = ("parent", "top", "path")
 
 
-class _Found:
-    """What a walk has met: relative paths with "/", and the real folders it was in."""
+class _Walk:
+    """A walk through folders: the files, links and pipes it met, as relative paths.
+
+    `visited` holds the real paths of the folders that it was in.
+    """
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -40,7 +43,12 @@ class _Found:
         self.visited: set[str] = set()
 
     def visit(self, folder: str, within: str) -> None:
-        """All that lies in a folder and below; links are kept for later."""
+        """Notes all files of a folder and the folders below; links are not followed.
+
+        Args:
+            folder: its real path.
+            within: the path by which it was reached, with a "/" at the end, or "".
+        """
         todo = [(folder, within)]
         while todo:
             folder, within = todo.pop()
@@ -61,35 +69,45 @@ class _Found:
 
 
 def files_below(root: str) -> tuple[list[str], list[str]]:
-    """The files in a folder and in all folders below it, each real one once.
+    """The files in a folder and in all folders below it, each real file once.
 
-    What lies in the folders themselves comes first, then what links lead to: folders,
-    then files. So a file that is reached in several ways has the name of its place.
+    The files in the folders themselves come first, then the files in folders that links
+    lead to, then the files that links lead to. So a file that is reached in several ways
+    has the name of the place where it lies:
+
+        photos/cat/1.jpg                      "cat/1.jpg"
+        photos/cat/2.jpg -> photos/cat/1.jpg  left out: it is there already
+        photos/pets -> photos/cat             left out: the folder was visited
+        photos/dog -> /other/dog              "dog/...", the files of /other/dog
 
     Returns:
-        Their relative paths, with "/"; and words on links and pipes left out.
+        The relative paths, with "/"; and notes on links and pipes that were left out.
     """
-    real, found = os.path.realpath(root), _Found()
-    found.visit(real, "")
+    real, walk = os.path.realpath(root), _Walk()
+    walk.visit(real, "")
     again, to_files = [], []
-    while found.links:
-        links, found.links = sorted(found.links), []
+    # Folders that links lead to may hold links themselves, hence the loop.
+    while walk.links:
+        links, walk.links = sorted(walk.links), []
         for name, path in links:
             if not os.path.isdir(path):
                 to_files.append((name, path))
                 continue
             target = os.path.realpath(path)
             above = f"{real}{os.sep}".startswith(target.rstrip(os.sep) + os.sep)
-            if above or target in found.visited:
+            if above or target in walk.visited:
                 again.append(name)
             else:
-                found.visit(target, name + "/")
+                walk.visit(target, name + "/")
     reached: set[str] = set()
-    # It asks the system for every part of a path, so once for each folder of targets.
+    # `realpath` asks the system for every part of a path. Many links lead to one folder,
+    # so its answer is kept.
     real_folder = functools.cache(os.path.realpath)
     for name, path in sorted(to_files):
         if not is_image(name):
             continue
+        # One step along the link, and the real folder there. Only a link to a link is
+        # resolved as a whole.
         aim = os.path.join(os.path.dirname(path), os.readlink(path))
         folder, base = os.path.split(aim)
         folder = real_folder(folder)
@@ -97,19 +115,19 @@ def files_below(root: str) -> tuple[list[str], list[str]]:
         if os.path.islink(aim):
             folder, base = os.path.split(aim := os.path.realpath(aim))
         if not os.path.exists(aim):
-            found.names.append(name)  # a file that is gone
-        elif aim in reached or (folder in found.visited and not base.startswith(".")):
+            walk.names.append(name)  # a broken link: an error when it is read
+        elif aim in reached or (folder in walk.visited and not base.startswith(".")):
             again.append(name)
         elif os.path.isfile(aim):
             reached.add(aim)
-            found.names.append(name)
+            walk.names.append(name)
         else:
-            found.pipes.append(name)
-    told = (
+            walk.pipes.append(name)
+    notes = (
         (again, "links that lead to what is there already, or to a folder above ({})"),
-        (found.pipes, "pipes or devices ({})"),
+        (walk.pipes, "pipes or devices ({})"),
     )
-    return found.names, [text.format(_some(names)) for names, text in told if names]
+    return walk.names, [text.format(_some(names)) for names, text in notes if names]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -123,13 +141,13 @@ def labelled_images(
 ) -> tuple[list[str], np.ndarray]:
     """The images among `paths`, sorted, and their labels.
 
-    One warning tells what was left out.
+    One warning names the files that were left out.
 
     Args:
-        name: the argument that they come from, for errors.
-        paths: relative paths, parts separated by "/".
+        name: the argument that the paths come from, for errors.
+        paths: relative paths, with "/" between folders.
         label_from: as for `ImageFolder`.
-        notes: what else was left out, in words.
+        notes: words on other files that were left out.
 
     Returns:
         Paths and labels.
@@ -138,14 +156,14 @@ def labelled_images(
         TypeError, ValueError: as `ImageFolder`.
     """
     if label_from is not None and not callable(label_from):
-        _checks.one_of("label_from", label_from, LABEL_FROM)
+        _checks.one_of("label_from", label_from, _LABEL_FROM)
     paths = list(paths)
     images = sorted(path for path in paths if is_image(path))
     notes = [*_left_out(paths, images), *notes]
     if not images:
-        told = f"images ({', '.join(sorted(_extensions()))}) in class folders"
+        expected = f"images ({', '.join(sorted(_extensions()))}) in class folders"
         advice = " ".join(f"Left out: {note}." for note in notes)
-        raise _checks.value_error(name, told, _checks.Told("none"), advice)
+        raise _checks.value_error(name, expected, _checks.Told("none"), advice)
     if callable(label_from):
         pairs = [(path, label_from(path)) for path in images]
         pairs = [(path, label) for path, label in pairs if label is not None]
@@ -154,25 +172,25 @@ def labelled_images(
             raise _checks.value_error(
                 "label_from", expected, _checks.Told("None for all")
             )
-        images, labels = [list(part) for part in zip(*pairs, strict=True)]
+        images, labels = [list(column) for column in zip(*pairs, strict=True)]
     else:
         labels = [_folder_label(name, path, label_from) for path in images]
     checked = label_array(labels, "labels" if label_from is None else "label_from")
     if checked.ndim == 1 and (checked == checked[0]).all():
-        told = _checks.Told(f"one, {labels[0]!r}, with {len(labels)} images")
+        received = _checks.Told(f"one, {labels[0]!r}, with {len(labels)} images")
         advice = (
             "Give the folder above, or read images without classes with "
             "ImageFiles(paths)."
         )
-        raise _checks.value_error(name, "at least two classes", told, advice)
+        raise _checks.value_error(name, "at least two classes", received, advice)
     if notes:
         _checks.warn(f"`{name}` holds more than is read. Left out: {'; '.join(notes)}.")
     return images, checked
 
 
 def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
-    """Words on files in class folders that may be images but are not read."""
-    known = {*NO_IMAGES.split()}
+    """Notes on files in class folders that may be images but are not read."""
+    known = {*_NO_IMAGES.split()}
     left = [
         path
         for path in set(paths).difference(images)
@@ -181,21 +199,22 @@ def _left_out(paths: Sequence[str], images: Sequence[str]) -> list[str]:
     if not left:
         return []
     counts = Counter(_ending(path) for path in left).most_common()
-    told = [
+    endings = [
         f"{count} {f'.{end}' if end else 'without ending'}" for end, count in counts
     ]
-    more = f" and {len(told) - 10} other endings" if len(told) > 10 else ""
-    kept = {path.rpartition("/")[0] for path in images}
-    lost = {path.rpartition("/")[0] for path in left} - kept
+    more = f" and {len(endings) - 10} other endings" if len(endings) > 10 else ""
+    read = {path.rpartition("/")[0] for path in images}
+    lost = {path.rpartition("/")[0] for path in left} - read
     whole = f", the whole of {_some([*lost])} among them" if lost else ""
     return [
-        f"{len(left)} files by their ending ({', '.join(told[:10])}{more}){whole} "
+        f"{len(left)} files by their ending ({', '.join(endings[:10])}{more}){whole} "
         "(convert them, or give them to ImageFiles, which looks into the file, if they "
         "are AVIF, BMP, GIF, JPEG, JPEG 2000, PGM, PNG, PPM, TIFF or WebP)"
     ]
 
 
 def _folder_label(name: str, path: str, word: str | None) -> str:
+    """The label of an image by its folders; `word` is None, "parent", "top" or "path"."""
     *folders, _ = path.split("/")
     if not folders:
         expected = "every image in the folder of its class"
@@ -224,7 +243,7 @@ def _extensions() -> frozenset[str]:
 
     return frozenset(
         extension
-        for encoder, group in EXTENSIONS.items()
+        for encoder, group in _EXTENSIONS.items()
         if not encoder or cv2.haveImageWriter(encoder)
         for extension in group.split()
     )

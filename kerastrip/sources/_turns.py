@@ -1,8 +1,9 @@
 """Who may read at the same time: threads take turns, processes open files anew.
 
-A data set that keeps one file open moves one offset: a thread that seeks while another
-reads gets the other's sample, without any error. Two objects may share a file (the
-halves of a random split do), so there is one lock for all that is not known to be safe.
+A data set that keeps a file open has a single offset in it. If one thread seeks while
+another reads, the second gets a wrong sample, without any error. Two objects may share a
+file (the halves of a random split do), so there is one lock for all objects that are not
+known to be safe.
 
 A forked process has a copy of every object but shares the offset of every open file
 with its parent and siblings. The copy gets descriptions of its own:
@@ -22,7 +23,7 @@ from typing import Any
 
 from kerastrip import _checks
 
-_PATIENCE = 60.0  # seconds that a thread waits for its turn before it says so
+_PATIENCE = 60.0  # seconds that a thread waits for its turn before it warns
 _BEFORE_FORK = 5.0  # seconds that a fork waits for a read to end
 _ACCESS = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
 
@@ -34,8 +35,8 @@ _files: list[tuple[int, int, int]] = []  # (descriptor, access, offset) at the f
 def is_safe(x: Any) -> bool:
     """Whether threads may read `x` at the same time.
 
-    zarr says so of its arrays; anything may say so of itself by an attribute
-    `thread_safe = True`; the code of this package keeps nothing between two calls.
+    zarr documents it for its arrays. Any object can state it by an attribute
+    `thread_safe = True`. The sources of this package keep nothing between two calls.
     """
     if getattr(x, "thread_safe", False) is True:
         return True
@@ -46,10 +47,10 @@ def is_safe(x: Any) -> bool:
 
 @contextlib.contextmanager
 def turn(safe: bool = False) -> Iterator[None]:
-    """The turn of this thread: no other reads what is not known to be safe.
+    """Within it, no other thread reads an object that is not known to be safe.
 
     Args:
-        safe: whether what is about to be read needs no turn.
+        safe: True if the object is known to be safe: then the thread need not wait.
     """
     global _taken
     if safe:
@@ -70,7 +71,7 @@ def turn(safe: bool = False) -> Iterator[None]:
 
 
 def alone(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, called in turns unless it is safe. It is pickled if `function` is."""
+    """`function`, called by one thread at a time unless it is safe; can be pickled."""
     return function if is_safe(function) else _Alone(function)
 
 
@@ -89,7 +90,7 @@ class _Alone:
 def own_files() -> None:
     """Gives a forked process offsets of its own in the files that it inherited.
 
-    To be called before it reads anything. A spawned process inherits none.
+    Call it before the process reads anything. A spawned process inherits no files.
     """
     while _files:
         descriptor, access, offset = _files.pop()
@@ -107,7 +108,7 @@ def own_files() -> None:
 
 
 def _before_fork() -> None:
-    """Waits for whoever reads, so that no copy begins in the middle of a read."""
+    """Waits for the thread that reads, so that no fork begins in the middle of a read."""
     global _files
     if _taken:
         _lock.acquire(timeout=_BEFORE_FORK)
@@ -116,13 +117,14 @@ def _before_fork() -> None:
 
 def _in_parent() -> None:
     _files.clear()
-    with contextlib.suppress(RuntimeError):  # the wait was in vain
+    with contextlib.suppress(RuntimeError):  # `_before_fork` did not get the lock
         _lock.release()
 
 
 def _in_child() -> None:
     global _lock
-    _lock = threading.RLock()  # whoever held the other one is not here
+    # The thread that held the lock is not in this process: nobody would release it.
+    _lock = threading.RLock()
 
 
 def _open_files() -> list[tuple[int, int, int]]:

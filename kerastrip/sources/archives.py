@@ -20,8 +20,8 @@ __all__ = [
 ]
 
 _STORED_OR_DEFLATED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# A few bytes may unpack to gigabytes. Of a larger member the first bytes are looked at
-# before the rest is unpacked.
+# A few bytes may unpack to gigabytes. The first `_HEAD` bytes of a member over `_LARGE`
+# bytes are checked before the rest is unpacked.
 _LARGE, _HEAD = 1 << 20, 1 << 16
 
 
@@ -38,12 +38,12 @@ def ZipImages(
 ) -> ImageFiles:
     """The images of a zip archive that holds one folder for each class.
 
-    Nothing is unpacked to disk. The table of contents is read once; after that every
-    read opens the archive for itself, so that threads and processes share nothing.
-    Each image is checked against the checksum that the archive has of it.
+    Nothing is unpacked to disk. The table of contents is read once. After that each image
+    opens the archive again, so that threads and processes share nothing. Each image is
+    compared with its checksum in the archive.
 
-    Folders are read as by `ImageFolder`, with one difference: an outermost folder
-    that holds all the others is left out of the paths, since archives are made so.
+    Folders are read as by `ImageFolder`, with one difference: if one outermost folder
+    holds all the others, as in most archives, it is left out of the paths.
 
     Args:
         path: the archive. Members are stored or deflated, not encrypted.
@@ -55,15 +55,14 @@ def ZipImages(
         on_error: "raise" (default) or "skip", as for `ImageFiles`.
         bits: None (default) or 9 ... 16, as for `ImageFiles`.
         max_pixels: the largest image that is decoded, as for `ImageFiles`. A member
-            is not unpacked if it is larger than such an image, or beyond the size
-            that the archive tells.
+            that is larger than such an image is not unpacked, and no member is unpacked
+            beyond the size that the archive names.
 
     Returns:
-        `ImageFiles` with `labels`; its `paths` are those of the members, behind that
-        of the archive.
+        `ImageFiles` with `labels`; its `paths` are "archive/member".
 
     Raises:
-        TypeError, ValueError: if it is no zip archive, packed in a way that is not
+        TypeError, ValueError: the file is no zip archive, or packed in a way that is not
             read here, or as `ImageFolder`.
 
     Example:
@@ -120,26 +119,27 @@ class _Archive:
                     if not info.is_dir()
                 }
         except Exception as error:
-            # zipfile answers a damaged table with errors of a dozen kinds.
-            of_the_moment = isinstance(error, OSError) and not is_wrong_with_file(error)
-            if of_the_moment or isinstance(error, MemoryError):
+            # zipfile raises errors of a dozen kinds for a damaged table. Other errors are
+            # of the disk or the memory, and say nothing about the archive.
+            may_pass = isinstance(error, OSError) and not is_wrong_with_file(error)
+            if may_pass or isinstance(error, MemoryError):
                 raise
-            told = _checks.message("path", "a zip archive", path, f"{error}.")
-            raise ValueError(told) from error
+            words = _checks.message("path", "a zip archive", path, f"{error}.")
+            raise ValueError(words) from error
 
     def check(self, names: Sequence[str]) -> None:
-        """Keeps these members; ValueError names one that is packed another way."""
+        """Forgets all other members; ValueError if one of these cannot be unpacked."""
         self.members = {name: self.members[name] for name in names}
         for name, info in self.members.items():
             encrypted = info.flag_bits & 1
             if encrypted or info.compress_type not in _STORED_OR_DEFLATED:
                 way = "encrypted" if encrypted else f"method {info.compress_type}"
                 expected = "an archive of stored or deflated members"
-                told = _checks.Told(f"{name!r} ({way})")
-                raise _checks.value_error("path", expected, told, "Pack it anew.")
+                received = _checks.Told(f"{name!r} ({way})")
+                raise _checks.value_error("path", expected, received, "Pack it anew.")
 
     def stamps(self, paths: Sequence[str]) -> list[tuple[int, int]]:
-        """Size and checksum of the members, as the archive tells them."""
+        """(size, checksum) of the members, from the table of contents."""
         infos = [self.members[path[len(self.path) + 1 :]] for path in paths]
         # A damaged table may tell of more bytes than int64 holds.
         return [(min(info.file_size, 2**63 - 1), info.CRC) for info in infos]
@@ -164,10 +164,10 @@ class _Archive:
             # One byte too many is enough to see that more would come.
             data = _inflated(data, size + 1)
         if len(data) != size:
-            found = "more" if len(data) > size else "fewer"
+            amount = "more" if len(data) > size else "fewer"
             raise ValueError(
                 "the archive is damaged: the member should have "
-                f"{size:,} bytes, but there are {found}"
+                f"{size:,} bytes, but there are {amount}"
             )
         if zlib.crc32(data) != info.CRC:
             raise ValueError("the archive is damaged: wrong checksum")

@@ -1,13 +1,14 @@
-"""Sources over what is already an array, or behaves like a list of samples.
+"""Sources over arrays, and over objects that behave like a list of samples.
 
-A source has `__len__` and `take(indices)`, and neither `__getitem__` nor `__iter__`: so
-it is told from arrays and data sets, some of which have a `take` too. `take` returns
-fresh arrays, the rows in the order asked for, in the structure that the model gets (an
-array, a tuple or a dict of arrays). A source that knows the labels of its samples has
-them as `labels`. A sample that cannot be read is a `BrokenSamples` error.
+A source has `__len__` and `take(indices)`, but no `__getitem__` and no `__iter__`. The
+missing methods distinguish a source from arrays and data sets, some of which have a
+`take` too. `take` returns fresh arrays, with the rows in the order of the indices, in the
+structure that the model gets (an array, a tuple or a dict of arrays). A source that knows
+the labels of its samples has an attribute `labels`. A sample that cannot be read raises
+`BrokenSamples`.
 
-Arrays are read by any number of threads at once. What users bring may keep an open
-file, so threads take turns there, unless it has an attribute `thread_safe = True`.
+Arrays are read by any number of threads at once. Objects of users may keep a file open,
+so threads take turns there, unless the object has an attribute `thread_safe = True`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 _NO_NUMBERS = "OSUTMm"  # dtype kinds that hold no numbers
-_NO_INPUT = "OTMm"  # ... and no texts either
+_NO_INPUT = "OTMm"  # dtype kinds that hold neither numbers nor texts
 _TEXTS = "OSUT"
 _FILES = (
     "ImageFolder(directory, size=...) reads a folder of class folders, "
@@ -46,11 +47,11 @@ _FILES = (
 _DECODE = (
     "Let `__getitem__` return kerastrip.sources.read_image(data, size=(height, width))."
 )
-_FEW = 10  # samples that are looked at, to tell paths from texts
-_LONGEST = 4096  # a path, at most
+_FEW = 10  # samples that are looked at, to distinguish paths from texts
+_LONGEST = 4096  # characters: a longer text is no path
 
-# Modes of Pillow whose arrays hold other numbers than the colours that are shown, and
-# the way to these. (Pillow warns of a transparent palette that is turned into RGB.)
+# Modes of Pillow whose arrays do not hold the colours that are shown, and the conversions
+# that lead to these colours. (Pillow warns if a transparent palette becomes RGB at once.)
 _SHOWN = {
     "1": ("L",),
     "P": ("RGBA", "RGB"),
@@ -67,7 +68,7 @@ def as_source(x: Any, name: str = "x") -> Any:
     | `x` | read by |
     |---|---|
     | array, `np.memmap`, tensor, data frame | one indexing call |
-    | h5py or zarr array, or what else has `shape` and `dtype` | one call, in sorted order |
+    | h5py or zarr array, or another object with `shape` and `dtype` | one call, in sorted order |
     | Hugging Face or PyTorch dataset, list of samples | one call if it has `__getitems__`, else sample by sample; sorted, each once |
     | dict or tuple of these | one source per part |
     | a source of `kerastrip.sources` | itself |
@@ -76,13 +77,13 @@ def as_source(x: Any, name: str = "x") -> Any:
     Nothing is copied: a change made later to the array is seen by the source.
 
     Threads read arrays, memory maps, zarr arrays and the sources of `kerastrip.sources`
-    side by side. In everything else (data sets, h5py files, sources of your own) they
-    take turns, because one open file has one position. Where reads may overlap, give
-    the object an attribute `thread_safe = True`, and they will.
+    side by side. In everything else (data sets, h5py files, sources of your own) threads
+    take turns, because an open file has one position. If the object allows reads that
+    overlap, give it an attribute `thread_safe = True`.
 
     Args:
         x: the samples, first axis first.
-        name: what error messages call it.
+        name: what error messages call `x`.
 
     Returns:
         An object with `len()` and `take(indices)`.
@@ -128,10 +129,10 @@ class ArraySource:
 
     Args:
         array: (samples, ...) array of numbers or texts.
-        name: what error messages call it.
+        name: what error messages call the array.
 
     Raises:
-        TypeError: if the array holds neither, or paths of images.
+        TypeError: if the array holds neither numbers nor texts, or paths of images.
         ValueError: if it has no rows, or masked entries.
 
     Attributes:
@@ -152,13 +153,13 @@ class ArraySource:
 
 
 class LazyArraySource:
-    """Rows of an array that lives elsewhere (h5py, zarr), read in sorted order.
+    """Rows of an array that is not in memory (h5py, zarr), read in sorted order.
 
-    Such arrays read ranges from disk and want increasing indices, each once.
+    h5py and zarr read ranges from disk, and accept increasing indices only, each once.
 
     Args:
         array: object with `shape`, `dtype` and indexing by a list of rows.
-        name: what error messages call it.
+        name: what error messages call the array.
 
     Raises:
         TypeError: if the array holds no numbers.
@@ -195,15 +196,15 @@ class RowSource:
     """Samples of anything with `__len__` and `__getitem__`, stacked.
 
     A sample may be an array, a number, a text, an image object, or a dict or tuple of
-    those. Every sample must have the shapes of the first. Images of Pillow come in the
-    colours that they show: those with a palette, and in CMYK, become RGB.
+    these. Every sample must have the shapes of the first. Images of Pillow give the
+    colours that they show: images with a palette, and in CMYK, become RGB.
 
     Args:
         rows: the samples.
-        name: what error messages call it.
+        name: what error messages call the samples.
 
     Raises:
-        TypeError: if the first sample is made of something else, or of paths.
+        TypeError: if the first sample is of another kind, or is a path.
         ValueError: if there are no samples.
     """
 
@@ -227,24 +228,30 @@ class RowSource:
 
     def _refuse_paths(self, name: str) -> None:
         """Refuses paths and encoded images in place of samples."""
-        found = dict(_leaves(self._first, name))
-        for part, leaf in found.items():
+        leaves = dict(_leaves(self._first, name))
+        for part, leaf in leaves.items():
             if isinstance(leaf, bytes) and _is_encoded(leaf):
                 expected = "samples, not the bytes of image files"
-                told = _checks.Told(f"{len(leaf):,} bytes that begin with {leaf[:8]!r}")
-                raise _checks.type_error(f"{part}[0]", expected, told, _DECODE)
-        found = {part: leaf for part, leaf in found.items() if _is_path(leaf)}
-        if found:  # a caption may end in ".jpg" too, but not all of them do
+                received = _checks.Told(
+                    f"{len(leaf):,} bytes that begin with {leaf[:8]!r}"
+                )
+                raise _checks.type_error(f"{part}[0]", expected, received, _DECODE)
+        paths = {part: leaf for part, leaf in leaves.items() if _is_path(leaf)}
+        if paths:  # a single caption may end in ".jpg", but not ten captions in a row
             for row in self._read(list(range(1, min(len(self), _FEW)))):
                 leaves = dict(_leaves(row, name))
-                found = {
-                    p: leaf for p, leaf in found.items() if _is_path(leaves.get(p))
+                paths = {
+                    p: leaf for p, leaf in paths.items() if _is_path(leaves.get(p))
                 }
-        for part, leaf in found.items():
+        for part, leaf in paths.items():
             raise _no_samples(f"{part}[0]", leaf)
 
     def _read(self, indices: list[int]) -> Iterable[Any]:
-        """The samples one after the other: each may lie where the last one lay."""
+        """The samples one after the other.
+
+        A sample is valid until the next one is read: a data set may read all of them into
+        one buffer.
+        """
         if hasattr(self._rows, "__getitems__"):
             rows = list(self._rows.__getitems__(indices))
             if not _share_memory(rows):
@@ -260,16 +267,17 @@ class RowSource:
             positions[which].append(position)
         first, name = self._first, self._name
         taken = _room(first, len(inverse), name)
-        # To the end of `_put`: an image object reads its file when it becomes an array.
+        # The turn lasts to the end of `_put`: an image object reads its file only when it
+        # becomes an array.
         with turn(self._safe):
             rows = zip(self._read(places), places, positions, strict=True)
-            for row, place, at in rows:
-                _put(taken, at, row, first, place, name)
+            for row, place, targets in rows:
+                _put(taken, targets, row, first, place, name)
         return taken
 
 
 class _ForeignSource:
-    """A source that the user has written, with all that it has beside `take`."""
+    """A source that the user has written; it keeps all its other attributes."""
 
     def __init__(self, source: Any, name: str):
         self._source, self._name, self._safe = source, name, is_safe(source)
@@ -286,10 +294,10 @@ class _ForeignSource:
         return getattr(self._source, name)
 
     def take(self, indices: Any) -> Any:
-        """A copy of what the source gives, in the byte order of this machine.
+        """A copy of what the source returns, in the byte order of this machine.
 
-        The source may write its next batch where this one is, and augmentations may
-        write into a batch that is a part of the data.
+        A copy, because the source may write its next batch into the same memory, and
+        because augmentations would write into the data if the source returns a view.
         """
         with turn(self._safe):
             taken = self._source.take(indices)
@@ -301,7 +309,7 @@ class StructureSource:
 
     Args:
         parts: dict or tuple of anything that `as_source` takes.
-        name: what error messages call it.
+        name: what error messages call the structure.
 
     Raises:
         TypeError: if a part gives no random access to samples.
@@ -316,15 +324,17 @@ class StructureSource:
         self._named = isinstance(parts, Mapping)
         lengths = {key: len(part) for key, part in self._parts.items()}
         if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{key!r}: {size}" for key, size in lengths.items())
-            told = f"lengths {{{told}}}"
-            raise _checks.value_error(name, "parts of one length", _checks.Told(told))
+            received = ", ".join(f"{key!r}: {size}" for key, size in lengths.items())
+            received = f"lengths {{{received}}}"
+            raise _checks.value_error(
+                name, "parts of one length", _checks.Told(received)
+            )
 
     def __len__(self) -> int:
         return len(next(iter(self._parts.values())))
 
     def take(self, indices: Any) -> dict | tuple:
-        """Dict or tuple of what each part returns for `indices`."""
+        """Dict or tuple of the arrays that each part returns for `indices`."""
         taken = {key: part.take(indices) for key, part in self._parts.items()}
         return taken if self._named else tuple(taken.values())
 
@@ -334,13 +344,14 @@ class Subset:
 
     Args:
         source: a source, or anything else that `as_source` takes.
-        rows: (samples,) positions in it, or booleans, one per sample of it.
+        rows: (samples,) positions in the source, or booleans, one per sample of the
+            source.
 
     Attributes:
-        labels: those of the samples, or None.
+        labels: the labels of the samples, or None.
 
     Raises:
-        TypeError, ValueError: if the rows are none of the source.
+        TypeError, ValueError: if `rows` are not positions in the source.
 
     Example:
         >>> import numpy as np
@@ -360,9 +371,9 @@ class Subset:
         if rows.ndim != 1 or rows.dtype.kind not in "iu":
             raise _checks.type_error("rows", f"positions in 0..{size - 1}", rows)
         if not len(rows) or rows.min() < 0 or rows.max() >= size:
-            told = f"{rows.min()}..{rows.max()}" if len(rows) else "none"
+            received = f"{rows.min()}..{rows.max()}" if len(rows) else "none"
             expected = f"positions in 0..{size - 1}, at least one"
-            raise _checks.value_error("rows", expected, _checks.Told(told))
+            raise _checks.value_error("rows", expected, _checks.Told(received))
         self._rows = rows
         labels = getattr(self._source, "labels", None)
         self.labels = None if labels is None else np.asarray(labels)[rows]
@@ -375,7 +386,7 @@ class Subset:
         return f"Subset({len(self)} of {len(self._source)} samples)"
 
     def origin(self) -> tuple[Any, np.ndarray]:
-        """The source the samples are of, and their positions in it."""
+        """The source that the samples come from, and their positions in the source."""
         return self._source, self._rows
 
     def take(self, indices: Any) -> Any:
@@ -390,13 +401,13 @@ class Subset:
             raise BrokenSamples(broken, error.skip) from None
 
     def stamps(self) -> np.ndarray | None:
-        """Those of the source for these samples, None if it has none."""
+        """The stamps that the source has of these samples; None if it has none."""
         stamps = getattr(self._source, "stamps", lambda: None)()
         return None if stamps is None else stamps[self._rows]
 
 
 def from_data_set(source: Any) -> bool:
-    """Whether a data set makes the samples, rather than the user naming the inputs."""
+    """Whether a data set, not the user, decides what the entries of a sample are."""
     while isinstance(source, Subset):
         source = source._source
     return isinstance(source, RowSource)
@@ -407,11 +418,11 @@ class BrokenSamples(ValueError):
 
     Args:
         broken: position in the source -> what is wrong, at least one.
-        skip: whether a sampler shall draw others of their class instead.
+        skip: whether a sampler shall draw other samples of the class instead.
 
     Attributes:
-        broken: the first argument, a dict.
-        skip: the second.
+        broken: position -> what is wrong, a dict.
+        skip: as the argument.
 
     Example:
         >>> str(BrokenSamples({3: "'cat/1.jpg': the file is empty"}))
@@ -419,7 +430,7 @@ class BrokenSamples(ValueError):
     """
 
     def __init__(self, broken: Mapping[int, str], skip: bool = False):
-        super().__init__(broken, skip)  # what pickle hands to a copy
+        super().__init__(broken, skip)  # pickle makes a copy from these arguments
         self.broken, self.skip = dict(broken), skip
 
     def __str__(self) -> str:
@@ -428,8 +439,8 @@ class BrokenSamples(ValueError):
         text = f"Sample {row} cannot be read: {why}{more}."
         if self.skip:
             text += (
-                " on_error='skip' is for the batches of a sampler; whoever needs every "
-                "sample leaves out those of `find_broken()`, with `Subset`."
+                " on_error='skip' is for the batches of a sampler only. To read every "
+                "sample, leave out the samples that `find_broken()` names, with `Subset`."
             )
         else:
             text += " With on_error='skip' a sampler draws others of their class."
@@ -446,7 +457,7 @@ def _check_length(length: int, received: Any, name: str) -> None:
 
 
 def _check_rows(rows: Any, name: str) -> None:
-    """Refuses what has no rows, masked entries, or paths in place of samples."""
+    """An error for no rows at all, masked entries, or paths in place of samples."""
     _check_length(len(rows), rows, name)
     _checks.refuse_masked(name, rows)
     if isinstance(rows, (list, np.ndarray)):
@@ -479,7 +490,7 @@ def _is_encoded(sample: bytes) -> bool:
 
 
 def _leaves(sample: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """The parts of a sample, and what errors call them."""
+    """(what errors call it, leaf) of each leaf of a sample: `x['image'][0]`, array."""
     if isinstance(sample, (Mapping, tuple)):
         keys = sample if isinstance(sample, Mapping) else range(len(sample))
         for key in keys:
@@ -493,9 +504,10 @@ def _no_samples(name: str, path: Any) -> TypeError:
 
 
 def _native(taken: Any, name: str = "x", copy: bool = False) -> Any:
-    """Arrays in the byte order of this machine, for which every backend is made.
+    """Arrays in the byte order of this machine.
 
-    JAX and TensorFlow read the bytes of the others the wrong way round.
+    JAX and TensorFlow read the bytes of arrays in the other byte order the wrong way
+    round.
     """
     if isinstance(taken, Mapping):
         items = taken.items()
@@ -520,14 +532,14 @@ def _check_array(array: Any, name: str, refused: str = _NO_NUMBERS) -> None:
 
 
 def _room(first: Any, count: int, name: str) -> Any:
-    """Arrays for `count` samples that are like the first."""
+    """Empty arrays for `count` samples, in the structure and shapes of the first one."""
     if isinstance(first, Mapping):
         items = first.items()
         return {key: _room(part, count, f"{name}[{key!r}]") for key, part in items}
     if isinstance(first, tuple):
         parts = enumerate(first)
         return tuple(_room(part, count, f"{name}[{key!r}]") for key, part in parts)
-    if isinstance(first, (str, bytes)):  # as Python objects: they differ in length
+    if isinstance(first, (str, bytes)):  # as Python objects: texts differ in length
         return np.empty(count, object)
     model = _shown(first, name, 0)
     if model.dtype.kind in _NO_NUMBERS or model.dtype.names is not None:
@@ -540,17 +552,17 @@ def _room(first: Any, count: int, name: str) -> Any:
 def _put(
     taken: Any, positions: list[int], row: Any, first: Any, place: int, name: str
 ) -> None:
-    """Writes a sample to its positions in what `_room` made.
+    """Writes a sample into the arrays that `_room` made.
 
     Args:
-        taken: what is written into.
-        positions: where in it.
+        taken: the arrays.
+        positions: the rows of the arrays that the sample fills.
         row: the sample.
-        first: the first one of the source, which all others are like.
-        place: its position in the source.
+        first: the first sample of the source; all others must be like it.
+        place: the position of the sample in the source.
         name: what errors call the source.
     """
-    # This runs for every sample, so names are made where they are needed.
+    # This runs for every sample, so the names for errors are made only in an error.
     if not isinstance(taken, np.ndarray):
         if type(row) is not type(first) or len(row) != len(first):
             kind = f"a {type(first).__name__} of {len(first)} entries"
@@ -569,17 +581,17 @@ def _put(
         shape, dtype = taken.shape[1:], taken.dtype
         if array.shape != shape or not np.can_cast(array.dtype, dtype):
             expected = f"a sample of shape {shape} and dtype {dtype.name}, as {name}[0]"
-            told = _checks.Told(f"shape {array.shape} and dtype {array.dtype.name}")
+            received = _checks.Told(f"shape {array.shape} and dtype {array.dtype.name}")
             advice = "Batches need one shape: resize, crop or pad the samples."
             if array.shape[:2] == shape[:2] and hasattr(row, "convert"):
                 advice = "Images become alike with `.convert('RGB')`."
-            raise _checks.value_error(f"{name}[{place}]", expected, told, advice)
+            raise _checks.value_error(f"{name}[{place}]", expected, received, advice)
     for position in positions:
         taken[position] = array
 
 
 def _share_memory(rows: Iterable[Any]) -> bool:
-    """Whether samples lie in one place: a buffer that every read has written anew."""
+    """Whether samples lie in one buffer, which each read has overwritten."""
     seen: set[int] = set()
     for row in rows:
         places = set(_memory(row))
@@ -590,7 +602,7 @@ def _share_memory(rows: Iterable[Any]) -> bool:
 
 
 def _memory(sample: Any) -> list[int]:
-    """Where the arrays and tensors of a sample begin."""
+    """The addresses at which the arrays and tensors of a sample begin."""
     if isinstance(sample, np.ndarray):
         return [sample.__array_interface__["data"][0]]
     if isinstance(sample, (int, float, str, bytes)):
@@ -600,7 +612,7 @@ def _memory(sample: Any) -> list[int]:
         return [place for part in parts for place in _memory(part)]
     if hasattr(sample, "data_ptr"):  # of PyTorch
         return [sample.data_ptr()]
-    # An image of Pillow goes to another frame with `seek`.
+    # An image of Pillow: with `seek`, one object shows one frame after the other.
     return [id(sample)] if hasattr(sample, "convert") else []
 
 

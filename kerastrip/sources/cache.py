@@ -1,14 +1,18 @@
 """Samples decoded once and kept as a memory-mapped array.
 
-A cache is a directory of arrays that NumPy reads by itself, and of `cache.json`, which
-says what is in them and how many rows are. It is replaced as a whole, after the rows
-that it counts are on the disk, so what a killed process was about to write is never
-taken for a row.
+A cache is a directory with these files. NumPy can read the arrays by itself.
 
+    cache.json          what the arrays hold, and how many rows are complete
     images.npy          the samples
     labels.npy          their labels, if the source has any
-    checksums.npy       CRC-32 of each sample, compared when it is first read
-    stamps.npy          size and time of change of the file of each, when it was read
+    checksums.npy       CRC-32 of each sample, compared when the sample is first read
+    stamps.npy          size and time of change of each sample's file, when it was read
+
+`cache.json` is replaced as a whole, after the rows that it counts are on the disk. So rows
+that a killed process was about to write never count:
+
+    rows written and flushed to disk  ->  cache.json says so  ->  next rows ...
+    killed here: written again            killed here: kept
 """
 
 from __future__ import annotations
@@ -40,9 +44,9 @@ __all__ = [
 ]
 
 _VERSION = 2
-_SECONDS = 2.0  # of work, at most, are lost with a killed process
-_ROWS, _BYTES = 256, 1 << 26  # what is read at a time, at most
-_COMPARED = 8
+_SECONDS = 2.0  # a killed process loses the work of so many seconds at most
+_ROWS, _BYTES = 256, 1 << 26  # at most so many rows and bytes are read at a time
+_COMPARED = 8  # samples that are compared with the source when a cache is opened
 _HEADER = 1 << 20  # bytes of cache.json, at most
 _LABELS = "biufcSUmM"  # kinds of labels that a file can hold
 _GROWING = ("images.npy", "checksums.npy", "stamps.npy")
@@ -62,15 +66,16 @@ def cache_images(
         train = PKSampler(images, classes_per_batch=16, samples_per_class=4)
 
     The first call reads the source with a thread for each core and writes the
-    directory; one that was killed is taken up where it stopped. Later calls open what
-    is there, after comparing length, shape, dtype, labels and eight samples with the
-    source, and each sample whose file has another size or time of change since. Of two
-    processes that begin at once (not on Windows) one waits for the other.
+    directory. If that call was killed, the next call continues where it stopped. Later
+    calls open the directory, after they have compared length, shape, dtype, labels and
+    eight samples with the source, and also each sample whose file has another size or time
+    of change now. If two processes begin at once, one waits for the other (not on
+    Windows).
 
     Args:
-        source: what `as_source` takes; its samples must be arrays of one shape that
-            are the same each time.
-        path: directory of the cache, made if there is none.
+        source: a source, or anything that `as_source` takes. Its samples must be arrays
+            of one shape, and the same at each reading.
+        path: directory of the cache; it is made if there is none.
         verbose: whether to show a progress bar. Default False.
         verify: whether to compare all rows with their checksums now. Default False:
             each when it is first read.
@@ -81,8 +86,8 @@ def cache_images(
     Raises:
         TypeError: the samples are no arrays of numbers, or the labels are objects.
         ValueError: the cache is damaged, or was made from another source, with
-            other parameters, or of files that have changed.
-        FileExistsError: `path` is something else.
+            other parameters, or from files that have changed.
+        FileExistsError: `path` holds files that are not of a cache.
 
     Example:
         >>> import numpy as np, tempfile
@@ -96,7 +101,8 @@ def cache_images(
     labels = None if labels is None else np.asarray(labels)
     _checks.boolean("verbose", verbose)
     _checks.boolean("verify", verify)
-    # Before a sample is read: what is changed from now on is found out later.
+    # The stamps are taken before a sample is read, so that a change during the reading
+    # shows when the cache is opened.
     stamps = _stamps(source)
     about = _about(source, labels)
     header = _header(path)
@@ -112,9 +118,9 @@ def cache_images(
 class CachedImages:
     """A directory that `cache_images` wrote, as a source.
 
-    Nothing is read but the rows that are asked for, and the pages of the file are
-    shared by all processes. A row is compared with its checksum when a process first
-    takes it. It is pickled by its path.
+    Only the rows that are asked for are read, and all processes share the pages of the
+    file in memory. A row is compared with its checksum when a process first takes it. The
+    source is pickled by its path.
 
     Args:
         path: the directory.
@@ -123,13 +129,13 @@ class CachedImages:
 
     Attributes:
         labels: (n,) array, or None where the source had none.
-        array: (n, ...) memory map of the rows, which are not compared with anything.
-        reading: how the source made them of encoded images (`ImageFiles.reading`), or
-            None.
+        array: (n, ...) memory map of the rows; rows that are read here are not compared
+            with their checksums.
+        reading: how the source decoded the images (`ImageFiles.reading`), or None.
 
     Raises:
         FileNotFoundError: there is no cache.
-        ValueError: it is unfinished, truncated, damaged or of another version of
+        ValueError: the cache is unfinished, truncated, damaged or of another version of
             kerastrip.
 
     Example:
@@ -180,7 +186,7 @@ class CachedImages:
         """(len(indices), ...) fresh array of the rows, in the order asked for.
 
         Raises:
-            ValueError: one of them has changed since it was written.
+            ValueError: a row has changed since it was written.
         """
         self.check(indices)
         return self._source.take(indices)
@@ -189,7 +195,7 @@ class CachedImages:
         """Compares rows with their checksums, each once in a process.
 
         Raises:
-            ValueError: one of them has changed since it was written.
+            ValueError: a row has changed since it was written.
         """
         indices = np.asarray(indices)
         new = indices[~self._checked[indices]]
@@ -207,14 +213,14 @@ class CachedImages:
 
 
 def _stamps(source: Any) -> np.ndarray:
-    """(n, 2) integers, others where the file of a sample is; zeros if none are known."""
+    """(n, 2) integers that differ if the file of a sample differs; zeros if not known."""
     read = getattr(source, "stamps", None)
-    found = None if read is None else read()
-    return np.zeros((len(source), 2), "<i8") if found is None else found.astype("<i8")
+    stamps = None if read is None else read()
+    return np.zeros((len(source), 2), "<i8") if stamps is None else stamps.astype("<i8")
 
 
 def _about(source: Any, labels: np.ndarray | None) -> dict[str, Any]:
-    """What a cache of the source is known by."""
+    """The entries of `cache.json` that describe the source: a cache of another differs."""
     first = source.take([0])
     if not isinstance(first, np.ndarray) or first.dtype.kind not in "biufc":
         expected = "samples that are arrays of numbers"
@@ -242,14 +248,14 @@ def _about(source: Any, labels: np.ndarray | None) -> dict[str, Any]:
 
 
 def _digest(array: np.ndarray) -> str:
-    told = f"{array.dtype.str}{array.shape}".encode()
+    layout = f"{array.dtype.str}{array.shape}".encode()
     data = np.ascontiguousarray(array).tobytes()
-    return hashlib.blake2b(told + data, digest_size=8).hexdigest()
+    return hashlib.blake2b(layout + data, digest_size=8).hexdigest()
 
 
 def _refused(path: pathlib.Path, received: str, advice: str = _AGAIN) -> ValueError:
-    told = _checks.Told(f"{received} in {path}")
-    return _checks.value_error("path", "a whole cache of images", told, advice)
+    received = _checks.Told(f"{received} in {path}")
+    return _checks.value_error("path", "a whole cache of images", received, advice)
 
 
 # -- the header ------------------------------------------------------------------
@@ -281,7 +287,10 @@ def _header(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _is_known(about: dict[str, Any], rows: Any) -> bool:
-    """Whether a header says what one of ours does; a checksum can be forged."""
+    """Whether the entries of a header have the types and ranges that we write.
+
+    The checksum alone does not show that, because anybody can compute it.
+    """
     samples, labels = about["samples"], about["labels"]
     return (
         type(samples) is type(rows) is int
@@ -308,7 +317,7 @@ def _write_header(path: pathlib.Path, about: dict[str, Any], rows: int) -> None:
 
 @contextlib.contextmanager
 def _alone(path: pathlib.Path) -> Iterator[None]:
-    """One process, or thread, at a time; a killed one lets the next one in."""
+    """Lets one process, or thread, write at a time; the lock of a killed process ends."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -324,10 +333,10 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
 
 
 def _layout(name: str, about: dict[str, Any]) -> tuple[bytes, np.dtype, tuple]:
-    """How a file begins, and dtype and shape of its rows.
+    """(the first bytes of a file, dtype of its rows, shape of a row).
 
-    The beginning is made here, not by NumPy, so that it can be compared byte by byte:
-    who reads the one of a stranger's file has a parser to trust.
+    The first bytes are made here, not by NumPy, and compared byte by byte. So no parser
+    has to be trusted with a file from elsewhere.
     """
     shape, dtype = {
         "images.npy": lambda: (about["shape"], about["dtype"]),
@@ -345,15 +354,15 @@ def _layout(name: str, about: dict[str, Any]) -> tuple[bytes, np.dtype, tuple]:
 def _rows(
     path: pathlib.Path, name: str, about: dict[str, Any], rows: int
 ) -> np.ndarray:
-    """The first rows of a file as a memory map, if they are what they must be."""
+    """The first rows of a file as a memory map; ValueError if the file is damaged."""
     start, dtype, shape = _layout(name, about)
     needed = len(start) + rows * dtype.itemsize * math.prod(shape)
     try:
         with open(path / name, "rb") as file:
-            found, size = file.read(len(start)), file.seek(0, os.SEEK_END)
+            beginning, size = file.read(len(start)), file.seek(0, os.SEEK_END)
     except OSError as error:
         raise _refused(path, f"{name} damaged ({error})") from error
-    if found != start:
+    if beginning != start:
         raise _refused(path, f"{name} damaged (it is of another shape or dtype)")
     if size < needed or (rows == about["samples"] and size > needed):
         raise _refused(path, f"{name} of {size} bytes, not {needed},")
@@ -373,21 +382,21 @@ def _compare(
     path: pathlib.Path,
     header: dict[str, Any],
 ) -> None:
-    """Refuse a cache that was not made from this source, as it is now."""
+    """ValueError if a cache was not made from this source in its present state."""
     for name, value in about.items():
         if header["about"][name] != value:
-            told = "other labels"
+            received = "other labels"
             if name != "labels":
-                told = f"{name} {header['about'][name]}, not {value},"
+                received = f"{name} {header['about'][name]}, not {value},"
             advice = f"It is of another source, or made with other parameters. {_AGAIN}"
-            raise _refused(path, told, advice)
+            raise _refused(path, received, advice)
     rows = header["rows"]
     images, _, known = (_rows(path, name, about, rows) for name in _GROWING)
     changed = np.flatnonzero((known != stamps[:rows]).any(axis=1))
-    # A sample is read anew where its file may have changed, and a few for the case that
-    # the decoder or the code of the source is another.
-    some = np.linspace(0, rows - 1, _COMPARED).astype(int)
-    compared, paths = np.union1d(some, changed), getattr(source, "paths", None)
+    # Samples whose file may have changed are read and compared. A few others are compared
+    # too, because the decoder or the code of the source may have changed.
+    spread = np.linspace(0, rows - 1, _COMPARED).astype(int)
+    compared, paths = np.union1d(spread, changed), getattr(source, "paths", None)
     for first in range(0, len(compared), _step(about)):
         block = compared[first : first + _step(about)]
         for row, now in zip(block, source.take(block), strict=True):
@@ -401,7 +410,8 @@ def _compare(
                     "CachedImages(path) opens it as it is.",
                 )
     if len(changed):
-        # Touched or copied, with the same pixels. A cache may be read-only.
+        # The files were touched or copied, and hold the same pixels: their new stamps are
+        # kept, unless the cache is read-only.
         with contextlib.suppress(OSError):
             start, *_ = _layout("stamps.npy", about)
             write_whole(path / "stamps.npy", start + stamps[:rows].tobytes())
@@ -412,7 +422,7 @@ def _create(
 ) -> None:
     """The files of a cache without rows."""
     for name in ("labels.npy", *_GROWING):
-        # The header comes first, so that these are ours if it is there.
+        # `cache.json` is written first: if it is there, these files are of a cache.
         if os.path.lexists(path / name) and _header(path) is None:
             raise FileExistsError(f"{path / name} is there, but is not of a cache.")
     _write_header(path, about, 0)
@@ -442,7 +452,8 @@ def _fill(
     bar = keras.utils.Progbar(total, unit_name="sample") if verbose else None
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(threads))
-        # Written, not mapped: a full disk is an error then, and does not kill the process.
+        # The files are written, not memory-mapped: on a full disk, a write raises an error,
+        # but a memory map would kill the process.
         files = [stack.enter_context(open(path / name, "r+b")) for name in _GROWING]
         for file, name in zip(files, _GROWING, strict=True):
             start, dtype, shape = _layout(name, about)
@@ -451,9 +462,10 @@ def _fill(
         saved = time.monotonic()
         while rows < total:
             block = np.arange(rows, min(rows + step, total))
-            parts = [part for part in np.array_split(block, threads) if len(part)]
-            for part, images in zip(parts, pool.map(source.take, parts), strict=True):
-                _append(files, part, images, stamps, about)
+            pieces = [p for p in np.array_split(block, threads) if len(p)]
+            taken = pool.map(source.take, pieces)
+            for piece, images in zip(pieces, taken, strict=True):
+                _append(files, piece, images, stamps, about)
             rows += len(block)
             if rows == total or time.monotonic() - saved >= _SECONDS:
                 for file in files:
@@ -472,7 +484,7 @@ def _append(
     stamps: np.ndarray,
     about: dict[str, Any],
 ) -> None:
-    """Write some samples, their checksums and stamps into files of these."""
+    """Appends samples, their checksums and their stamps to the files `_GROWING`."""
     shape = (len(rows), *about["shape"])
     if images.shape != shape or images.dtype != about["dtype"]:
         expected = (

@@ -1,6 +1,8 @@
-"""One encoded image as an array: the rule by which every picture is read.
+"""One encoded image as an array: the rule by which every image is read.
 
-The rule is part of a model that was trained with it. `read_image` applies it to one
+    bytes -> header checked -> decoded -> 8 bits per channel -> resized -> RGB or gray
+
+The rule is part of a model that was trained with it. `read_image` applies the rule to one
 new image, with the `reading` of the source that the model was trained on.
 """
 
@@ -31,7 +33,8 @@ __all__ = [
 
 CHANNELS = {"rgb": 3, "gray": 1}
 MAX_PIXELS = 200_000_000
-# A `reading` names them, so that one that is stored says all, and other ways may come.
+# A `reading` names these ways, though there is one of each: a stored `reading` stays
+# complete if a later version has more ways.
 _WAYS = {"reduce": ("auto",), "resize": ("stretch",), "turn": ("exif",)}
 _DAMAGED = (
     "it is cut short, damaged, or no image that is read here (AVIF, BMP, GIF, JPEG, "
@@ -101,12 +104,12 @@ def read_image(
 
 
 class Reading(NamedTuple):
-    """How a source reads every picture: arguments that have been checked.
+    """How a source reads every image: arguments that have been checked.
 
     Attributes:
-        size: (height, width) of the results, or None for that of each image.
+        size: (height, width) of the results, or None: each image keeps its size.
         color: "rgb" or "gray".
-        bits: how many bits of 16 hold the picture, or None.
+        bits: how many bits of 16 hold the image, or None.
         max_pixels: the largest image that is decoded.
     """
 
@@ -119,8 +122,8 @@ class Reading(NamedTuple):
         """An encoded image as `decode_image` reads it."""
         return decode_image(data, **self._asdict())
 
-    def told(self) -> dict[str, Any]:
-        """What goes to JSON beside the model and to `read_image`."""
+    def as_dict(self) -> dict[str, Any]:
+        """The arguments of `read_image`, as a dict that can be written as JSON."""
         ways = {name: way for name, (way,) in _WAYS.items()}
         size = self.size and list(self.size)
         return {"size": size, "color": self.color, "bits": self.bits, **ways}
@@ -129,7 +132,7 @@ class Reading(NamedTuple):
 def checked_reading(
     size: tuple[int, int] | None, color: Any, bits: Any, max_pixels: Any
 ) -> Reading:
-    """The `Reading` of arguments that are checked here, but for a `checked_size`."""
+    """The `Reading` of arguments that are checked here; `size` is checked already."""
     _checks.one_of("color", color, tuple(CHANNELS))
     if bits is not None and _checks.integer("bits", bits, 9) > 16:
         raise _checks.value_error("bits", "None or an integer from 9 to 16", bits)
@@ -138,7 +141,7 @@ def checked_reading(
 
 
 def checked_size(size: Any) -> tuple[int, int]:
-    """(height, width) of what `size=` got: such a pair, or one integer for both."""
+    """(height, width) of the argument `size`: a pair, or one integer for both."""
     if isinstance(size, (tuple, list)) and len(size) == 2:
         height, width = (_checks.integer("size", side, 1) for side in size)
         return height, width
@@ -148,13 +151,13 @@ def checked_size(size: Any) -> tuple[int, int]:
 
 
 def check_ways(reduce: str, resize: str, turn: str) -> None:
-    """ValueError unless a `reading` that was stored names the ways that there are."""
+    """ValueError if a stored `reading` names a way that this version does not know."""
     for name, way in (("reduce", reduce), ("resize", resize), ("turn", turn)):
         _checks.one_of(name, way, _WAYS[name])
 
 
 def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The bytes of a file; ValueError for what is no file, or larger than a picture.
+    """The bytes of a file; ValueError if it is no file, or too large for an image.
 
     Args:
         path: the file.
@@ -163,16 +166,17 @@ def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
     Returns:
         The bytes.
     """
-    # Not to wait: the opening of a pipe would last until somebody writes.
+    # Without this flag, to open a pipe would last until somebody writes into it.
     handle = os.open(path, os.O_RDONLY | _BINARY | _NOT_TO_WAIT)
     try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            folder = stat.S_ISDIR(found.st_mode)
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            folder = stat.S_ISDIR(status.st_mode)
             raise ValueError(f"it is a {'directory' if folder else 'pipe or device'}")
-        check_bytes(found.st_size, max_pixels)
-        data = os.read(handle, found.st_size)
-        while len(data) < found.st_size and (more := os.read(handle, 1 << 26)):
+        check_bytes(status.st_size, max_pixels)
+        data = os.read(handle, status.st_size)
+        # The system may return fewer bytes than asked for.
+        while len(data) < status.st_size and (more := os.read(handle, 1 << 26)):
             data += more
         return data
     finally:
@@ -190,10 +194,10 @@ def check_bytes(size: int, max_pixels: int) -> None:
 
 
 def check_head(head: bytes, max_pixels: int) -> None:
-    """ValueError if a file that begins so is no image that is read, or too large.
+    """ValueError if the first bytes of a file are not of an image, or it is too large.
 
     Args:
-        head: the first bytes. The size may stand further behind.
+        head: the first bytes. If they do not hold the size yet, it is not checked.
         max_pixels: the largest image that is decoded.
     """
     if not is_known(head):
@@ -214,16 +218,16 @@ def decode_image(
 
     Args:
         data: the bytes of the file.
-        size: (height, width) of the result, or None for that of the image.
+        size: (height, width) of the result, or None: the image keeps its size.
         color: "rgb" (default) or "gray".
-        bits: how many bits of files with 16 per channel hold the picture.
+        bits: how many bits of files with 16 per channel hold the image.
         max_pixels: the largest image that is decoded.
 
     Returns:
         The array.
 
     Raises:
-        ValueError: if it is damaged, too large, or in a format that is not read.
+        ValueError: the image is damaged, too large, or in a format that is not read.
         MemoryError: the system has too little memory; the image may be whole.
     """
     import cv2
@@ -237,7 +241,8 @@ def decode_image(
     word = f"IMREAD_REDUCED_{kind}_{factor}" if factor > 1 else f"IMREAD_{kind}"
     flags = getattr(cv2, word) | (cv2.IMREAD_ANYDEPTH if header.deep else 0)
     image = _eight_bits(_decoded(data, flags, header), bits, header.top)
-    # OpenCV drops transparency: of a drawing in one colour nothing would be left.
+    # OpenCV drops transparency. An image in one colour, whose shapes are in the
+    # transparency alone, would become empty.
     if not jpeg and _is_flat(image):
         image = _from_alpha(data, image)
     if size and image.shape[:2] != size:
@@ -264,15 +269,15 @@ def _checked_header(data: bytes, max_pixels: int) -> Header:
         raise ValueError(_DAMAGED)
     _check_pixels(header, max_pixels)
     if len(data) < header.least:
-        told = f"{header.height:,} x {header.width:,} pixels in {len(data):,} bytes"
-        raise ValueError(f"it is cut short, or its header lies: {told}")
+        words = f"{header.height:,} x {header.width:,} pixels in {len(data):,} bytes"
+        raise ValueError(f"it is cut short, or its header lies: {words}")
     return header
 
 
 def _check_pixels(header: Header, max_pixels: int) -> None:
     if header.height * header.width > max_pixels:
-        told = f"{header.height:,} x {header.width:,} pixels"
-        raise ValueError(f"its {told} are more than max_pixels={max_pixels:,}")
+        words = f"{header.height:,} x {header.width:,} pixels"
+        raise ValueError(f"its {words} are more than max_pixels={max_pixels:,}")
 
 
 def _decoded(data: bytes, flags: int, header: Header) -> np.ndarray:
@@ -285,18 +290,21 @@ def _decoded(data: bytes, flags: int, header: Header) -> np.ndarray:
             raise MemoryError(str(error)) from error
         raise ValueError(f"OpenCV does not decode it: {error}") from error
     if image is None:
-        # A decoder that gets no memory gives None too. This raises MemoryError then.
+        # A decoder without memory returns None too. Then this line raises MemoryError.
         np.empty(header.height * header.width * _BYTES_PER_PIXEL, np.uint8)
         raise ValueError(_DAMAGED)
     return image
 
 
 def _eight_bits(image: np.ndarray, bits: int | None, top: int | None) -> np.ndarray:
-    """The values as uint8, of which 255 is white: a rule of the file, not of its pixels.
+    """The values as uint8, where 255 is white.
+
+    What white is depends on the format and the header, never on the pixels: all images of
+    one kind are scaled alike.
 
     Args:
         image: the decoded values.
-        bits: how many bits of 16 hold the picture.
+        bits: how many bits of 16 hold the image.
         top: the value of white, where the file names it.
     """
     if top is not None and top not in (255, 65535):  # a PGM file of 12 bits: 4095
@@ -323,20 +331,21 @@ def _eight_bits(image: np.ndarray, bits: int | None, top: int | None) -> np.ndar
 
 
 def _is_flat(image: np.ndarray) -> bool:
-    """Whether all pixels are equal. Two lines through the middle tell it mostly."""
+    """Whether all pixels are equal."""
+    # The middle row and column first: in most images they differ already.
     pixel = image[0, 0].tobytes()
-    for part in (image[image.shape[0] // 2], image[:, image.shape[1] // 2], image):
-        values = part.tobytes()
+    for pixels in (image[image.shape[0] // 2], image[:, image.shape[1] // 2], image):
+        values = pixels.tobytes()
         if values != pixel * (len(values) // len(pixel)):
             return False
     return True
 
 
 def _from_alpha(data: bytes, image: np.ndarray) -> np.ndarray:
-    """What an image of one colour shows by its transparency: a drawing on paper.
+    """An image of one colour, painted on paper as its transparency says.
 
-    The paper is white under a dark colour and black under a light one. An image
-    without transparency is given back as it is.
+    The paper is white under a dark colour and black under a light colour. An image
+    without transparency is returned as it is.
     """
     import cv2
 

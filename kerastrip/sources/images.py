@@ -38,7 +38,7 @@ __all__ = [
     "is_wrong_with_file",
 ]
 
-ON_ERROR = ("raise", "skip")
+_ON_ERROR = ("raise", "skip")
 # Errors of the system that say something about a file, and not about the moment.
 _OF_THE_FILE = (
     errno.ENOENT,
@@ -52,52 +52,57 @@ _OF_THE_FILE = (
 class ImageFiles:
     """Images in files, decoded with OpenCV: (height, width, channels) uint8 rows.
 
-    Files are read when a batch asks for them, in the thread or process that does; what
-    they hold counts, not the ending of their name. What an image goes through: the
-    bytes are decoded to 8 bits per channel (the upper ones of 16, see `bits`; a large
-    JPEG at 1/2, 1/4 or 1/8 of its size, as long as its shorter side remains at least
-    the longer one of `size`, which is faster and changes pixels by a few grey levels),
-    turned upright as its EXIF orientation says (JPEG, PNG, TIFF, WebP), resized to `size`
-    (averaging pixels where it shrinks, bilinear where it grows; the aspect ratio
-    is not kept) and put in the order red, green, blue. Transparency is dropped, unless
-    the whole image has one colour: then it is a drawing in that colour, and put on
-    white paper (on black if the colour is light). Of an animation the first picture
-    is taken. `read_image` does the same with one new image.
+    A file is read when a batch asks for it, in the thread or process that makes the
+    batch. The content decides on the format, not the ending of the name. Each image is
+
+    - decoded to 8 bits per channel: the upper 8 of 16 bits, see `bits`. A large JPEG is
+      decoded at 1/2, 1/4 or 1/8 of its size, if its shorter side then still has the
+      pixels of the longer side of `size`. That is faster, and changes pixels by a few
+      grey levels;
+    - turned upright as its EXIF orientation says (JPEG, PNG, TIFF, WebP);
+    - resized to `size`: averaging pixels where it shrinks, bilinear where it grows. The
+      aspect ratio is not kept;
+    - put in the order red, green, blue. Transparency is dropped, unless the whole image
+      has one colour: then it is painted in that colour on white paper (on black paper if
+      the colour is light). An animation gives its first image.
+
+    `read_image` does the same with one new image.
 
     With `on_error="skip"` a `PKSampler` draws another sample of the class in place
-    of one that is missing or broken: batches stay P x K and a pure function of
-    (seed, epoch, step). It warns once; `sampler.broken` and `sampler.report()` tell.
-    Whoever wants every sample in order (`embed`, evaluation, a cache file) gets the
-    error all the same, because rows must line up: leave out what `find_broken()`
-    finds, with `Subset`. Only what is wrong with the file itself counts: it is gone,
-    empty, damaged, too large. Where the system is short of memory or of file handles,
-    where a disk or network fails or a permission lacks, the error is raised, whatever
-    `on_error` says, because the image may be whole.
+    of a missing or broken sample: batches stay P x K and a pure function of
+    (seed, epoch, step). The sampler warns once; `sampler.broken` names the broken samples
+    and `sampler.report()` counts them. `embed`, evaluation and a cache file need every
+    sample in order, and raise the error all the same: leave out the samples that
+    `find_broken()` finds, with `Subset`. An image is broken if its file is gone, empty,
+    damaged or too large. If the system is short of memory or of file handles, if a disk or
+    network fails or a permission is missing, the error is raised whatever `on_error` says,
+    because the image may be whole.
 
     Args:
         paths: paths of the files, in the order of the rows.
         labels: one per path, as for `PKSampler`. Default None.
         size: (height, width) of the rows, or one integer for both.
         color: "rgb" (default) or "gray".
-        cache: where decoded rows are kept. None (default): nowhere. "memory": in
-            an array that fills up as they are read; threads share it, each process
-            has its own, and a file that changes afterwards is not read again. A path:
-            in the file of `kerastrip.cache_images`, which is written now, or used if
-            it is there; processes share it.
+        cache: where decoded images are kept. None (default): nowhere. "memory": in
+            an array that fills up as images are read. Threads share the array, each
+            process has its own, and a file that changes afterwards is not read again. A
+            path: in the cache of `kerastrip.cache_images`, which is written now, or used
+            if it is there; processes share it.
         on_error: what a missing or broken file does: "raise" (default) or "skip".
         read: function path -> bytes, if the images are not in files; picklable for
             processes that are spawned. A ValueError, a FileNotFoundError or an OSError
-            without a number says that an image is broken; others are raised. Threads
+            without a number says that an image is broken; other errors are raised. Threads
             call it one at a time, unless it has an attribute `thread_safe = True`.
             Default None: the file is read.
-        bits: how many bits of a file with 16 per channel hold the picture: 12 in
+        bits: how many bits of a file with 16 per channel hold the image: 12 in
             many X-ray and microscope images. Default None: 16, but a file whose
             upper four bits are empty is an error, because it would come out black.
         max_pixels: the largest image, height x width, that is decoded; checked before
-            memory is taken for it. A larger one is broken. Default 200 million: those
-            of the largest phone cameras.
-        reduce, resize, turn: the one way there is, as for `read_image`; so `reading`
-            of another source may be given: `ImageFiles(paths, **photos.reading)`.
+            memory is taken for it. A larger image counts as broken. Default 200 million
+            pixels, as many as the largest phone cameras have.
+        reduce, resize, turn: the one way there is, as for `read_image`. They are
+            arguments so that the `reading` of another source can be passed on:
+            `ImageFiles(paths, **photos.reading)`.
 
     Attributes:
         paths: list of the paths, as text.
@@ -106,8 +111,8 @@ class ImageFiles:
             to `read_image`.
 
     Raises:
-        TypeError, ValueError: for arguments that do not work, a missing file
-            (`on_error="raise"`) among them.
+        TypeError, ValueError: an argument does not work, or a file is missing (with
+            `on_error="raise"`).
 
     Example:
         >>> import pathlib, tempfile
@@ -148,10 +153,11 @@ class ImageFiles:
             raise _checks.value_error("labels", expected, self.labels)
         check_ways(reduce, resize, turn)
         self._reading = checked_reading(checked_size(size), color, bits, max_pixels)
-        self.reading = self._reading.told()
-        self._skip = _checks.one_of("on_error", on_error, ON_ERROR) == "skip"
+        self.reading = self._reading.as_dict()
+        self._skip = _checks.one_of("on_error", on_error, _ON_ERROR) == "skip"
         if read is None and not self._skip:
             _check_files(self.paths)
+        # A function of the user may keep a file open, so threads take turns in it.
         self._own = read not in (None, read_file)
         own = partial(read_file, max_pixels=self._reading.max_pixels)
         self._read: Callable[[str], bytes] = alone(read) if read and self._own else own
@@ -173,11 +179,11 @@ class ImageFiles:
         return len(self.paths)
 
     def stamps(self) -> np.ndarray | None:
-        """(n, 2) int64 array by which a file that has changed is known.
+        """(n, 2) int64 array that shows which files have changed.
 
-        Its size in bytes and the time of its last change in nanoseconds, or for the
-        member of an archive its size and checksum; -1 where there is no file. None if
-        `read` is a function of your own.
+        A row holds the size of a file in bytes and the time of its last change in
+        nanoseconds; for a member of an archive its size and checksum; -1 where there is no
+        file. None if `read` is a function of your own.
         """
         tell = getattr(self._read, "stamps", None)
         if tell is not None:
@@ -185,16 +191,16 @@ class ImageFiles:
         return None if self._own else np.array([*map(_stamp, self.paths)], np.int64)
 
     def take(self, indices: Any) -> np.ndarray:
-        """(len(indices), height, width, channels) fresh uint8 array, in that order.
+        """(len(indices), height, width, channels) uint8, in the order of `indices`.
 
         Raises:
-            BrokenSamples: if images are missing or broken; it names them.
+            BrokenSamples: images are missing or broken; the error names them.
         """
         if self._file is not None:
             return self._file.take(indices)
         rows = np.asarray(indices).tolist()
         images = np.empty((len(rows), *self._shape), np.uint8)
-        # A class of few samples repeats them in a batch: each is read once and copied.
+        # A small class repeats its samples in a batch: each is read once, then copied.
         first: dict[int, int] = {}  # row -> its first place in the batch
         broken = {}
         for place, row in enumerate(rows):
@@ -202,7 +208,9 @@ class ImageFiles:
                 images[place] = images[first[row]]
             elif why := self._load(row, images[place]):
                 broken[row] = why
-                if not self._skip:  # a sampler that skips wants to know all of them
+                # A sampler that skips needs all broken images of the batch at once. For
+                # an error the first one is enough.
+                if not self._skip:
                     break
             first.setdefault(row, place)
         if broken:
@@ -210,7 +218,7 @@ class ImageFiles:
         return images
 
     def _load(self, row: int, out: np.ndarray) -> str:
-        """Puts an image into `out`; what is wrong with it, if something is."""
+        """Writes an image into `out`; returns what is wrong with the image, or ""."""
         memory = self._memory
         if memory is not None and memory.filled[row]:
             out[...] = memory.rows[row]
@@ -225,25 +233,26 @@ class ImageFiles:
             return f"{path!r}: {why}"
         if memory is not None:
             memory.rows[row] = out
-            memory.filled[row] = True  # last: others may read what is marked
+            # The mark comes last: other threads read a row as soon as it is marked.
+            memory.filled[row] = True
         return ""
 
     def find_broken(self) -> dict[int, str]:
-        """Reads every image: row -> what is wrong, for those that are broken."""
+        """Reads every image: row -> what is wrong, for all broken images."""
 
         def load(row: int) -> str:
             return self._load(row, np.empty(self._shape, np.uint8))
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = enumerate(pool.map(load, range(len(self))))
-            return {row: why for row, why in found if why}
+            reasons = enumerate(pool.map(load, range(len(self))))
+            return {row: why for row, why in reasons if why}
 
     def __repr__(self) -> str:
         height, width, _ = self._shape
-        told = f"{len(self)} images, {height}x{width} {self._reading.color}"
+        words = f"{len(self)} images, {height}x{width} {self._reading.color}"
         if self.labels is not None:
-            told += f", {len(np.unique(self.labels))} classes"
-        return f"ImageFiles({told})"
+            words += f", {len(np.unique(self.labels))} classes"
+        return f"ImageFiles({words})"
 
 
 def _check_files(paths: Sequence[str]) -> None:
@@ -258,19 +267,19 @@ def _check_files(paths: Sequence[str]) -> None:
 
 def _stamp(path: str) -> tuple[int, int]:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         if not is_wrong_with_file(error):
             raise
         return -1, -1
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def is_wrong_with_file(error: Exception) -> bool:
-    """Whether an error of reading an image says that the image is broken, for good.
+    """Whether an error in reading an image means that the image is broken, for good.
 
-    Others are of the moment: no file handle or memory left, a disk or a network that
-    fails, a permission that lacks. To leave the image out for them would be wrong.
+    Other errors may pass: no file handle or memory is left, a disk or a network fails, a
+    permission is missing. For these errors the image must not be left out.
     """
     if not isinstance(error, OSError):
         return isinstance(error, ValueError)
@@ -280,9 +289,10 @@ def is_wrong_with_file(error: Exception) -> bool:
 
 
 class _Memory:
-    """Decoded rows and whether they are there. It is pickled without them.
+    """An array of decoded images, and which rows of it are filled.
 
-    The system gives an array its pages when they are first written.
+    The system gives memory to a page of the array when the page is first written. A copy
+    made by pickle is empty.
     """
 
     def __init__(self, shape: Sequence[int]):
@@ -311,19 +321,19 @@ def ImageFolder(
     Files are found at any depth by the ending of their name, in any case: bmp, dib,
     jfif, jpe, jpeg, jpg, pbm, pgm, png, pnm, ppm, tif, tiff, webp, and where OpenCV was
     built with these, avif, gif, j2k, jp2. Names that begin with a dot are left out.
-    Links are followed, but every file comes once: one that leads to what is there
-    already, or to a folder above, is left out. One warning tells what was left out
-    though it may be an image. Rows are sorted by path.
+    Links are followed, but every file comes once: a link to a file or folder that is
+    there already, or to a folder above, is left out. One warning names the files that were
+    left out though they may be images. Rows are sorted by path.
 
     Args:
         directory: the folder.
         size: (height, width) of the rows, or one integer for both.
         label_from: what the class of an image is. None (default): the name of its
-            folder; folders within class folders are an error, because what
-            they mean is open. "parent": the name of the folder it lies in, equal
-            ones of different places being one class. "top": the name of the
+            folder; folders within class folders are an error, because their meaning is
+            not known. "parent": the name of the folder that holds the image; folders of
+            one name in several places are one class. "top": the name of the
             outermost folder. "path": all folders, as in "Greek/character01". A
-            callable relative path ("Greek/character01/0394_01.png") -> label, or
+            callable: relative path ("Greek/character01/0394_01.png") -> label, or
             None to leave the image out.
         color: "rgb" (default) or "gray".
         cache: None (default), "memory" or a path, as for `ImageFiles`.
@@ -360,7 +370,7 @@ def ImageFolder(
         color=color,
         cache=cache,
         on_error=on_error,
-        read=read_file,  # they were there a moment ago
+        read=read_file,  # so that `ImageFiles` does not look for the files once more
         bits=bits,
         max_pixels=max_pixels,
     )

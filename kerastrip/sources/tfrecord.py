@@ -1,11 +1,13 @@
 """Random access to the records of TFRecord files.
 
-A record is framed by its length (8 bytes, little-endian), the masked CRC-32C of the
-length, the data, and the masked CRC-32C of the data. Nothing says where the next but
-one begins, so TensorFlow reads every file once from end to end, and compares its
-checksums. Where its records lie, their labels, and a CRC-32 of each, which Python makes
-by itself, are kept in a file beside it; the CRC-32 is compared when a record is first
-read.
+A file is a chain of records, without a table of contents:
+
+    length     CRC-32C of the length    data           CRC-32C of the data | next record
+    8 bytes    4 bytes                  length bytes   4 bytes             |
+
+So TensorFlow reads every file once from end to end, and checks the checksums. An index
+file beside it then keeps the offset, the label and a CRC-32 of each record. (Python has
+CRC-32 built in, but not CRC-32C.) The CRC-32 is compared when a record is first read.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ __all__ = [
 ]
 
 _VERSION = 2
-_LENGTH, _HEAD, _FRAME = 8, 12, 16  # bytes: a length, all before the data, and round it
-_CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")  # in no text
+# Bytes of the length, of all that stands before the data, and of all beside the data.
+_LENGTH, _HEAD, _FRAME = 8, 12, 16
+_CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")  # characters of no text
 
 
 class TFRecordSource:
@@ -51,21 +54,21 @@ class TFRecordSource:
     The records are `tf.train.Example` messages, of which one feature is the sample,
     or whatever `parse` understands. A feature is one of
 
-    - an encoded picture, decoded to uint8 (height, width, channels) as by
+    - an encoded image, decoded to uint8 (height, width, channels) as by
       `ImageFiles`;
     - with `shape=`, raw bytes (uint8) or a list of numbers (int64 or float32), or
       numbers of another `dtype`.
 
-    Pictures of several sizes need `size=`; models of several inputs need `parse`.
+    Images of several sizes need `size=`; models of several inputs need `parse`.
 
     The first use reads every file once, checks its checksums and writes
-    `<file>.index.npz` beside it. A file whose size or time of change is another is
-    indexed anew, and a record that has changed all the same is an error when it is
-    first read. Files must not be compressed: those have no random access.
+    `<file>.index.npz` beside it. If the size or the time of change of a file differs
+    later, the file is indexed again. A record that has changed all the same is an error
+    when it is first read. Files must not be compressed: compressed files have no random
+    access.
 
-    Safe in threads and processes: files are opened for one `take` only, and
-    of TensorFlow its reader of files and its message classes are used, none of its
-    operations.
+    The source is safe in threads and processes: files are opened for one `take` only. Of
+    TensorFlow it uses the reader of files and the message classes, but no operation.
 
     Args:
         paths: a TFRecord file or a sequence of them; their records are numbered in
@@ -73,33 +76,33 @@ class TFRecordSource:
         feature: name of the feature that is the sample. Default "image".
         label: name of the feature that is the label, one integer or string (bytes
             in UTF-8), of one kind in all files; or a function
-            `(record: bytes) -> label`, whose labels are not kept in the index file
-            and which reads what is neither, as an integer written as raw bytes; or
+            `(record: bytes) -> label`, for labels of another form, such as integers
+            written as raw bytes (these labels are not kept in the index file); or
             None. Default "label".
         parse: function `(record: bytes) -> sample` in place of `feature`; a sample
             is an array or a dict or tuple of arrays. Threads call it side by side.
             Default None.
-        shape: shape of a feature that is no picture. Default None.
-        dtype: its dtype. Raw bytes are read as numbers of it. Numbers in a list are
-            converted, which is an error if one of them changes by more than the
-            rounding from one float to another. Default None: raw bytes are uint8,
-            and lists keep what they are made of, int64 or float32.
+        shape: shape of a feature that is no image. Default None.
+        dtype: dtype of a feature that is no image. Raw bytes are read as numbers of
+            this dtype. Numbers in a list are converted to it; it is an error if a number
+            changes by more than the rounding from one float to another. Default None: raw
+            bytes are uint8, and lists stay int64 or float32.
         color: "rgb" (default) or "gray".
-        size: (height, width) that pictures are resized to, or one integer for both.
-            Default: as they are.
+        size: (height, width) that images are resized to, or one integer for both.
+            Default: the size of each image.
         bits: None (default) or 9 ... 16, as for `ImageFiles`.
-        max_pixels: the largest picture that is decoded, as for `ImageFiles`.
+        max_pixels: the largest image that is decoded, as for `ImageFiles`.
         index: True (default) keeps the index beside the files, a directory keeps it
             there, False in memory only.
 
     Attributes:
         labels: (n,) integers or strings; None with `label=None`.
-        reading: how pictures are read, as of `ImageFiles`; None without `size=`.
+        reading: how images are read, as of `ImageFiles`; None without `size=`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file is truncated, damaged or compressed, or a record has no
-            such feature: says which, and where.
+        ValueError: a file is truncated, damaged or compressed, or a record lacks the
+            feature; the message names the file and the record.
         TypeError: labels are neither integers nor strings, or some are integers
             and others strings.
 
@@ -154,18 +157,22 @@ class TFRecordSource:
                 kind = None if dtype is None else np.dtype(dtype)
                 parse = partial(_numbers, feature, shape, kind)
             else:
-                parse = partial(_picture, feature, reading)
-                self.reading = reading.told() if size else None
+                parse = partial(_image, feature, reading)
+                self.reading = reading.as_dict() if size else None
         elif not callable(parse):
             raise _checks.type_error("parse", "a function of bytes", parse)
         indices = list(map(partial(_indexed, label=label, index=index), files))
-        if not any(len(some.checks) for some in indices):
+        if not any(len(of_file.checks) for of_file in indices):
             raise _checks.value_error("paths", "at least one record", files)
         self.labels = None
         if label is not None:
-            self.labels = _joined(files, [some.labels for some in indices])
+            self.labels = _joined(files, [of_file.labels for of_file in indices])
+        # A record is known by the length and the CRC-32 of its data.
         self._stamps = np.concatenate(
-            [np.c_[np.diff(some.offsets) - _FRAME, some.checks] for some in indices]
+            [
+                np.c_[np.diff(of_file.offsets) - _FRAME, of_file.checks]
+                for of_file in indices
+            ]
         )
         self._rows = RowSource(_Records(files, indices, parse), "record")
 
@@ -177,7 +184,8 @@ class TFRecordSource:
 
         Raises:
             ValueError: a record has changed, cannot be read or parsed, or its sample
-                has another shape than the first; names the file and the record.
+                has another shape than the first sample; the message names the file and
+                the record.
             IndexError: there is no such sample.
         """
         return self._rows.take(indices)
@@ -188,12 +196,12 @@ class TFRecordSource:
 
 
 class _Index(NamedTuple):
-    """What is known of one file with n records.
+    """The index of one file with n records.
 
     Attributes:
-        offsets: (n + 1,) int64, where the records begin, and where the last one ends.
-        checks: (n,) uint32, CRC-32 of the data of each.
-        labels: (n,) integers or strings; empty if none are kept.
+        offsets: (n + 1,) int64, where the records begin, then the end of the last one.
+        checks: (n,) uint32, CRC-32 of the data of each record.
+        labels: (n,) integers or strings; empty if no labels are kept.
     """
 
     offsets: np.ndarray
@@ -205,9 +213,9 @@ class _Records:
     """The samples of some files, for `RowSource`.
 
     Args:
-        files: where they are.
-        indices: of each.
-        parse: bytes -> sample.
+        files: the paths of the files.
+        indices: the index of each file.
+        parse: bytes of a record -> sample.
     """
 
     def __init__(
@@ -217,7 +225,7 @@ class _Records:
         parse: Callable[[bytes], Any],
     ):
         self._files, self._indices, self._parse = files, indices, parse
-        counts = [len(some.checks) for some in indices]
+        counts = [len(of_file.checks) for of_file in indices]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._checked = [bytearray(count) for count in counts]
 
@@ -232,6 +240,7 @@ class _Records:
             if not 0 <= index < len(self):
                 raise IndexError(f"sample {index} of {len(self)}")
         which = np.searchsorted(self._starts, indices, "right") - 1
+        # Records in a row that are of one file are read while the file is open.
         samples = []
         for number, group in itertools.groupby(
             zip(which.tolist(), indices, strict=True), lambda pair: pair[0]
@@ -263,7 +272,7 @@ def _parsed(
     try:
         return parse(data)
     except MemoryError:
-        raise  # says nothing of the record
+        raise  # the record may be whole
     except Exception as error:
         raise ValueError(
             f"Record {place} of {path} cannot be parsed: {error}"
@@ -273,30 +282,32 @@ def _parsed(
 def _damaged(path: pathlib.Path, place: int, offset: int, what: str) -> ValueError:
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b" or path.suffix in (".gz", ".zlib")
-    told = _checks.Told(f"{path} with {what} (record {place}, at byte {offset})")
+    received = _checks.Told(f"{path} with {what} (record {place}, at byte {offset})")
     advice = "Write it again, or leave it out."
     if packed:
         advice = "It is compressed, which leaves no random access: write it without."
-    return _checks.value_error("paths", "whole TFRecord files", told, advice)
+    return _checks.value_error("paths", "whole TFRecord files", received, advice)
 
 
 # -- the index -------------------------------------------------------------------
 
 
 def _indexed(path: pathlib.Path, label: Any, index: Any) -> _Index:
-    """The index of a file: the one that is kept, or one that is made now."""
+    """The index of a file: read from the index file, or made now."""
     refuse_devices("paths", path)
-    told = path.stat()
-    kept = label if isinstance(label, str) else None
-    about = json.dumps([_VERSION, told.st_size, told.st_mtime_ns, kept])
+    status = path.stat()
+    # Labels that a function makes are not stored: the function may change.
+    stored_label = label if isinstance(label, str) else None
+    about = json.dumps([_VERSION, status.st_size, status.st_mtime_ns, stored_label])
     beside = None if index is False else _index_path(path, index)
-    found = beside and _loaded(beside, about, told.st_size, kept is not None)
-    if found and (label is None or kept):
-        return found
+    loaded = beside and _loaded(beside, about, status.st_size, stored_label is not None)
+    if loaded and (label is None or stored_label):
+        return loaded
     read = label if callable(label) else partial(_label, label)
     made = _walked(path, None if label is None else read)
-    if beside and not found:
-        _save(beside, about, made if kept else made._replace(labels=np.empty(0)))
+    if beside and not loaded:
+        stored = made if stored_label else made._replace(labels=np.empty(0))
+        _save(beside, about, stored)
     return made
 
 
@@ -312,23 +323,30 @@ def _index_path(path: pathlib.Path, index: Any) -> pathlib.Path:
 def _loaded(
     beside: pathlib.Path, about: str, size: int, labelled: bool
 ) -> _Index | None:
-    """The index that is kept, if it is one of the file as it is."""
+    """The index in an index file; None unless it fits the data file in its present state.
+
+    Args:
+        beside: the index file.
+        about: what the index file must say of the data file.
+        size: bytes of the data file.
+        labelled: whether the index must have labels.
+    """
     try:
         refuse_devices("index", beside)
         with zipfile.ZipFile(beside) as members:
             if any(member.compress_type for member in members.infolist()):
-                return None  # ours are not compressed, and few bytes may grow to many
-        with np.load(beside) as kept:
-            if kept["about"].item() != about:
+                return None  # not ours, and a few bytes may unpack to gigabytes
+        with np.load(beside) as arrays:
+            if arrays["about"].item() != about:
                 return None
-            found = _Index(*(kept[name] for name in _Index._fields))
+            loaded = _Index(*(arrays[name] for name in _Index._fields))
     except Exception:
-        return None  # none yet, or not ours: a new one takes its place
-    return found if _agrees(found, size, labelled) else None
+        return None  # no index file, or not ours: a new index file takes its place
+    return loaded if _agrees(loaded, size, labelled) else None
 
 
 def _agrees(index: _Index, size: int, labelled: bool) -> bool:
-    """Whether an index is one of a file of so many bytes, from its first to its last."""
+    """Whether an index can be of a file of `size` bytes, and has labels if `labelled`."""
     offsets, checks, labels = index
     return (
         offsets.dtype == np.int64
@@ -355,11 +373,11 @@ def _save(beside: pathlib.Path, about: str, index: _Index) -> None:
 
 
 def _walked(path: pathlib.Path, read_label: Callable[[bytes], Any] | None) -> _Index:
-    """The index of a file from the file itself, its checksums checked."""
+    """The index of a file, made by reading the file; TensorFlow checks the checksums."""
     import tensorflow as tf
 
-    # The first operation of TensorFlow, of tf.data for example, takes hold of every GPU.
-    # This reader is no operation. Without `unwrap` it says that it is deprecated.
+    # The first operation of TensorFlow, for example of tf.data, reserves every GPU. This
+    # reader is no operation. `unwrap` avoids its warning that it is deprecated.
     read = inspect.unwrap(tf.compat.v1.io.tf_record_iterator)
     records = read(os.fsencode(path))
     offsets, size = [0], path.stat().st_size
@@ -370,8 +388,8 @@ def _walked(path: pathlib.Path, read_label: Callable[[bytes], Any] | None) -> _I
             place = len(checks)
             file.seek(start)
             length = int.from_bytes(file.read(_LENGTH), "little")
-            # TensorFlow takes memory for a length before it looks whether the file is so
-            # long: a length of 2**62 would end the process.
+            # TensorFlow takes memory for the data before it looks whether the file is long
+            # enough: a length of 2**62 would end the process.
             if start + length + _FRAME > size:
                 what = "a truncated record, or a damaged length"
                 raise _damaged(path, place, start, what)
@@ -394,26 +412,29 @@ def _label_array(path: pathlib.Path, labels: Sequence[Any]) -> np.ndarray:
     kinds = {type(value).__name__: place for place, value in enumerate(labels)}
     array = np.array(labels)
     if len(kinds) > 1 or (labels and (array.ndim > 1 or array.dtype.kind not in "iuU")):
-        told = ", ".join(f"{kind} (record {place})" for kind, place in kinds.items())
-        raise _no_labels(f"{told} in {path}")
+        received = ", ".join(
+            f"{kind} (record {place})" for kind, place in kinds.items()
+        )
+        raise _no_labels(f"{received} in {path}")
     return array
 
 
 def _joined(files: Sequence[pathlib.Path], labels: Sequence[np.ndarray]) -> np.ndarray:
+    """The labels of all files; TypeError if some are integers and others strings."""
     kinds = {
-        "strings" if some.dtype.kind == "U" else "integers": path
-        for path, some in zip(files, labels, strict=True)
-        if len(some)
+        "strings" if of_file.dtype.kind == "U" else "integers": path
+        for path, of_file in zip(files, labels, strict=True)
+        if len(of_file)
     }
     if len(kinds) > 1:
         raise _no_labels(", ".join(f"{kind} in {path}" for kind, path in kinds.items()))
-    return np.concatenate([some for some in labels if len(some)])
+    return np.concatenate([of_file for of_file in labels if len(of_file)])
 
 
-def _no_labels(told: str) -> TypeError:
+def _no_labels(received: str) -> TypeError:
     expected = "one integer or one string for each record, of one kind"
     advice = "A function label= makes labels of one kind."
-    return _checks.type_error("label", expected, _checks.Told(told), advice)
+    return _checks.type_error("label", expected, _checks.Told(received), advice)
 
 
 # -- what is in a record ---------------------------------------------------------
@@ -443,7 +464,7 @@ def _label(name: str, record: bytes) -> Any:
         return value
     text = value.decode("utf-8", "replace")
     if "\ufffd" in text or _CONTROL.search(text):
-        # As text, an integer of zeros and one other byte would be a class like others.
+        # An integer written as raw bytes (a byte and seven zeros) must not pass for text.
         raise ValueError(
             f"{name!r} is {len(value)} bytes that are no text, {value[:16]!r}: raw "
             "numbers need a function label="
@@ -455,7 +476,7 @@ def _numbers(
     name: str, shape: Sequence[int], dtype: np.dtype | None, record: bytes
 ) -> np.ndarray:
     values = _values(name, record)
-    first = values[0] if values else 0.0  # all are of one kind
+    first = values[0] if values else 0.0  # a feature has values of one kind
     if isinstance(first, bytes):
         if len(values) > 1:
             raise ValueError(f"{name!r} has {len(values)} byte strings, not one")
@@ -474,14 +495,16 @@ def _numbers(
 
 
 def _converted(name: str, numbers: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
-    """int64 or float32 numbers in another dtype, if they are the same there."""
+    """int64 or float32 numbers in another dtype; ValueError if a number changes."""
     if dtype is None or dtype == numbers.dtype:
         return numbers
     with np.errstate(all="ignore"):
         converted = numbers.astype(dtype)
         if numbers.dtype.kind == converted.dtype.kind == "f":
             same = np.isfinite(numbers) == np.isfinite(converted)
-        else:  # and back again: numbers beyond 2^53 are compared as rounded floats
+        else:
+            # The second comparison is needed as well: NumPy compares an int64 with a
+            # float as floats, in which integers beyond 2^53 are rounded.
             back = converted.astype(numbers.dtype)
             same = (numbers == converted) & (numbers == back)
     if not same.all():
@@ -493,14 +516,14 @@ def _converted(name: str, numbers: np.ndarray, dtype: np.dtype | None) -> np.nda
     return converted
 
 
-def _picture(name: str, reading: Reading, record: bytes) -> np.ndarray:
+def _image(name: str, reading: Reading, record: bytes) -> np.ndarray:
     data = _single(name, record)
     if not isinstance(data, bytes):
-        raise ValueError(f"{name!r} is no picture but numbers: pass their shape=")
+        raise ValueError(f"{name!r} is no image but numbers: pass their shape=")
     try:
         return reading.decode(data)
     except ValueError as error:
         raise ValueError(
-            f"{name!r} is no picture: {error}. Raw pixels need shape=, and bytes of "
+            f"{name!r} is no image: {error}. Raw pixels need shape=, and bytes of "
             "tf.io.serialize_tensor need parse="
         ) from error

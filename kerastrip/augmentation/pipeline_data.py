@@ -1,7 +1,12 @@
-"""What an augmentation takes and gives: one image, or a dict of targets.
+"""The data that goes into a pipeline and comes out: an image, or a dict of targets.
 
-albumentations leaves some inputs untransformed and spoils others without a word.
-Those are refused here.
+*Targets* is the word of albumentations for all that is transformed alike: the image, its
+masks, boxes and keypoints. albumentations silently leaves some inputs as they are, and
+spoils others. Such inputs are refused here.
+
+    batch -> samples() -> sample -> check_image() or check_targets() -> pipeline
+                                                                           |
+    batch of views <- targets() <- CollectedViews.put() <- view <----------+
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import numpy as np
 from kerastrip import _checks
 
 __all__ = [
-    "Batch",
+    "CollectedViews",
     "check_image",
     "check_targets",
     "samples",
@@ -22,12 +27,12 @@ __all__ = [
 _UINT8, _FLOAT32 = np.dtype("uint8"), np.dtype("float32")
 _MASKS = ("uint8", "uint16", "int16", "int32", "float32")
 _ROUNDING = 1e-3  # how far outside [0, 1] a float image may lie
-# What a batch can stack; strings, for example, stay a list.
+# Types of results that are stacked to an array. All others, such as strings, stay a list.
 _ARRAYS = (np.ndarray, np.number, np.bool_)
 
 
 def check_image(name: str, image: Any) -> None:
-    """Refuse what is not one image, uint8 or float32 in [0, 1]."""
+    """TypeError or ValueError unless `image` is one image, uint8 or float32 in [0, 1]."""
     if not isinstance(image, np.ndarray):
         raise _checks.type_error(name, "a NumPy array", image)
     shape, expected = image.shape, "(height, width) or (height, width, channels)"
@@ -43,6 +48,7 @@ def check_image(name: str, image: Any) -> None:
     if image.dtype != _FLOAT32:
         advice = "Keep images uint8, as they are decoded, or convert them to float32."
         raise _checks.type_error(name, expected, image, advice)
+    # NaN fails both comparisons, so that it is refused too.
     low, high = image.min(), image.max()
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         advice = (
@@ -56,8 +62,12 @@ def check_image(name: str, image: Any) -> None:
 def _is_channels_first(shape: tuple[int, ...]) -> bool:
     """Whether (a, b, c) can hardly be (height, width, channels).
 
-    It is 3 or 4 channels of an image of any usual format, or 1 of a square one. Patches
-    of 3 x 3 pixels with 103 bands and signals (1, time, features) are no such images.
+    That is so for 3 or 4 channels of an image with usual proportions, and for 1 channel
+    of a square image. Patches of 3 x 3 pixels with 103 bands, and signals
+    (1, time, features), are taken for what they are.
+
+        (3, 224, 224)   (1, 28, 28)   (4, 480, 640)      channels first: refused
+        (3, 3, 103)     (1, 500, 12)  (28, 28, 1)        accepted
     """
     channels, *size = shape
     least, most = min(size), max(size)
@@ -67,9 +77,10 @@ def _is_channels_first(shape: tuple[int, ...]) -> bool:
 
 
 def check_targets(pipeline: Any, targets: dict[str, Any]) -> None:
-    """Refuse a dict of targets that `pipeline` would not transform alike."""
+    """Refuses a dict of targets that `pipeline` would not transform alike."""
     if "image" not in targets:
         raise _checks.value_error("image", "a dict with the key 'image'", targets)
+    # A further target has a name of its own and the kind of a known target.
     kinds = getattr(pipeline, "additional_targets", {})
     known = getattr(pipeline, "available_keys", ())
     size = np.shape(targets["image"])[:2]
@@ -88,6 +99,7 @@ def check_targets(pipeline: Any, targets: dict[str, Any]) -> None:
                 option = {"bboxes": "bbox_params", "keypoints": "keypoint_params"}[kind]
                 expected = f"albumentations.Compose(..., {option}=...) for {name!r}"
                 raise _checks.value_error("pipeline", expected, pipeline)
+        # An array of the size of the image is meant to be transformed with the image.
         elif name not in known and np.ndim(value) > 1 and np.shape(value)[:2] == size:
             advice = (
                 "It has the size of the image and would stay as it is. Declare it: "
@@ -99,7 +111,12 @@ def check_targets(pipeline: Any, targets: dict[str, Any]) -> None:
 
 
 def samples(images: Any, rows: Any = None) -> list:
-    """The samples of a batch: images, or dicts of targets; all, or some rows."""
+    """The samples of a batch as a list of images, or of dicts of targets.
+
+    Args:
+        images: array or list of images, or a dict of columns: one list for each target.
+        rows: the samples to take. Default: all.
+    """
     if rows is not None:
         rows = np.asarray(rows).tolist()
         if isinstance(images, dict):
@@ -110,6 +127,7 @@ def samples(images: Any, rows: Any = None) -> list:
         lengths = {name: len(column) for name, column in images.items()}
         if len(set(lengths.values())) > 1:
             raise _checks.value_error("images", "targets of one length", lengths)
+        # {"image": [i0, i1], "mask": [m0, m1]} -> [{"image": i0, "mask": m0}, ...]
         columns = zip(*images.values(), strict=True)
         rows = [dict(zip(images, column, strict=True)) for column in columns]
     else:
@@ -119,18 +137,19 @@ def samples(images: Any, rows: Any = None) -> list:
     return rows
 
 
-class Batch:
-    """Results put together: arrays stacked, everything else in lists.
+class CollectedViews:
+    """The views of a batch, put together: arrays are stacked, all else stays in lists.
 
     Args:
-        pipeline: says which targets may change in number from image to image;
-            these stay lists.
+        pipeline: says which targets (boxes, keypoints and their labels) may differ in
+            number from image to image; these stay lists.
         shape: (batch,) or (batch, views).
-        out: None, or a dict of arrays to write into.
+        out: None, or a dict of arrays to write into, by target.
     """
 
     def __init__(self, pipeline: Any, shape: tuple[int, ...], out: Any):
         self._shape, self._out = shape, dict(out or {})
+        # target -> (array of all views, (shape, dtype) of one view or None)
         self._columns: dict[str, tuple[np.ndarray, Any]] = {}
         self._lists = {"bboxes", "keypoints", "masks"}
         for processor in getattr(pipeline, "processors", {}).values():
@@ -138,7 +157,7 @@ class Batch:
             self._lists.update(processor.params.label_fields or ())
 
     def put(self, index: tuple[int, ...], name: str, value: Any) -> None:
-        """Write one target of one result."""
+        """Writes one target of one view; ValueError if its size or dtype differs."""
         if name not in self._columns:
             self._columns[name] = self._column(name, value)
         column, layout = self._columns[name]
@@ -153,7 +172,10 @@ class Batch:
         column[index] = value
 
     def _column(self, name: str, value: Any) -> tuple[np.ndarray, Any]:
-        """An array for all values, and the shape and dtype that each must have."""
+        """An array for a target of all views, and the (shape, dtype) of each value.
+
+        The array holds Python objects, and (shape, dtype) is None, for what stays a list.
+        """
         if name in self._lists or not isinstance(value, _ARRAYS):
             return np.empty(self._shape, object), None
         shape, dtype = self._shape + value.shape, value.dtype
@@ -166,7 +188,7 @@ class Batch:
         return out, (value.shape, dtype)
 
     def targets(self) -> dict[str, Any]:
-        """All that was put."""
+        """The collected views: an array or a list for each target."""
         return {
             name: column.tolist() if layout is None else column
             for name, (column, layout) in self._columns.items()
