@@ -98,28 +98,28 @@ def seen(x: Any) -> Any:
         return None
 
 
-def confirmed(known: Any, error: Callable[[], str]) -> Any:
+def confirmed(valid: Any, error: Callable[[], str]) -> Any:
     """A condition on values, which are seen or not yet.
 
     Args:
-        known: () bool tensor.
+        valid: () bool tensor.
         error: makes the text of the ValueError for a condition that is seen to fail.
 
     Returns:
-        None where the condition is seen to hold; while a function is traced `known`
+        None where the condition is seen to hold; while a function is traced `valid`
         itself, for `nan_unless`, since a compiled step cannot raise.
     """
-    value = seen(known)
+    value = seen(valid)
     if value is None:
-        return known
+        return valid
     if not value:
         raise ValueError(error())
     return None
 
 
-def nan_unless(known: Any, x: Any) -> Any:
-    """`x`; where the scalar `known` is neither None nor true, NaN with gradient 0."""
-    return x if known is None else ops.where(known, x, float("nan"))
+def nan_unless(valid: Any, x: Any) -> Any:
+    """`x`; where the scalar `valid` is neither None nor true, NaN with gradient 0."""
+    return x if valid is None else ops.where(valid, x, float("nan"))
 
 
 def with_gradient(rows: Any, values: Any, needed: Any, gradient: Callable) -> Any:
@@ -227,8 +227,8 @@ def whole_numbers(name: str, labels: Any) -> tuple[Any, Any]:
             "integer labels stay as they are.",
         )
 
-    known = confirmed(ops.all(whole), error)
-    return ops.cast(labels, "int64" if dtype == "float64" else "int32"), known
+    valid = confirmed(ops.all(whole), error)
+    return ops.cast(labels, "int64" if dtype == "float64" else "int32"), valid
 
 
 def integer_labels(labels: Any) -> tuple[Any, Any]:
@@ -257,11 +257,11 @@ def integer_labels(labels: Any) -> tuple[Any, Any]:
         )
     if rank == 2 and labels.shape[1] != 1:
         return ops.cast(ops.argmax(labels, axis=-1), "int32"), _one_hot(labels)
-    labels, known = whole_numbers("labels", labels)
+    labels, valid = whole_numbers("labels", labels)
     labels = ops.reshape(labels, (-1,))
     dtype = keras.backend.standardize_dtype(labels.dtype)
     narrow = dtype in ("bool", "int8", "uint8", "int16", "uint16")
-    return ops.cast(labels, "int32") if narrow else labels, known
+    return ops.cast(labels, "int32") if narrow else labels, valid
 
 
 def _one_hot(rows: Any) -> Any:
@@ -269,10 +269,10 @@ def _one_hot(rows: Any) -> Any:
     one = ops.equal(rows, 1)
     binary = ops.all(one | ops.equal(rows, 0))
     single = ops.equal(ops.sum(ops.cast(one, "int32"), axis=-1), 1)
-    known = binary & ops.all(single)
+    valid = binary & ops.all(single)
     # Keras builds a model on PyTorch with ones for all that it does not know.
     if keras.backend.backend() == "torch" and seen(ops.all(one)):
-        return known
+        return valid
 
     def error() -> str:
         values = seen(rows)
@@ -287,4 +287,4 @@ def _one_hot(rows: Any) -> Any:
             "embedding has to tell apart.",
         )
 
-    return confirmed(known, error)
+    return confirmed(valid, error)

@@ -126,13 +126,13 @@ def _measure(
 ) -> tuple[Any, Any]:
     """The sums of one batch as two float32 vectors whose sum is exact for counts.
 
-    With `gather` they are sums over the rows of this replica, whose triplets are those
-    with all rows of the batch.
+    With `gather` the sums are over the anchors of this replica; their positives and
+    negatives may be rows of any replica.
     """
     embeddings = ops.cast(plain("embeddings", embeddings), "float32")
     embeddings = ops.stop_gradient(embeddings)
-    labels, known = integer_labels(labels)
-    embeddings = nan_unless(known, embeddings)
+    labels, valid = integer_labels(labels)
+    embeddings = nan_unless(valid, embeddings)
     own_part: Callable[[Any], Any] = whole
     if gather:
         labels, embeddings, own_part = gathered(labels, embeddings)
@@ -185,7 +185,7 @@ class TripletCensus(keras.metrics.Metric):
     | `easy`, `semi_hard`, `hard` | fractions of all triplets; they sum to 1 |
     | `active` | fraction with a hinge loss above 0 = `semi_hard` + `hard` |
     | `pairs_with_semi_hard` | fraction of (anchor, positive) pairs that have a semi-hard negative |
-    | `anchors_without_positive` | fraction of rows that are alone with their label |
+    | `anchors_without_positive` | fraction of rows without another row of their label |
     | `pos_dist`, `neg_dist` | mean distance of pairs of one label / of different labels |
     | `norm` | mean euclidean length of the embeddings |
     | `norm_std` | standard deviation of that length within a batch; 0 behind a `UnitNormalization` |

@@ -1,5 +1,11 @@
 """Metric-learning and focal losses: functions, and Keras losses over them."""
 
+from kerastrip.losses.addons import (
+    TripletHardLoss,
+    TripletSemiHardLoss,
+    triplet_hard_loss,
+    triplet_semihard_loss,
+)
 from kerastrip.losses.contrastive import ContrastiveLoss
 from kerastrip.losses.focal import (
     BinaryFocalLoss,
@@ -10,13 +16,7 @@ from kerastrip.losses.focal import (
     class_balanced_alpha,
     sparse_categorical_focal_loss,
 )
-from kerastrip.losses.triplet import (
-    TripletHardLoss,
-    TripletLoss,
-    TripletSemiHardLoss,
-    triplet_hard_loss,
-    triplet_semihard_loss,
-)
+from kerastrip.losses.triplet import TripletLoss
 
 __all__ = [
     "BinaryFocalLoss",

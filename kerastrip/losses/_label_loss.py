@@ -31,8 +31,8 @@ class LabelLoss(keras.losses.Loss):
     Keras casts `y_true` to the dtype of the loss before `call`: in float32 class
     ids above 2^24 collide. Here the labels go round that cast, in their own shape.
 
-    With a true `gather`, `call` gets the batch of all replicas, and of the values it
-    returns each replica keeps those of its own rows.
+    With a true `gather`, `call` gets the batch of all replicas. Of the values that it
+    returns, each replica keeps the values of its own rows.
     """
 
     gather = False

@@ -34,7 +34,7 @@ class ContrastiveLoss(LabelLoss):
     two inputs, which returns their distance (batch, 1), is for other losses: predictions
     of dimension 1 are met with a warning.
 
-    Corner cases: a batch of one row, or of none, has no pair and value 0; two rows at
+    Corner cases: a batch of one row, or of no row, has no pair and value 0; two rows at
     distance 0 get gradient 0 (there is no direction to push them in).
 
     Args:
@@ -43,7 +43,7 @@ class ContrastiveLoss(LabelLoss):
         negative_margin: m-, > 0. Pairs of two classes farther than this cost nothing.
             Default 1.
         distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"` (1 - cos).
-        average_over: `"all"` pairs, or the `"active"` ones, those with a loss > 0.
+        average_over: `"all"` pairs, or the `"active"` pairs, whose loss is > 0.
         gather: under a `tf.distribute` strategy, take the pairs of the batch of all
             replicas, as in `TripletLoss`. Default False.
         name: name of the loss.
@@ -58,7 +58,7 @@ class ContrastiveLoss(LabelLoss):
 
     Raises:
         ValueError: for margins out of range or unknown words; when called, for labels
-            that are none (see `TripletLoss`).
+            that name no class (see `TripletLoss`).
         TypeError: for margins that are not numbers.
 
     Example:

@@ -36,7 +36,7 @@ __all__ = [
     "NOT_NEGATIVE",
     "TINY",
     "Anchors",
-    "Batch",
+    "OrderedBatch",
     "Rule",
     "Terms",
     "add_margin",
@@ -99,7 +99,7 @@ class Rule(NamedTuple):
         return self.mining == "hard"
 
 
-class Batch(NamedTuple):
+class OrderedBatch(NamedTuple):
     """Rows ordered by label, then padding; every row is an anchor."""
 
     rows: Any  # (padded, dim) float32
@@ -159,9 +159,9 @@ def block_rows(padded: Any) -> Any:
 
 
 def choose(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
-    """`yes()` or `no()`; where sizes alone decide, XLA compiles only that one.
+    """`yes()` or `no()`; where sizes alone decide, XLA compiles the chosen branch only.
 
-    (`ops.cond` compiles both, whose shapes must then agree.)
+    `ops.cond` would compile both branches, and their results would need equal shapes.
     """
     if isinstance(condition, bool):
         return yes() if condition else no()
@@ -193,7 +193,7 @@ def take_padded(x: Any, order: Any) -> Any:
     return ops.take(ops.concatenate([x, zeros]), order, axis=0)
 
 
-def find_anchors(batch: Batch) -> Anchors:
+def find_anchors(batch: OrderedBatch) -> Anchors:
     """Where the class of every row lies, by one pass over the ordered labels."""
     padded = ops.shape(batch.labels)[0]
     own = ops.arange(padded, dtype="int32")
@@ -212,7 +212,7 @@ def find_anchors(batch: Batch) -> Anchors:
     )
 
 
-def near_the_origin(batch: Batch) -> Batch:
+def near_the_origin(batch: OrderedBatch) -> OrderedBatch:
     """The batch moved by one vector of whole numbers, so that the mean of its rows is small.
 
     Distances come from squares of lengths: far from the origin the small difference of
@@ -230,7 +230,7 @@ def ranks(positives: Any) -> Any:
     return ops.where(positives <= MOST_RANKS, positives, 0)
 
 
-def over_blocks(batch: Batch, visit: Callable, state: tuple) -> tuple:
+def over_blocks(batch: OrderedBatch, visit: Callable, state: tuple) -> tuple:
     """Call `visit(here, first, *state)` for one block of rows after the other.
 
     Args:
@@ -257,8 +257,8 @@ def over_blocks(batch: Batch, visit: Callable, state: tuple) -> tuple:
 def over_ranks(count: Any, visit: Callable, state: tuple) -> tuple:
     """Call `visit(rank, *state)` for the ranks 0 ... `count` - 1 of the positives.
 
-    All rows are at the same rank at the same time, see `positive_column`; those with
-    fewer positives than `count` have to be left out by `visit`.
+    All rows are at the same rank at the same time, see `positive_column`. `visit` leaves
+    out the rows with fewer positives than `count`.
 
     Args:
         count: () int32.
@@ -293,14 +293,16 @@ def rank_seen_from(anchors: Anchors, positive: Any) -> Any:
     return place - ops.cast(anchors.own > positive, "int32")
 
 
-def signed_distances(batch: Batch, here: Anchors, first: Any) -> Any:
+def signed_distances(batch: OrderedBatch, here: Anchors, first: Any) -> Any:
     """Squared distances of a block to all rows; the sign tells the kind.
 
     A negative has d >= 0; the row itself and its positives -max(d, TINY) < 0;
     padding -inf. So the negatives farther than a positive p are the entries > |p|,
-    with no mask beside the matrix. (The rows of the padding see the real rows as
-    negatives: only `here.negatives` tells that they have none.) The rows 0 and 1 of the batch at the head of this
-    module, whose points lie at 0, 1, 3 (a), 2, 5 (b) and 4, 4 on a line:
+    with no mask beside the matrix. (A row of the padding sees the real rows as
+    negatives: only `here.negatives` tells that it has no negative.)
+
+    In the batch at the head of this module, let the points lie at 0, 1, 3 (a), 2, 5 (b)
+    and 4, 4 (c) on a line:
 
         row 0    -tiny  -1     -9     4    25    16    16   -inf ...
         row 1    -1     -tiny  -4     1    16     9     9   -inf ...
@@ -329,7 +331,7 @@ def positive_entries(d: Any, anchors: Anchors) -> Any:
 
 
 def first_true(mask: Any) -> Any:
-    """The first True of every row, or the last column if there is none."""
+    """The column of the first True of every row; the last column of a row without True."""
     width = ops.shape(mask)[-1]
     column = ops.arange(width, dtype="int32")
     return ops.min(ops.where(mask, column, width - 1), axis=-1)

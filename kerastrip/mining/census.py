@@ -12,7 +12,7 @@ from typing import Any
 from keras import ops
 
 from kerastrip.mining import blocks
-from kerastrip.mining.blocks import Anchors, Batch
+from kerastrip.mining.blocks import Anchors, OrderedBatch
 
 __all__ = [
     "count",
@@ -99,7 +99,7 @@ def _count_by_rank(d: Any, here: Anchors, margin: Any, rooted: bool) -> tuple[An
     return blocks.over_ranks(ops.max(positives), add, start)
 
 
-def count(batch: Batch, margin: Any, *, rooted: bool) -> tuple[Any, Any]:
+def count(batch: OrderedBatch, margin: Any, *, rooted: bool) -> tuple[Any, Any]:
     """The census of all rows.
 
     Args:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from kerastrip.mining import blocks
-from kerastrip.mining.blocks import Anchors, Batch, Rule, Terms
+from kerastrip.mining.blocks import Anchors, OrderedBatch, Rule, Terms
 
 __all__ = [
     "Block",
@@ -182,16 +182,18 @@ def _block(
 # The blocks of a batch ----------------------------------------------------------------
 
 
-def _distances(batch: Batch, here: Anchors, first: Any, *, rule: Rule) -> tuple:
+def _distances(batch: OrderedBatch, here: Anchors, first: Any, *, rule: Rule) -> tuple:
     """Signed distances of a block, and what to sort: inf for all but negatives."""
     d = blocks.signed_distances(batch, here, first)
     return d, ops.where(d >= 0, d, blocks.INFINITE)
 
 
-def _over_blocks(batch: Batch, rule: Rule, visit: Callable, state: tuple) -> tuple:
+def _over_blocks(
+    batch: OrderedBatch, rule: Rule, visit: Callable, state: tuple
+) -> tuple:
     """Call `visit(d, by_distance, here, first, *state)` for the blocks that have work.
 
-    That is every block, or with pairs those that hold a row with many positives.
+    Every block has, but by pairs only a block that holds a row with many positives.
     """
 
     def block(here: Anchors, first: Any, *state: Any) -> tuple:
@@ -211,7 +213,7 @@ def _over_blocks(batch: Batch, rule: Rule, visit: Callable, state: tuple) -> tup
 
 
 def _kept_columns(width: Any) -> Any:
-    """How many columns of coefficients are kept: all of them or none."""
+    """How many columns of coefficients are kept: all, or 0 in a large batch."""
     return blocks.flag(width <= KEPT_ROWS) * width
 
 
@@ -224,7 +226,7 @@ def _kept_block(
     return found._replace(coefficients=found.coefficients[:, :columns])
 
 
-def _units(batch: Batch, rule: Rule) -> Any:
+def _units(batch: OrderedBatch, rule: Rule) -> Any:
     """The number of units of every row, (padded,) float32."""
     anchors = blocks.find_anchors(batch)
     positives = ops.cast(anchors.positives, "float32")
@@ -236,7 +238,7 @@ def _units(batch: Batch, rule: Rule) -> Any:
     return positives * ops.minimum(negatives, 1.0)
 
 
-def no_losses(batch: Batch) -> Terms:
+def no_losses(batch: OrderedBatch) -> Terms:
     """What `losses` returns for a batch without any unit."""
     padded = ops.shape(batch.rows)[0]
     return Terms(
@@ -247,7 +249,7 @@ def no_losses(batch: Batch) -> Terms:
     )
 
 
-def _losses(batch: Batch, margin: Any, *, rule: Rule) -> Terms:
+def _losses(batch: OrderedBatch, margin: Any, *, rule: Rule) -> Terms:
     batch = blocks.near_the_origin(batch)
 
     def visit(
@@ -262,7 +264,7 @@ def _losses(batch: Batch, margin: Any, *, rule: Rule) -> Terms:
     return Terms(losses, active, _units(batch, rule), kept)
 
 
-def losses(batch: Batch, margin: Any, rule: Rule) -> Terms:
+def losses(batch: OrderedBatch, margin: Any, rule: Rule) -> Terms:
     """The losses of all rows; by pairs only of rows with more than `MOST_RANKS` positives.
 
     Args:
@@ -300,7 +302,9 @@ def _gradient_of_kept(rows: Any, weights: Any, kept: Any, *, rule: Rule) -> Any:
     return blocks.row_sum(both)[:, None] * rows - ops.matmul(both, rows)
 
 
-def _gradient(batch: Batch, margin: Any, weights: Any, kept: Any, *, rule: Rule) -> Any:
+def _gradient(
+    batch: OrderedBatch, margin: Any, weights: Any, kept: Any, *, rule: Rule
+) -> Any:
     batch = blocks.near_the_origin(batch)
     rows = batch.rows
     dim = ops.shape(rows)[1]
@@ -323,7 +327,9 @@ def _gradient(batch: Batch, margin: Any, weights: Any, kept: Any, *, rule: Rule)
     )
 
 
-def gradient(batch: Batch, margin: Any, weights: Any, kept: Any, rule: Rule) -> Any:
+def gradient(
+    batch: OrderedBatch, margin: Any, weights: Any, kept: Any, rule: Rule
+) -> Any:
     """Gradient of sum(weights * losses) with respect to the rows, (padded, dim).
 
     Args:

@@ -42,7 +42,7 @@ from kerastrip._numerics import (
 )
 from kerastrip.distances import DISTANCES, prepare
 from kerastrip.mining import blocks, census, dense, pairs
-from kerastrip.mining.blocks import Batch, Rule
+from kerastrip.mining.blocks import OrderedBatch, Rule
 
 __all__ = [
     "AVERAGES",
@@ -85,7 +85,7 @@ class Census(NamedTuple):
 class _Ordered(NamedTuple):
     """What the compiled functions get, and the way back to the order of the batch."""
 
-    batch: Batch
+    batch: OrderedBatch
     order: Any
     inverse: Any
     given: Any  # the batch size, an integer or a scalar tensor
@@ -160,7 +160,7 @@ def _mined(
 def _ordered(labels: Any, rows: Any) -> _Ordered:
     given = ops.shape(rows)[0]
     order = blocks.order_by_label(labels, given, blocks.padded_size(given))
-    batch = Batch(
+    batch = OrderedBatch(
         blocks.take_padded(ops.stop_gradient(rows), order),
         blocks.take_padded(labels, order),
         ops.convert_to_tensor(given, "int32"),
@@ -177,8 +177,8 @@ def triplet_census(
 ) -> Census:
     """Count the easy, semi-hard and hard triplets of a batch, exactly.
 
-    The counts are exact for the float32 distances, those the losses of this package
-    select by. Time grows as batch^2 * positives while an anchor has up to 64
+    The counts are exact for the float32 distances by which the losses of this package
+    choose. Time grows as batch^2 * positives while an anchor has up to 64
     positives, beyond that as batch^2 * log(batch).
 
     Args:

@@ -19,7 +19,7 @@ from keras import ops
 
 from kerastrip._numerics import safe_divide, safe_sqrt
 from kerastrip.mining import blocks, dense
-from kerastrip.mining.blocks import Anchors, Batch, Rule, Terms
+from kerastrip.mining.blocks import Anchors, OrderedBatch, Rule, Terms
 
 __all__ = [
     "Found",
@@ -45,7 +45,7 @@ class Found(NamedTuple):
 
     losses: Any  # (padded,) float32
     active: Any  # (padded,) int32
-    units: Any  # (padded,) int32, those of rows with many positives too
+    units: Any  # (padded,) int32, of the rows with many positives too
     most: Any  # () int32, the largest number of positives
     table: Any  # (lines, padded) int32
     pull: Any  # (lines, padded) float32; (padded,) by anchors
@@ -56,7 +56,9 @@ class Found(NamedTuple):
 
 
 def nearest_beyond(d: Any, bound: Any) -> tuple[Any, Any]:
-    """The least entry > bound of every row and its column; inf and any if none.
+    """The least entry > bound of every row and its column.
+
+    A row without such an entry gets inf and any column.
 
     In two stages, since finding the place of a minimum costs three times the minimum:
     the least of every stretch of columns, then the column in the best stretch.
@@ -88,7 +90,7 @@ def farthest_positive(d: Any) -> Any:
     return blocks.first_true(positive == ops.min(positive, axis=1, keepdims=True))
 
 
-def choose_anchors(batch: Batch) -> Any:
+def choose_anchors(batch: OrderedBatch) -> Any:
     """The farthest positive and the nearest negative of every row, (2, padded)."""
     batch = blocks.near_the_origin(batch)
 
@@ -101,7 +103,7 @@ def choose_anchors(batch: Batch) -> Any:
     return blocks.over_blocks(batch, visit, (table,))[0]
 
 
-def choose_negatives(batch: Batch, margin: Any, rule: Rule) -> Any:
+def choose_negatives(batch: OrderedBatch, margin: Any, rule: Rule) -> Any:
     """The negative of every pair, (MOST_RANKS, padded): line r for positives of rank r."""
     batch = blocks.near_the_origin(batch)
     padded = ops.shape(batch.rows)[0]
@@ -109,7 +111,7 @@ def choose_negatives(batch: Batch, margin: Any, rule: Rule) -> Any:
     def visit(here: Anchors, first: Any, table: Any) -> tuple:
         d = blocks.signed_distances(batch, here, first)  # (count, padded)
         # "semi_hard" takes the nearest negative beyond the positive, however far it is;
-        # only "semi_hard_or_hard" asks whether it is within the margin. Where none is:
+        # only "semi_hard_or_hard" asks whether it is within the margin. Without one:
         instead = (
             farthest_negative(d) if rule.mining == "semi_hard" else nearest_negative(d)
         )
@@ -146,7 +148,7 @@ def _losses_and_factors(
     return loss, 2.0 * slope, 2.0 * slope
 
 
-def _losses_of_pairs(batch: Batch, margin: Any, rule: Rule) -> Found:
+def _losses_of_pairs(batch: OrderedBatch, margin: Any, rule: Rule) -> Found:
     table = choose_negatives(batch, margin, rule)
     anchors, rows = blocks.find_anchors(batch), batch.rows
     padded = ops.shape(rows)[0]
@@ -174,7 +176,7 @@ def _losses_of_pairs(batch: Batch, margin: Any, rule: Rule) -> Found:
     return Found(losses, active, units, most, table, pull, push)
 
 
-def _losses_of_anchors(batch: Batch, margin: Any, rule: Rule) -> Found:
+def _losses_of_anchors(batch: OrderedBatch, margin: Any, rule: Rule) -> Found:
     table = choose_anchors(batch)
     anchors = blocks.find_anchors(batch)
     units = ops.minimum(ops.minimum(anchors.positives, anchors.negatives), 1)
@@ -184,19 +186,19 @@ def _losses_of_anchors(batch: Batch, margin: Any, rule: Rule) -> Found:
     return Found(loss, active, units, ops.max(anchors.positives), table, pull, push)
 
 
-def _losses_of_few(batch: Batch, margin: Any, *, rule: Rule) -> Found:
+def _losses_of_few(batch: OrderedBatch, margin: Any, *, rule: Rule) -> Found:
     find = _losses_of_anchors if rule.by_anchors else _losses_of_pairs
     return find(batch, margin, rule)
 
 
-def _may_have_many(batch: Batch, rule: Rule) -> bool:
-    """Whether a class of a batch of this size, if known, can be too large for the table."""
+def _may_have_many(batch: OrderedBatch, rule: Rule) -> bool:
+    """Whether a batch of this size can hold a class that is too large for the table."""
     padded = ops.shape(batch.rows)[0]
     can = not isinstance(padded, int) or padded > blocks.MOST_RANKS + 1
     return can and rule.by_pairs
 
 
-def losses(batch: Batch, margin: Any, rule: Rule) -> Terms:
+def losses(batch: OrderedBatch, margin: Any, rule: Rule) -> Terms:
     """The losses of all rows, by pairs or by anchors.
 
     Args:
@@ -228,7 +230,7 @@ def _sum_by_column(values: Any, columns: Any) -> Any:
     return ops.segment_sum(values, columns, num_segments=ops.shape(values)[0])
 
 
-def _gradient_of_pairs(batch: Batch, weights: Any, found: Found) -> Any:
+def _gradient_of_pairs(batch: OrderedBatch, weights: Any, found: Found) -> Any:
     anchors, rows = blocks.find_anchors(batch), batch.rows
     padded = ops.shape(rows)[0]
     pull, push = found.pull * weights, found.push * weights
@@ -250,19 +252,23 @@ def _gradient_of_pairs(batch: Batch, weights: Any, found: Found) -> Any:
     return blocks.over_ranks(most, line, (ops.zeros_like(rows),))[0]
 
 
-def _gradient_of_anchors(batch: Batch, weights: Any, found: Found) -> Any:
+def _gradient_of_anchors(batch: OrderedBatch, weights: Any, found: Found) -> Any:
     rows, (p, n) = batch.rows, (found.table[0], found.table[1])
     near = (found.pull * weights)[:, None] * (rows - ops.take(rows, p, axis=0))
     far = (found.push * weights)[:, None] * (rows - ops.take(rows, n, axis=0))
     return near - far - _sum_by_column(near, p) + _sum_by_column(far, n)
 
 
-def _gradient_of_few(batch: Batch, weights: Any, found: Found, *, rule: Rule) -> Any:
+def _gradient_of_few(
+    batch: OrderedBatch, weights: Any, found: Found, *, rule: Rule
+) -> Any:
     flow = _gradient_of_anchors if rule.by_anchors else _gradient_of_pairs
     return flow(batch, weights, found)
 
 
-def gradient(batch: Batch, margin: Any, weights: Any, kept: Any, rule: Rule) -> Any:
+def gradient(
+    batch: OrderedBatch, margin: Any, weights: Any, kept: Any, rule: Rule
+) -> Any:
     """Gradient of sum(weights * losses) with respect to the rows, (padded, dim).
 
     Args:

@@ -11,8 +11,8 @@ from keras import ops
 
 from kerastrip import losses, mining
 from kerastrip.distances import DISTANCES
-from kerastrip.losses import ContrastiveLoss
-from kerastrip.losses.triplet import (
+from kerastrip.losses import (
+    ContrastiveLoss,
     TripletHardLoss,
     TripletLoss,
     TripletSemiHardLoss,
