@@ -98,9 +98,8 @@ def data_parallel():
     # fit, which comes after, runs under it as well
 
 
-def main(devices, quick, *names):
+def main(devices, *names, quick=False):
     """Prints, for every loss, one device, several that gather, several that do not."""
-    quick = quick == "True"
     scope = mirrored(int(devices)) if BACKEND == "tensorflow" else data_parallel
     alone = [trained(name, True, quick=quick) for name in names]
     for name, single in zip(names, alone, strict=True):
@@ -110,12 +109,16 @@ def main(devices, quick, *names):
         sys.stdout.write(f"{json.dumps(results)}\n")
 
 
-def run(devices, names, quick=False, timeout=1500):
+def run(devices, names, timeout=1500):
     flags = f"--xla_force_host_platform_device_count={devices}"
-    script, arguments = pathlib.Path(__file__), (devices, quick, *names)
+    script, arguments = pathlib.Path(__file__), (devices, *names)
     done = run_script(script, *arguments, env={"XLA_FLAGS": flags}, timeout=timeout)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "["]
-    return dict(zip(names, lines, strict=True))
+    return dict(zip(names, printed(done), strict=True))
+
+
+def printed(done):
+    """What `main` printed in a process that ended."""
+    return [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "["]
 
 
 def difference(a, b):
@@ -133,8 +136,9 @@ def assert_same(found, single):
 
 
 @tensorflow_only
-def test_two_replicas_that_gather_train_as_one_device():
-    (single, gathered) = run(2, ["active"], quick=True)["active"]
+def test_two_replicas_that_gather_train_as_one_device(run_fork):
+    script = "import test_replicas; test_replicas.main(2, 'active', quick=True)"
+    [(single, gathered)] = printed(run_fork(script))
     assert_same(gathered, single)
 
 

@@ -1,6 +1,5 @@
 """Zip archives: the same images as from files, safe in threads and processes."""
 
-import pathlib
 import pickle
 import struct
 import tracemalloc
@@ -11,14 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 import pytest
+from harness import ROOT
 
 from kerastrip.sampling.sampler import PKSampler
 from kerastrip.sources import BrokenSamples, ImageFolder, ZipImages
 
-OMNIGLOT = (
-    pathlib.Path(__file__).parents[2]
-    / "shared/data/omniglot/images_background_small1.zip"
-)
+OMNIGLOT = ROOT.parent / "shared/data/omniglot/images_background_small1.zip"
 NAMES = [
     f"{alphabet}/{character}/{number}.png"
     for alphabet in ("Greek", "Ελληνικά")

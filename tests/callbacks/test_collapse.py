@@ -1,7 +1,6 @@
 """CollapseGuard: alarms on what really collapses, silence on what is healthy."""
 
 import io
-import pathlib
 import re
 import warnings
 import zipfile
@@ -9,7 +8,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from harness import tiny_model
+from harness import ROOT, tiny_model
 from sklearn.datasets import load_digits
 
 from kerastrip.callbacks.collapse import CollapseGuard
@@ -17,7 +16,7 @@ from kerastrip.callbacks.mining_stats import MiningStats
 from kerastrip.losses import TripletLoss
 from kerastrip.sampling.sampler import PKSampler
 
-OMNIGLOT = pathlib.Path(__file__).parents[2] / "shared" / "data" / "omniglot"
+OMNIGLOT = ROOT.parent / "shared" / "data" / "omniglot"
 
 HEALTHY = {
     "easy": 0.6,

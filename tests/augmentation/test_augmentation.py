@@ -285,7 +285,8 @@ def test_processes_and_no_network(tmp_path, aug, views):
     """Fork, also under a held lock, and spawn; no name is looked up on the way."""
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
-    env = {"NO_ALBUMENTATIONS_UPDATE": None}
+    # Two processes import Keras, fastest with this backend; an augmentation needs none.
+    env = {"NO_ALBUMENTATIONS_UPDATE": None, "KERAS_BACKEND": "numpy"}
     result = run_script(script, input=aug.to_json(), env=env)
     assert result.stdout.split() == [views.tobytes().hex()] * 3
 
