@@ -707,7 +707,7 @@ def test_embeddings_line_up_with_the_samples_or_there_are_none(folder):
     break_some(folder)
     source = skipping(folder)
     model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten()])
-    with pytest.raises(BrokenSamples, match="leaves out those of `find_broken"):
+    with pytest.raises(BrokenSamples, match="leave out the samples that `find_broken"):
         kerastrip.embed(model, source)
     good = np.setdiff1d(np.arange(25), list(source.find_broken()))
     embeddings = kerastrip.embed(model, Subset(source, good))
