@@ -327,20 +327,20 @@ def _distinct(values: np.ndarray) -> np.ndarray:
     return (distinct + low).astype(values.dtype)
 
 
-def sorted_by(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions sorted by unit, then by position; the size of each unit.
+def sorted_by(strata: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions sorted by stratum, then by position; the size of each stratum.
 
-    The unit and the position are packed into one integer and sorted in place:
-    12 bytes a sample at the peak, where a stable argsort takes 20. For the units 1 0 1:
+    The stratum and the position are packed into one integer and sorted in place:
+    12 bytes a sample at the peak, where a stable argsort takes 20. For the strata 1 0 1:
 
-        packed      1|0  0|1  1|2     unit and position; the position has 2 bits here
+        packed      1|0  0|1  1|2     stratum and position; the position has 2 bits here
         sorted      0|1  1|0  1|2
         order         1    0    2
     """
-    sizes = np.bincount(units)
-    samples = len(units)
+    sizes = np.bincount(strata)
+    samples = len(strata)
     bits = samples.bit_length()
-    packed = units.astype(np.int64)
+    packed = strata.astype(np.int64)
     packed <<= bits
     order = np.empty(samples, np.int32 if bits < 32 else np.int64)
     step = 1 << 22

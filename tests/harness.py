@@ -17,6 +17,8 @@ import pytest
 TESTS = pathlib.Path(__file__).parent
 ROOT = TESTS.parent
 BACKEND = keras.config.backend()
+# Variables of a process that needs no backend: Keras' own for NumPy needs JAX.
+LIGHT = {"KERAS_BACKEND": "numpy"} if importlib.util.find_spec("jax") else {}
 tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow only")
 
 
@@ -112,7 +114,8 @@ def _command(script, arguments):
 
 
 def _environment(changes):
-    path = f"{ROOT}{os.pathsep}{TESTS}"
+    folders = sorted(path for path in TESTS.iterdir() if path.is_dir())
+    path = os.pathsep.join(map(str, [ROOT, TESTS, *folders]))
     variables = {**os.environ, "PYTHONPATH": path, **(changes or {})}
     return {key: value for key, value in variables.items() if value is not None}
 

@@ -18,7 +18,7 @@ from kerastrip.evaluation.retrieval import (
     check_metrics,
     common_codes,
     lookup_figures,
-    themselves,
+    self_match_warning,
 )
 
 __all__ = [
@@ -179,7 +179,9 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         )
         if len(met) and not self._warned:
             self._warned = True
-            _checks.warn(f"{type(self).__name__}: {themselves(met, len(embeddings))}")
+            _checks.warn(
+                f"{type(self).__name__}: {self_match_warning(met, len(embeddings))}"
+            )
         return figures
 
     @property

@@ -28,8 +28,8 @@ __all__ = [
     "label_table",
     "lookup_figures",
     "retrieval_metrics",
+    "self_match_warning",
     "shared_rows",
-    "themselves",
 ]
 
 METRICS = (
@@ -136,7 +136,7 @@ def retrieval_metrics(
         verbose=verbose,
     )
     if len(met):
-        _checks.warn(themselves(met, len(embeddings)))
+        _checks.warn(self_match_warning(met, len(embeddings)))
     return results
 
 
@@ -299,7 +299,9 @@ class _Block(NamedTuple):
             return self.hits[:, : int(k)].max(axis=1)
         if name == "precision":
             return self.hits[:, : int(k)].sum(axis=1) / int(k)
-        return _vote(self.neighbours[:, : int(k)]) == self.codes  # knn@k
+        if name == "knn":
+            return _vote(self.neighbours[:, : int(k)]) == self.codes
+        raise NotImplementedError(metric)
 
     def _first_rank(self) -> np.ndarray:
         """(n,) rank, from 1, of the first hit of every query among all rows."""
@@ -344,7 +346,7 @@ def shared_rows(queries: Any, gallery: Any) -> np.ndarray | None:
     return rows if (rows >= 0).any() else None
 
 
-def themselves(met: np.ndarray, queries: int) -> str:
+def self_match_warning(met: np.ndarray, queries: int) -> str:
     """The warning for queries that seem to be in the gallery."""
     return (
         f"{len(met)} of {queries} queries have an equal row of their own label in "

@@ -18,7 +18,7 @@ The way of a batch through the engine:
       -> ordered by label   so that a class is one stretch of rows (mining.blocks)
       -> losses             one chosen negative per pair or anchor (mining.pairs),
                             or all of the row (mining.dense)
-      -> census             counts of every kind (mining.census)
+      -> census             counts of every kind (mining.counting)
       -> restored           in the order of the batch, without the padding
 
 Which rows are chosen carries no gradient; `losses` keeps what the gradient needs, and
@@ -41,7 +41,7 @@ from kerastrip._numerics import (
     with_gradient,
 )
 from kerastrip.distances import DISTANCES, prepare
-from kerastrip.mining import blocks, census, dense, pairs
+from kerastrip.mining import blocks, counting, dense, pairs
 from kerastrip.mining.blocks import OrderedBatch, Rule
 
 __all__ = [
@@ -54,6 +54,8 @@ __all__ = [
     "triplet_losses",
 ]
 
+# What a word means stands in `blocks.Rule` (what is one unit), in `pairs` (which rows are
+# chosen) or `dense` (which entries of the matrix), and for users in `TripletLoss`.
 MININGS = ("semi_hard", "semi_hard_or_hard", "hard", "all")
 AVERAGES = ("all", "active")
 
@@ -88,11 +90,11 @@ class _Ordered(NamedTuple):
     batch: OrderedBatch
     order: Any
     inverse: Any
-    given: Any  # the batch size, an integer or a scalar tensor
+    batch_size: Any  # an integer where it is known when traced, else a scalar tensor
 
     def restore(self, x: Any, axis: int = 0) -> Any:
         """Entries along `axis` in the order of the batch, without the padding."""
-        return ops.take(x, self.inverse[: self.given], axis=axis)
+        return ops.take(x, self.inverse[: self.batch_size], axis=axis)
 
 
 def check_choice(mining: str, soft: bool, average_over: str) -> None:
@@ -220,7 +222,7 @@ def triplet_census(
 
 def _counted(labels: Any, embeddings: Any, margin: Any, *, rule: Rule) -> Census:
     ordered = _ordered(labels, prepare(embeddings, rule.distance))
-    count = blocks.compiled_on_tensorflow(census.count, rooted=rule.rooted)
+    count = blocks.compiled_on_tensorflow(counting.count, rooted=rule.rooted)
     counts, sums = count(ordered.batch, margin)  # (5, padded), (2, padded)
     counts = ops.unstack(ordered.restore(counts, axis=1), 5)
     sums = ops.unstack(ordered.restore(sums, axis=1), 2)
@@ -251,7 +253,8 @@ def triplet_losses(
 
     Returns:
         (batch,) float32: the sum of the losses of a row's units (pairs, anchors or
-        triplets), times batch / number of units in the batch.
+        triplets), times batch / number of units, or of active units, in the batch. So the
+        mean over the rows is the mean over the units.
     """
     check_choice(mining, soft, average_over)
     _checks.number("margin", margin, above=0)
@@ -291,6 +294,7 @@ def _losses(labels: Any, embeddings: Any, margin: Any, *, rule: Rule) -> Any:
     """(batch,) values of any rule, with their gradient."""
     rows = prepare(embeddings, rule.distance)  # (batch, dim)
     ordered = _ordered(labels, rows)
+    # (Where a class is too large for the table of `pairs`, `pairs` asks `dense` for it.)
     module = pairs if rule.by_pairs or rule.by_anchors else dense
     terms = module.losses(ordered.batch, margin, rule)
     units = terms.units if rule.average_over == "all" else terms.active

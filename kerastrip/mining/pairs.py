@@ -112,9 +112,10 @@ def choose_negatives(batch: OrderedBatch, margin: Any, rule: Rule) -> Any:
         d = blocks.signed_distances(batch, here, first)  # (count, padded)
         # "semi_hard" takes the nearest negative beyond the positive, however far it is;
         # only "semi_hard_or_hard" asks whether it is within the margin. Without one:
-        instead = (
-            farthest_negative(d) if rule.mining == "semi_hard" else nearest_negative(d)
-        )
+        instead = {
+            "semi_hard": farthest_negative,
+            "semi_hard_or_hard": nearest_negative,
+        }[rule.mining](d)
 
         def line(rank: Any, table: Any) -> tuple:
             p = ops.abs(blocks.entry(d, blocks.positive_column(here, rank, padded)))

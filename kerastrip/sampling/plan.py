@@ -227,7 +227,7 @@ class PKPlan:
     def _index(self, groups: np.ndarray | None) -> None:
         """Sort the samples by (group, class) and keep the classes to draw from.
 
-        What is drawn as a class is a *unit*: the samples of one class, or with groups
+        What is drawn as a class is a *stratum*: the samples of one class, or with groups
         for samples the samples of one class in one group.
         """
         # For the codes 1 0 1 2 0 1 and no groups the index is
@@ -238,14 +238,14 @@ class PKPlan:
         #
         # Class 2 has a single sample and is left out: `order` stays as it is, and the
         # last entry of `sizes` and of `starts` goes.
-        units = self.codes if groups is None else _paired(groups, self.codes)
-        order, sizes = _labels.sorted_by(units)
+        strata = self.codes if groups is None else _paired(groups, self.codes)
+        order, sizes = _labels.sorted_by(strata)
         starts = np.cumsum(sizes) - sizes
         code = self.codes[order[starts]]
         fewest = self._fewest_samples(sizes, code)
         kept = sizes >= fewest
         self._order, self._starts, self._sizes = order, starts[kept], sizes[kept]
-        self._codes_of_units = code[kept]
+        self._codes_of_strata = code[kept]
         self._left_out = int((~kept).sum()), int(sizes[~kept].sum())
         self._group_sizes = np.array([kept.sum()])
         if groups is not None:
@@ -299,7 +299,7 @@ class PKPlan:
         """ValueError if fewer than P classes are kept.
 
         Args:
-            code: the class of every unit, including units that are left out.
+            code: the class of every stratum, including strata that are left out.
         """
         usable = len(self._sizes)
         if self.classes_per_batch <= usable:
@@ -344,7 +344,7 @@ class PKPlan:
         self._schedule = epoch_modes.Coverage(self._group_sizes, needed, p, key)
         rows = self._schedule.batches * p * k
         if rows > 2 * seen.sum():
-            most = self.classes_[self._codes_of_units[np.argmax(seen)]]
+            most = self.classes_[self._codes_of_strata[np.argmax(seen)]]
             _checks.warn(
                 f"A coverage epoch has {rows} rows for {seen.sum()} samples, more "
                 f"than twice as many: the largest class ({most!s}, {seen.max()} "
@@ -402,13 +402,13 @@ class PKPlan:
         index, count = self.shard
         share = self.classes_per_batch // count
         columns = np.arange(index * share, (index + 1) * share)
-        unit, draw = self._schedule.draws(epoch, steps, columns)
-        unit, draw = unit[..., None], draw[..., None]
-        size = self._limits[unit]
+        stratum, draw = self._schedule.draws(epoch, steps, columns)
+        stratum, draw = stratum[..., None], draw[..., None]
+        size = self._limits[stratum]
         # Balanced cycles run on over the epochs; coverage begins new cycles in each epoch,
         # so its key holds the epoch.
         cycles_since = epoch if self.epoch_mode == "coverage" else 0
-        key = mix(self.seed, _SAMPLES, cycles_since, unit)
+        key = mix(self.seed, _SAMPLES, cycles_since, stratum)
         # A class too small for K rows gives all of its samples as often as they fit. The
         # remaining rows come from cycles, as in a larger class. For K = 5 and 2 samples:
         #
@@ -430,11 +430,11 @@ class PKPlan:
         if self.max_per_class is not None:
             # Each epoch takes the next `size` samples of the class from cycles over all
             # of its samples; so far `item` is a position among these `size` samples.
-            key = mix(self.seed, _LIMIT, unit)
+            key = mix(self.seed, _LIMIT, stratum)
             item = permutation.cycle(
-                np.full_like(unit, epoch), item, self._sizes[unit], size, key
+                np.full_like(stratum, epoch), item, self._sizes[stratum], size, key
             )
-        rows = self._order[self._starts[unit] + item]
+        rows = self._order[self._starts[stratum] + item]
         return rows.reshape(len(steps), -1).astype(np.int64)
 
     def substitutes(self, epoch: int, step: int, position: int) -> Iterator[int]:
@@ -453,8 +453,8 @@ class PKPlan:
         column = index * (self.classes_per_batch // count)
         column += position // self.samples_per_class
         drawn, _ = self._schedule.draws(epoch, np.array([step]), np.array([column]))
-        unit = int(drawn.item())
-        start, size = int(self._starts[unit]), int(self._sizes[unit])
+        stratum = int(drawn.item())
+        start, size = int(self._starts[stratum]), int(self._sizes[stratum])
         # With the position in the global batch, so that all shards agree. Few substitutes
         # are ever needed, therefore they are shuffled in pieces of 64.
         key = mix(self.seed, _SUBSTITUTES, epoch, step, self.first_row + position)
@@ -483,7 +483,9 @@ class PKPlan:
         seen = int(np.minimum(self._limits, draws * self.samples_per_class).sum())
         rows = len(self) * self.classes_per_batch * self.samples_per_class
         least, most = int(draws.argmin()), int(draws.argmax())
-        label = [self.classes_[self._codes_of_units[unit]] for unit in (least, most)]
+        label = [
+            self.classes_[self._codes_of_strata[stratum]] for stratum in (least, most)
+        ]
         return SamplingReport(
             classes_kept=len(self._sizes),
             classes_left_out=self._left_out[0],
@@ -539,6 +541,6 @@ def _group_codes(groups: Any, table: _labels.LabelTable) -> np.ndarray | None:
 
 
 def _paired(groups: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """(samples,) numbers of the units: pairs (group, class) that occur, in this order."""
+    """(samples,) numbers of the strata: pairs (group, class) that occur, in this order."""
     pairs = groups.astype(np.int64) * (int(codes.max()) + 1) + codes
     return np.unique(pairs, return_inverse=True)[1]

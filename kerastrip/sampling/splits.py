@@ -102,7 +102,7 @@ def split_samples(
     seed = _checks.integer("seed", seed)
     table = _labels.LabelTable(labels)
     order, sizes = _labels.sorted_by(table.codes)
-    unit = np.repeat(np.arange(len(sizes)), sizes)
+    stratum = np.repeat(np.arange(len(sizes)), sizes)
     code = table.codes[order]
     starts = np.cumsum(sizes) - sizes
     if (sizes < 2).any():
@@ -120,10 +120,10 @@ def split_samples(
     #     code         0 0 0 1 1 1 1 1
     #     place        0 1 2 0 1 2 3 4
     #     shuffled     1 2 0 3 0 4 1 2      with count = 1, 2 samples 2, 4 and 6 are in test
-    place = np.arange(len(order)) - starts[unit]
-    shuffled = permutation.permute(place, sizes[unit], mix(seed, _SPLIT, code))
+    place = np.arange(len(order)) - starts[stratum]
+    shuffled = permutation.permute(place, sizes[stratum], mix(seed, _SPLIT, code))
     in_test = np.zeros(len(order), bool)
-    in_test[order] = shuffled < count[unit]
+    in_test[order] = shuffled < count[stratum]
     return np.flatnonzero(~in_test), np.flatnonzero(in_test)
 
 

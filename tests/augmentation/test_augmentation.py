@@ -11,7 +11,7 @@ import albumentations as A
 import keras
 import numpy as np
 import pytest
-from harness import run_script
+from harness import LIGHT, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -286,7 +286,7 @@ def test_processes_and_no_network(tmp_path, aug, views):
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
     # Two processes import Keras, fastest with this backend; an augmentation needs none.
-    env = {"NO_ALBUMENTATIONS_UPDATE": None, "KERAS_BACKEND": "numpy"}
+    env = {"NO_ALBUMENTATIONS_UPDATE": None, **LIGHT}
     result = run_script(script, input=aug.to_json(), env=env)
     assert result.stdout.split() == [views.tobytes().hex()] * 3
 

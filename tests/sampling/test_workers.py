@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import importlib.util
 import logging
 import os
 import pathlib
@@ -17,7 +16,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from harness import forking, until
+from harness import LIGHT, forking, until
 
 from kerastrip.sampling import look_ahead, workers
 from kerastrip.sampling.look_ahead import InFlight, LookAhead, in_thread
@@ -26,10 +25,6 @@ from kerastrip.sampling.workers import WorkerPool
 pytestmark = pytest.mark.backend
 
 LAYOUT = [((3, 4), np.dtype("float32")), ((5,), np.dtype("uint8"))]
-
-# The pool needs no backend, and this one is there at once. Part of it needs JAX.
-LIGHT = {"KERAS_BACKEND": "numpy"} if importlib.util.find_spec("jax") else {}
-
 
 MATRIX = np.random.default_rng(0).random((300, 300))
 LOG = logging.getLogger("kerastrip.tests.workers")
