@@ -333,16 +333,16 @@ class PKPlan:
         self._limits = self._sizes
         if self.max_per_class is not None:
             self._limits = np.minimum(self._sizes, self.max_per_class)
-        self._schedule: epoch_modes.Balanced | epoch_modes.Coverage
+        self._mode: epoch_modes.Balanced | epoch_modes.Coverage
         if self.epoch_mode == "balanced":
-            self._schedule = epoch_modes.Balanced(
+            self._mode = epoch_modes.Balanced(
                 self._group_sizes, p, batches_per_epoch or -(-kept // (p * k)), key
             )
-            return self._schedule.batches
+            return self._mode.batches
         seen = self._limits
         needed = -(-seen // k)
-        self._schedule = epoch_modes.Coverage(self._group_sizes, needed, p, key)
-        rows = self._schedule.batches * p * k
+        self._mode = epoch_modes.Coverage(self._group_sizes, needed, p, key)
+        rows = self._mode.batches * p * k
         if rows > 2 * seen.sum():
             most = self.classes_[self._codes_of_strata[np.argmax(seen)]]
             _checks.warn(
@@ -351,7 +351,7 @@ class PKPlan:
                 f"samples) alone needs {needed.max()} batches. `max_per_class` "
                 "shortens the epoch; `epoch_mode='balanced'` does not depend on it."
             )
-        return self._schedule.batches
+        return self._mode.batches
 
     def __len__(self) -> int:
         return self._batches
@@ -402,7 +402,7 @@ class PKPlan:
         index, count = self.shard
         share = self.classes_per_batch // count
         columns = np.arange(index * share, (index + 1) * share)
-        stratum, draw = self._schedule.draws(epoch, steps, columns)
+        stratum, draw = self._mode.draws(epoch, steps, columns)
         stratum, draw = stratum[..., None], draw[..., None]
         size = self._limits[stratum]
         # Balanced cycles run on over the epochs; coverage begins new cycles in each epoch,
@@ -452,7 +452,7 @@ class PKPlan:
         index, count = self.shard
         column = index * (self.classes_per_batch // count)
         column += position // self.samples_per_class
-        drawn, _ = self._schedule.draws(epoch, np.array([step]), np.array([column]))
+        drawn, _ = self._mode.draws(epoch, np.array([step]), np.array([column]))
         stratum = int(drawn.item())
         start, size = int(self._starts[stratum]), int(self._sizes[stratum])
         # With the position in the global batch, so that all shards agree. Few substitutes
@@ -477,7 +477,7 @@ class PKPlan:
 
     def report(self) -> SamplingReport:
         """What the plan keeps, leaves out and repeats: a table when printed."""
-        draws = self._schedule.draws_per_class(0)
+        draws = self._mode.draws_per_class(0)
         # Epoch 0 begins at the start of a cycle: no sample of a class comes twice before
         # all samples of the class have come once.
         seen = int(np.minimum(self._limits, draws * self.samples_per_class).sum())
