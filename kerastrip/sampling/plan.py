@@ -211,6 +211,9 @@ class PKPlan:
         if batches_per_epoch is not None:
             check("batches_per_epoch", batches_per_epoch, 1)
         self.max_per_class = max_per_class
+        self.groups_per_batch = _checked_shares(
+            groups_per_batch, groups, self.classes_per_batch
+        )
         self.shard = _checked_shard(shard, self.classes_per_batch)
         self.seed = check("seed", seed)
         for name, what, lacking in (
@@ -265,7 +268,9 @@ class PKPlan:
         self._left_out = int((~kept).sum()), int(sizes[~kept].sum())
         self._group_sizes = np.array([kept.sum()])
         if groups is not None:
-            self._group_sizes = self._classes_of_groups(groups[order[self._starts]])
+            self._group_sizes = self._classes_of_groups(
+                groups[order[self._starts]], self._codes_of_strata
+            )
         self._check_usable(code)
         notes = []
         if not kept.all():
@@ -296,18 +301,41 @@ class PKPlan:
         dropped = self.small_classes == "drop"
         return max(self.min_class_size, k) if dropped else self.min_class_size
 
-    def _classes_of_groups(self, group_of_class: np.ndarray) -> np.ndarray:
-        """How many classes each group has; at least P."""
-        names, sizes = np.unique(group_of_class, return_counts=True)
-        poor = names[sizes < self.classes_per_batch]
+    def _classes_of_groups(self, groups: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        """`(groups,)` how many classes each group has, if batches can be made of them.
+
+        Args:
+            groups: `(strata,)` group of each stratum.
+            classes: `(strata,)` class of each stratum.
+        """
+        p, shares = self.classes_per_batch, self.groups_per_batch
+        names, sizes = np.unique(groups, return_counts=True)
+        poor = names[sizes < p // shares]
         if poor.size:
+            rule = f"classes_per_batch={p}"
+            if shares > 1:
+                rule = f"classes_per_batch / groups_per_batch = {p // shares}"
             raise _checks.value_error(
                 "groups",
-                f"at least classes_per_batch={self.classes_per_batch} usable "
-                "classes in every group",
+                f"at least {rule} usable classes in every group",
                 _checks.Told(f"{sizes.min()} in group number {poor[0]}"),
                 f"{len(poor)} of {len(names)} groups are too small: leave "
                 "them out or draw fewer classes per batch.",
+            )
+        if shares > len(names):
+            expected = f"at most {len(names)}, the groups with usable classes"
+            raise _checks.value_error("groups_per_batch", expected, shares)
+        several = np.flatnonzero(np.bincount(classes) > 1)
+        if shares > 1 and several.size:
+            received = _checks.Told(
+                f"{len(several)} classes in several groups: {self._named(several)}"
+            )
+            raise _checks.value_error(
+                "groups",
+                f"one group for all samples of a class, with groups_per_batch={shares}",
+                received,
+                "A batch could hold such a class twice. If the groups are cameras or "
+                "sessions, `spread=` is what takes them.",
             )
         return sizes
 
@@ -343,6 +371,7 @@ class PKPlan:
     def _schedule_epochs(self, batches_per_epoch: int | None) -> int:
         """Sets up the epoch mode and returns the number of batches in an epoch."""
         p, k = self.classes_per_batch, self.samples_per_class
+        shares = self.groups_per_batch
         kept = int(self._sizes.sum())
         key = mix(self.seed, _CLASSES)
         # The samples of each class that an epoch of coverage goes through.
@@ -357,12 +386,16 @@ class PKPlan:
         self._mode: epoch_modes.Balanced | epoch_modes.Coverage
         if self.epoch_mode == "balanced":
             self._mode = epoch_modes.Balanced(
-                self._group_sizes, p, batches_per_epoch or -(-kept // (p * k)), key
+                self._group_sizes,
+                p,
+                batches_per_epoch or -(-kept // (p * k)),
+                key,
+                shares,
             )
             return self._mode.batches
         seen = self._limits
         needed = -(-seen // k)
-        self._mode = epoch_modes.Coverage(self._group_sizes, needed, p, key)
+        self._mode = epoch_modes.Coverage(self._group_sizes, needed, p, key, shares)
         rows = self._mode.batches * p * k
         if rows > 2 * seen.sum():
             most = self.classes_[self._codes_of_strata[np.argmax(seen)]]
@@ -597,6 +630,22 @@ def _checked_shard(shard: Any, classes_per_batch: int) -> tuple[int, int]:
             f"classes_per_batch={nearest} would do.",
         )
     return index, count
+
+
+def _checked_shares(shares: Any, groups: Any, classes_per_batch: int) -> int:
+    """`groups_per_batch`, if it divides P and there are groups."""
+    shares = _checks.integer("groups_per_batch", shares, 1)
+    if shares > 1 and groups is None:
+        raise _checks.value_error("groups_per_batch", "1 without `groups`", shares)
+    if classes_per_batch % shares:
+        nearest = max(round(classes_per_batch / shares), 1) * shares
+        raise _checks.value_error(
+            "groups_per_batch",
+            f"a number that divides classes_per_batch={classes_per_batch}",
+            shares,
+            f"classes_per_batch={nearest} would do.",
+        )
+    return shares
 
 
 def _group_codes(groups: Any, table: _labels.LabelTable) -> np.ndarray | None:
