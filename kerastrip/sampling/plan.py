@@ -27,7 +27,7 @@ EPOCH_MODES = ("balanced", "coverage")
 _SMALL_CLASSES = ("repeat", "drop", "error")
 
 # About this many indices are planned at once when steps are asked for in order.
-_BLOCK = 1 << 15
+_BLOCK = 1 << 16
 # The streams of keys that one seed is split into. (Stream 3 belongs to `splits`.)
 _SAMPLES, _CLASSES, _LIMIT, _SUBSTITUTES, _SPREAD = 0, 1, 2, 4, 5
 
