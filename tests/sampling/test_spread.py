@@ -131,6 +131,17 @@ def test_coverage_shows_every_sample_and_spreads_as_far_as_it_goes(case, limit):
                 assert not len(of_camera) or np.ptp(of_camera) <= 1
 
 
+def test_covered_draws_miss_cameras_evenly():
+    # 4 draws of 4 rows: the large cameras are in all of them, the small in 2 each.
+    words = np.repeat([0, 1, 2, 3], [2, 2, 6, 6])
+    labels = np.repeat([0, 1], 16)
+    words = np.tile(words, 2)
+    plan = planned(labels, 2, 4, epoch_mode="coverage", spread=words)
+    for epoch in range(10):
+        for batch in epoch_of(plan, epoch):
+            assert [len(set(words[of].tolist())) for of in batch] == [3, 3]
+
+
 def test_one_sample_per_camera_is_a_shuffled_cycle_of_the_class():
     # Then promise 4 holds for the class: numbers of uses differ by at most 1.
     labels, words = np.repeat(np.arange(4), 11), np.tile(np.arange(11), 4)
