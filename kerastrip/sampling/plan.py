@@ -653,14 +653,7 @@ def _checked_shard(shard: Any, classes_per_batch: int) -> tuple[int, int]:
         raise _checks.value_error(
             "shard", f"an index in 0..{count - 1}", (index, count)
         )
-    if classes_per_batch % count:
-        nearest = max(round(classes_per_batch / count), 1) * count
-        raise _checks.value_error(
-            "shard",
-            f"a count that divides classes_per_batch={classes_per_batch}",
-            (index, count),
-            f"classes_per_batch={nearest} would do.",
-        )
+    _check_divides("shard", "a count", count, classes_per_batch)
     return index, count
 
 
@@ -669,15 +662,20 @@ def _checked_shares(shares: Any, groups: Any, classes_per_batch: int) -> int:
     shares = _checks.integer("groups_per_batch", shares, 1)
     if shares > 1 and groups is None:
         raise _checks.value_error("groups_per_batch", "1 without `groups`", shares)
-    if classes_per_batch % shares:
-        nearest = max(round(classes_per_batch / shares), 1) * shares
+    _check_divides("groups_per_batch", "a number", shares, classes_per_batch)
+    return shares
+
+
+def _check_divides(name: str, what: str, count: int, classes_per_batch: int) -> None:
+    """ValueError if `count` does not divide P; it names the nearest P that works."""
+    if classes_per_batch % count:
+        nearest = max(round(classes_per_batch / count), 1) * count
         raise _checks.value_error(
-            "groups_per_batch",
-            f"a number that divides classes_per_batch={classes_per_batch}",
-            shares,
+            name,
+            f"{what} that divides classes_per_batch={classes_per_batch}",
+            count,
             f"classes_per_batch={nearest} would do.",
         )
-    return shares
 
 
 def _group_codes(groups: Any, table: _labels.LabelTable) -> np.ndarray | None:
