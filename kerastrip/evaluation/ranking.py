@@ -19,7 +19,7 @@ def hit_ranks(numbers: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.nd
     """The ranks of some columns, the hits, when every row is put in order.
 
     Args:
-        numbers: (rows, columns) float32 of at least 0, smaller is nearer. Equal numbers
+        numbers: (rows, columns) floats of at least 0, smaller is nearer. Equal numbers
             stand in the order of their columns.
         row, column: (hits,) the places of the hits, of finite numbers; ordered by row,
             and at least one in every row.
@@ -61,8 +61,9 @@ def _hit_ranks(numbers: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.n
     # Cell 0 is for numbers before the first hit, the last cell for those after the last.
     count = int(np.clip(32 * len(row) / rows, 64, min(2 * columns + 64, 1 << 16)))
     scaled = numbers - low
-    scaled *= (count - 1) / np.maximum(range_, np.float32(1e-30))
-    scaled += np.float32(1)
+    with np.errstate(over="ignore"):
+        scaled *= (count - 1) / np.maximum(range_, 1e-30)
+    scaled += 1
     np.clip(scaled, 0, count + 1, out=scaled)
     cells = scaled.astype(np.int64)
     cells += np.arange(rows)[:, None] * (count + 2)
@@ -75,13 +76,20 @@ def _hit_ranks(numbers: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.n
     sorted_ = np.flatnonzero(has_hit[cells])
     is_hit = np.zeros(numbers.size, bool)
     is_hit[row * columns + column] = True
-    # Row, number and column in one integer; adding 0 makes -0 positive.
-    bits = (numbers.ravel()[sorted_] + np.float32(0)).view(np.int32)
-    i, j = np.divmod(sorted_, columns)
-    width = columns.bit_length()
-    keys = (((i << 31) | bits) << width) | j
+    sorted_ = sorted_[_order(numbers.ravel()[sorted_], sorted_ // columns)]
+    place = np.flatnonzero(is_hit[sorted_])
+    of_row = np.bincount(sorted_ // columns, minlength=rows)
+    before = (np.cumsum(of_row) - of_row)[row]
+    return place - before + skipped[cells.ravel()[sorted_[place]]] + 1
+
+
+def _order(values: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """The stable order of values by row, then by size; `row` ascends."""
+    if values.dtype != np.float32:
+        return np.lexsort((values, row))
+    # Much faster: row, value and place in one integer. Adding 0 makes -0 positive.
+    bits = (values + np.float32(0)).view(np.int32)
+    width = len(values).bit_length()
+    keys = (((row << 31) | bits) << width) | np.arange(len(values))
     keys.sort()
-    i, j = keys >> (31 + width), keys & ((1 << width) - 1)
-    place = np.flatnonzero(is_hit[i * columns + j])
-    i, j = i[place], j[place]
-    return place - np.searchsorted(keys >> (31 + width), i) + skipped[cells[i, j]] + 1
+    return keys & ((1 << width) - 1)
