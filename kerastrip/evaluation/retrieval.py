@@ -15,11 +15,13 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._labels import LabelTable
 from kerastrip.evaluation.ranking import hit_ranks
+from kerastrip.evaluation.reranking import Reranking, settings
 from kerastrip.evaluation.search import (
     Space,
     embeddings_array,
     nearest,
     row_distances,
+    shared_rows,
 )
 
 __all__ = [
@@ -31,7 +33,6 @@ __all__ = [
     "lookup_figures",
     "retrieval_metrics",
     "self_match_warning",
-    "shared_rows",
 ]
 
 METRICS = (
@@ -46,6 +47,8 @@ METRICS = (
 _WHOLE = ("map", "minp")  # they need the whole ranking
 _CLUSTERING = ("nmi", "ami")
 _WORDS = (*METRICS, "cmc@1", "knn@5", *_WHOLE, *_CLUSTERING)
+# Up to so many distances are computed in float64, more in float32.
+_EXACT = 1 << 24
 # A nearest row this much nearer than the second nearest is the query itself.
 _ITSELF = 1e-4
 
@@ -60,6 +63,7 @@ def retrieval_metrics(
     gallery_groups: Any = None,
     metrics: Sequence[str] = METRICS,
     distance: str = "euclidean",
+    rerank: Any = False,
     seed: int = 0,
     verbose: bool = False,
 ) -> dict[str, float]:
@@ -83,7 +87,8 @@ def retrieval_metrics(
     | `nmi`, `ami` | (not a mean) normalised and adjusted mutual information of the labels and a k-means clustering of the queries into as many clusters; needs scikit-learn |
 
     A query with R = 0, without a positive, is left out of the means and counted in
-    `lone_queries`. Neighbours at equal distances stand in the order of the rows.
+    `lone_queries`. Neighbours at equal distances stand in the order of the rows. Up to
+    16 million distances are computed in float64, more in float32.
 
     Two images of one person from one camera are too easy a match. With `groups` (the
     camera, session or typeface of every row) the rows of the query's label *and* group
@@ -113,6 +118,8 @@ def retrieval_metrics(
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
             arrays do not tell which distance they were trained with: give the distance
             of the loss, which `RetrievalEvaluation` reads from the model.
+        rerank: True for the ranking by `kerastrip.rerank` in place of the distance, or
+            a dict of its `k1`, `k2` and `original_weight`. Default False.
         seed: seed of the k-means clustering behind `nmi` and `ami`. Default 0.
         verbose: whether to show a progress bar once it takes over two seconds.
             Default False.
@@ -173,6 +180,7 @@ def retrieval_metrics(
         gallery_groups=gallery_groups,
         metrics=metrics,
         distance=distance,
+        rerank=rerank,
         seed=seed,
         verbose=verbose,
     )
@@ -192,6 +200,7 @@ def lookup_figures(
     gallery_groups: Any = None,
     metrics: Sequence[str],
     distance: str,
+    rerank: Any = False,
     seed: int = 0,
     verbose: bool = False,
 ) -> tuple[dict[str, float], np.ndarray]:
@@ -203,7 +212,7 @@ def lookup_figures(
             is left out of the neighbours; -1 where no such row is known. None if no
             such row is known for any query.
         groups, gallery_groups: as for `retrieval_metrics`.
-        metrics, distance, seed, verbose: as for `retrieval_metrics`.
+        metrics, distance, rerank, seed, verbose: as for `retrieval_metrics`.
 
     Returns:
         The dict of `retrieval_metrics`, and the numbers of the queries that seem to be
@@ -219,7 +228,8 @@ def lookup_figures(
         searched=(gallery, gallery_labels, gallery_groups),
         own=own,
     )
-    values, met = _query_values(lookup, metrics, distance, verbose)
+    reranked = settings(rerank)
+    values, met = _query_values(lookup, metrics, distance, reranked, verbose)
     found = {metric: float(np.nanmean(each)) for metric, each in values.items()}
     if not set(_CLUSTERING).isdisjoint(metrics):
         found |= _clustering(lookup.queries, lookup.codes, metrics, seed)
@@ -231,7 +241,11 @@ def lookup_figures(
 
 
 def _query_values(
-    lookup: _Lookup, metrics: Sequence[str], distance: str, verbose: bool
+    lookup: _Lookup,
+    metrics: Sequence[str],
+    distance: str,
+    reranked: dict[str, Any] | None,
+    verbose: bool,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The value of every metric for every query: the metrics are the means of them.
 
@@ -250,8 +264,15 @@ def _query_values(
         if metric not in _CLUSTERING
     }
     met = [np.empty(0, np.int64)]  # numbers of the queries that meet themselves
-    space = Space.of(lookup.queries[chosen], lookup.rows, distance)
-    for span, numbers in space.blocks(verbose=verbose):
+    few = len(chosen) * len(lookup.rows) <= _EXACT
+    dtype = "float64" if few else "float32"
+    space = Space.of(lookup.queries[chosen], lookup.rows, distance, dtype)
+    if reranked is None:
+        blocks = space.blocks(verbose=verbose)
+    else:
+        parts = lookup.queries, lookup.rows, lookup.own, distance
+        blocks = Reranking.of(*parts, reranked).blocks(chosen, verbose=verbose)
+    for span, numbers in blocks:
         who = chosen[span]  # numbers of the queries of this block
         block = _Block.of(lookup, who, numbers, metrics)
         unknown = lookup.own[who] < 0
@@ -453,35 +474,6 @@ class _Block(NamedTuple):
             equal_before = self.numbers[i, :first] == self.numbers[i, first]
             ranks[i] = nearer.sum() + equal_before.sum() + 1
         return ranks
-
-
-def shared_rows(queries: Any, gallery: Any) -> np.ndarray | None:
-    """The row of `gallery` that lies in the same memory as each row of `queries`.
-
-    Returns:
-        (n,) int64, -1 where no row does; None if no row is shared.
-    """
-    if queries is gallery and np.ndim(queries):
-        return np.arange(len(queries))
-    # Lists become new arrays, which share nothing.
-    queries, gallery = np.asarray(queries), np.asarray(gallery)
-    if (
-        not np.may_share_memory(queries, gallery)
-        or queries.dtype != gallery.dtype
-        or queries.shape[1:] != gallery.shape[1:]
-        or queries.strides[1:] != gallery.strides[1:]
-        or not (gallery.ndim and gallery.strides[0])
-    ):
-        return None
-    begin, gallery_begin = (
-        array.__array_interface__["data"][0] for array in (queries, gallery)
-    )
-    # A row of the queries is a row of the gallery if it begins a whole number of rows
-    # after the beginning of the gallery.
-    offsets = begin - gallery_begin + np.arange(len(queries)) * queries.strides[0]
-    rows, rest = np.divmod(offsets, gallery.strides[0])
-    rows[(rest != 0) | (rows < 0) | (rows >= len(gallery))] = -1
-    return rows if (rows >= 0).any() else None
 
 
 def self_match_warning(met: np.ndarray, queries: int) -> str:
