@@ -24,7 +24,12 @@ from kerastrip import _checks
 from kerastrip._files import readable
 from kerastrip.evaluation.confusions import confusions, nearest_others, spread_rows
 from kerastrip.evaluation.retrieval import label_table
-from kerastrip.evaluation.search import embeddings_array
+from kerastrip.evaluation.search import (
+    Space,
+    embeddings_array,
+    nearest,
+    row_distances,
+)
 from kerastrip.evaluation.verification import VerificationCurve
 from kerastrip.metrics import FRACTIONS
 from kerastrip.plotting.thumbnails import as_uint8, file_names
@@ -461,9 +466,9 @@ def plot_confusions(
     rows, codes, names = _labelled(embeddings, labels, names)
     cells = _cells(codes, groups)
     source, samples = _shown(images, samples, len(rows))
-    fars, nearest = _nearest_counted(rows, codes, cells, distance)
+    fars, neighbours = _nearest_counted(rows, codes, cells, distance)
     lines = []
-    for one in confusions(codes, nearest, fars, pairs):
+    for one in confusions(codes, neighbours, fars, pairs):
         couples = np.c_[one.queries, one.neighbours][:examples].tolist()
         line = [
             _Sample(row, "", kind)
@@ -546,11 +551,11 @@ def plot_neighbours(
     asked = _asked(queries, codes)
     lines = []
     looked_up = nearest_others(rows, k, distance, asked)
-    for query, fars, nearest in zip(asked, *looked_up, strict=True):
-        kinds = np.where(codes[nearest] == codes[query], "right", "wrong")
-        kinds = np.where(cells[nearest] == cells[query], "left out", kinds).tolist()
+    for query, fars, others in zip(asked, *looked_up, strict=True):
+        kinds = np.where(codes[others] == codes[query], "right", "wrong")
+        kinds = np.where(cells[others] == cells[query], "left out", kinds).tolist()
         line = [_Sample(query)]
-        for row, far, kind in zip(nearest, fars, kinds, strict=True):
+        for row, far, kind in zip(others, fars, kinds, strict=True):
             told = kind if kind == "left out" else names[codes[row]]
             line.append(_Sample(row, f"{_SIGNS[kind]} {told}\n{far:.2g}", kind))
         left_out = kinds.count("left out")
@@ -622,15 +627,23 @@ def _nearest_counted(
     A row of a class of one cell has no positive, so that its nearest row cannot be right
     and says nothing about confusions: it gets its own number.
     """
-    # Of so many other rows at least one is of another cell.
-    depth = int(np.bincount(cells).max())
-    distances, others = nearest_others(rows, depth, distance)
-    place = np.arange(len(rows)), (cells[others] != cells[:, None]).argmax(axis=1)
+    distances = np.empty(len(rows), np.float32)
+    found = np.empty(len(rows), np.int64)
+    space = Space.of(rows, rows, distance)
+    for span, numbers in space.blocks():
+        numbers[cells[span, None] == cells] = np.inf
+        # As in `search`: of a few candidates the nearest by distances that are exact.
+        near = nearest(numbers, min(9, len(rows)))
+        far = row_distances(space.queries[span, None], space.gallery[near], distance)
+        far[cells[near] == cells[span, None]] = np.inf
+        first = np.lexsort((near, far), axis=-1)[:, :1]
+        distances[span] = np.take_along_axis(far, first, axis=1)[:, 0]
+        found[span] = np.take_along_axis(near, first, axis=1)[:, 0]
     _, firsts = np.unique(cells, return_index=True)
-    lone = (
-        np.bincount(codes[firsts])[codes] == 1
-    )  # codes[firsts]: the class of each cell
-    return distances[place], np.where(lone, place[0], others[place])
+    cells_of_class = np.bincount(codes[firsts])
+    lone = np.flatnonzero(cells_of_class[codes] == 1)
+    found[lone] = lone
+    return distances, found
 
 
 def _shown(

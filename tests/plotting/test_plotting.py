@@ -386,6 +386,16 @@ def test_confusions_leave_out_the_class_and_group_of_the_sample(rows):
     assert own.get_label() == plain
 
 
+def test_confusions_look_beyond_many_rows_of_one_camera():
+    rows = np.float32([[0, 0]] * 40 + [[9, 0], [1, 0], [1, 5]])
+    codes, cameras = [0] * 41 + [1, 1], [0] * 40 + [1, 0, 1]
+    figure = plotting.plot_confusions(rows, codes, groups=cameras, examples=99)
+    title, heading, samples, *_ = figure.get_label().splitlines()
+    assert title.startswith("Confused classes")
+    assert heading == "0 taken for 1, 41 of 41"
+    assert samples.count("sample 41") == 40
+
+
 def test_samples_are_called_by_their_files(rows, tmp_path):
     embeddings, codes = rows
     paths = [tmp_path / f"{row}_a_long_name.png" for row in range(80)]
