@@ -393,7 +393,7 @@ def test_confusions_look_beyond_many_rows_of_one_camera():
     title, heading, samples, *_ = figure.get_label().splitlines()
     assert title.startswith("Confused classes")
     assert heading == "0 taken for 1, 41 of 41"
-    assert samples.count("sample 41") == 40
+    assert samples.count("sample 41") == 41
 
 
 def test_samples_are_called_by_their_files(rows, tmp_path):
