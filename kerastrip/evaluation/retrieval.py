@@ -430,10 +430,8 @@ class _Block(NamedTuple):
         ranks = np.empty(0, np.int64)
         if not set(_WHOLE).isdisjoint(metrics):
             ranks = hit_ranks(numbers, *lookup.hits(who))
-        return cls(
-            *(numbers, codes, lookup.row_codes, positives),
-            *(rows, neighbours, hits, ranks),
-        )
+        of_queries = numbers, codes, lookup.row_codes, positives
+        return cls(*of_queries, rows, neighbours, hits, ranks)
 
     def values(self, metric: str) -> np.ndarray:
         """(n,) the value of a metric for every query; the metric is the mean of them."""
