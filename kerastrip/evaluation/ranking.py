@@ -71,9 +71,11 @@ def _hit_ranks(numbers: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.n
     cells += np.arange(rows)[:, None] * (count + 2)
     counts = np.bincount(cells.ravel(), minlength=rows * (count + 2))
     hits = np.bincount(cells[row, column], minlength=len(counts))
-    # A place is the number of the row times `columns`, plus the rank from 0.
+    # A place is the number of the row times `columns`, plus the rank from 0: so many
+    # numbers stand before a cell.
     before = np.cumsum(counts) - counts
     is_mixed = (hits > 0) & (hits < counts)
+    # The hits of cells without others take the places from `before` on.
     alone = np.flatnonzero((hits == counts) & (hits > 0))
     of_cell = counts[alone]
     shift = before[alone] - np.cumsum(of_cell) + of_cell
@@ -84,6 +86,7 @@ def _hit_ranks(numbers: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.n
     is_hit = np.zeros(numbers.size, bool)
     is_hit[row * columns + column] = True
     nth = np.flatnonzero(is_hit[mixed])
+    # The nth number of mixed cells has n of them before it; the rest is counted.
     counts *= is_mixed
     before -= np.cumsum(counts) - counts
     is_taken = np.zeros(numbers.size, bool)
