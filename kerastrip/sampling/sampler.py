@@ -60,7 +60,8 @@ class PKSampler(keras.utils.PyDataset):
             a batch are of one group, or of `groups_per_batch` groups.
         groups_per_batch: C, groups in a batch; P / C classes come from each. Default 1.
         spread: one word per sample (camera, session, typeface): the K rows of a class
-            come from as many different cameras as the class has. Default None.
+            come from as many different cameras as the class has. `sampler.spread` keeps the
+            words, for `RetrievalEvaluation(groups=)` among others. Default None.
         sample_weight: (samples,) weights for all outputs, or a tuple of one array per
             output; for a model whose outputs are a dict a dict by output name. Use
             ones for an output without weights.
@@ -179,6 +180,7 @@ class PKSampler(keras.utils.PyDataset):
             seed=_checks.integer64("seed", seed),
         )
         self.labels = self.plan.codes
+        self.spread = None if spread is None else np.asarray(spread)
         self.classes_ = self.plan.classes_
         if len(self.source) != len(self.labels):
             expected = f"{len(self.labels)} samples, as many as labels"

@@ -234,6 +234,7 @@ def test_a_sampler_spreads_and_tells_of_it(rng):
     ] * 2
     np.testing.assert_array_equal(sampler[0][0], images[rows.ravel()])
     assert sampler.report().classes_not_spread == 0
+    np.testing.assert_array_equal(sampler.spread, cameras)
 
 
 # ------------------------------------------------------------- several groups in a batch
