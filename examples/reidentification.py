@@ -1,18 +1,18 @@
-"""Find an identity again across cameras, learned from a table of photographs.
+"""Find identities again across cameras, learned from a table of photographs.
 
     python examples/reidentification.py table.csv --out runs/reidentification
 
-`table.csv` has a line for each photograph and the columns `path` (from the folder of the
-table on), `identity` (a person, an animal, a car, a product) and `camera` (or the site,
-the day, the session: what could be learned in place of the identity).
+`table.csv` has a line for each photograph: its `path` (from the folder of the table on),
+`identity` (a person, an animal, a car) and `camera` (or the site, the day, the session:
+whatever a network could learn in place of the identity).
 
-Whole identities are held out. Of each held-out identity and camera one photograph is a
-query, the rest are the gallery. Photographs of the query's identity *and* camera are left
-out of its ranking, because to find them again is no achievement.
+Whole identities are held out. Of each of them and each camera the first photograph is a
+query, the others are the gallery. Photographs of the query's identity *and* camera are
+left out of its ranking: to find the next picture of a burst is no achievement.
 
 The folder `--out` gets `model.keras`, `augmentation.json`, `reading.json` (how images are
-resized: `sources.read_image`), `history.csv`, `report.html` and `neighbours.png`. The guide
-beside it, `guides/reidentification.md`, tells what to change and what the figures mean.
+resized: `sources.read_image`), `history.csv`, `report.html` and `neighbours.png`. What to
+change, and what the figures mean, is told in `guides/reidentification.md`.
 """
 
 import argparse
@@ -26,43 +26,37 @@ import numpy as np
 import kerastrip  # isort: skip  (before albumentations: it keeps that off the network)
 import albumentations as A
 
-DIM = 128
-WATCHED = ("map", "cmc@1", "minp")
-JUDGED = ("map", "cmc@1", "cmc@5", "cmc@10", "minp")
+METRICS = ("map", "cmc@1", "cmc@5", "cmc@10", "minp")
 
 
 def read_table(path):
-    """The columns as arrays; `pandas.read_csv` serves as well."""
+    """The columns as arrays."""
     with open(path, newline="") as file:
         lines = list(csv.DictReader(file))
     if not lines or not {"path", "identity", "camera"} <= lines[0].keys():
-        raise SystemExit(f"{path} needs lines, and the columns path, identity, camera.")
+        raise SystemExit(f"{path} needs lines with path, identity, camera.")
     table = {name: np.array([line[name] for line in lines]) for name in lines[0]}
     table["path"] = [str(path.parent / name) for name in table["path"]]
     return table
 
 
-def query_and_gallery(rows, identities, cameras):
-    """Of each identity and camera with two rows or more the first; and the others."""
-    pairs = np.stack([identities[rows], cameras[rows]], axis=1)
+def split_queries(identities, cameras):
+    """Of each identity and camera with two rows or more the first; all other rows."""
+    pairs = np.stack([identities, cameras], axis=1)
     _, first, counts = np.unique(pairs, axis=0, return_index=True, return_counts=True)
-    queries = rows[np.sort(first[counts > 1])]
-    return queries, np.setdiff1d(rows, queries)
+    queries = np.sort(first[counts > 1])
+    return queries, np.setdiff1d(np.arange(len(pairs)), queries)
 
 
 def augmentation(seed):
-    """What changes from photograph to photograph without making it another identity."""
-    return kerastrip.Augmentation(
-        A.Compose(
-            [
-                A.HorizontalFlip(p=0.5),
-                A.Affine(translate_percent=(-0.08, 0.08), scale=(0.9, 1.1), p=0.8),
-                A.RandomBrightnessContrast(p=0.5),
-                A.CoarseDropout(num_holes_range=(1, 1), p=0.3),  # "random erasing"
-            ]
-        ),
-        seed=seed,
-    )
+    """What changes from photograph to photograph without another identity."""
+    steps = [
+        A.HorizontalFlip(p=0.5),
+        A.Affine(translate_percent=(-0.08, 0.08), scale=(0.9, 1.1), p=0.8),
+        A.RandomBrightnessContrast(p=0.5),
+        A.CoarseDropout(num_holes_range=(1, 1), p=0.3),  # "random erasing"
+    ]
+    return kerastrip.Augmentation(A.Compose(steps), seed=seed)
 
 
 def build_model(shape, identities):
@@ -78,54 +72,52 @@ def build_model(shape, identities):
         x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
         x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
         x, filters = layers.MaxPooling2D()(x), min(2 * filters, 128)
-    x = layers.Dense(DIM)(layers.Flatten()(x))
+    x = layers.Dense(128)(layers.Flatten()(x))
     embedding = layers.UnitNormalization(dtype="float32", name="embedding")(x)
     logits = layers.Dense(identities, name="identity")(layers.Rescaling(10.0)(embedding))
     return keras.Model(images, [logits, embedding])
 
 
-def train(photos, cameras, known, queries, gallery, args):
-    """One training on the rows `known`, watched on queries and gallery."""
-    keras.utils.set_random_seed(args.seed)
-    subset = kerastrip.sources.Subset
-    sampler = kerastrip.PKSampler(
-        subset(photos, known),
-        classes_per_batch=args.classes_per_batch,
-        samples_per_class=args.samples_per_class,
-        spread=cameras[known],  # the rows of an identity come from different cameras
-        targets=("one_hot", "label"),
-        augment=augmentation(args.seed),
-        seed=args.seed,
-    )
-    print(sampler.report())
-    model = build_model(photos.take([0]).shape[1:], len(sampler.classes_))
+def train(sampler, watch, args):
+    """The trained model."""
+    model = build_model((*args.size, 3), len(sampler.classes_))
     steps = args.epochs * len(sampler)
-    schedule = keras.optimizers.schedules.CosineDecay(args.learning_rate, steps)
     model.compile(
-        keras.optimizers.Adam(schedule),
+        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-3, steps)),
         loss=[
             keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1),
             kerastrip.TripletLoss(margin=0.3),
         ],
     )
-    untrained = kerastrip.embed(model, photos)
-    held_out = kerastrip.RetrievalEvaluation(
-        subset(photos, queries),
-        groups=cameras[queries],
-        gallery=subset(photos, gallery),
-        gallery_groups=cameras[gallery],
-        metrics=("map", "cmc@1", "minp"),
-    )
+    stats = [kerastrip.EpochSync(sampler), kerastrip.MiningStats()]
+    history = keras.callbacks.CSVLogger(args.out / "history.csv")
     model.fit(
         sampler,
         epochs=args.epochs,
         shuffle=False,
         verbose=2,
-        callbacks=[
-            kerastrip.EpochSync(sampler),
-            kerastrip.MiningStats(),
-            held_out,
-            keras.callbacks.CSVLogger(args.out / "history.csv"),
-            kerastrip.TrainingReport(args.out / "report.html", subset(photos, unseen)),
-        ],
+        callbacks=[*stats, *watch, history],
     )
+    # In a training of few steps the averages of BatchNormalization still lag behind.
+    kerastrip.recalibrate(model, sampler)
+    return model
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("table", type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path, default="runs/reidentification")
+    parser.add_argument("--size", type=int, nargs=2, default=(128, 64))
+    parser.add_argument("--test", type=float, default=0.3, help="share of identities")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--classes-per-batch", type=int, default=16)
+    parser.add_argument("--samples-per-class", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    keras.utils.set_random_seed(args.seed)
+
+    table, subset = read_table(args.table), kerastrip.sources.Subset
+    identities, cameras = table["identity"], table["camera"]
+    photos = kerastrip.sources.ImageFiles(table["path"], identities, size=args.size)
+    known, unseen = kerastrip.split_classes(identities, test=args.test, seed=args.seed)

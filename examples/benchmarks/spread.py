@@ -24,7 +24,7 @@ import numpy as np
 
 import kerastrip
 
-P, K, STEPS, MARGIN = 16, 4, 1000, 0.5
+STEPS, MARGIN = 1000, 0.5
 METRICS = ("map", "cmc@1")
 STYLES = {
     "brush": ("AoyagiKouzanT", "kouzan-mouhitsu-gyosho", "KouzanBrushFontSousyo"),
@@ -42,7 +42,13 @@ STYLES = {
         "uming",
     ),
 }  # and "sans", all the others
-COMPARED = (("all", "typeface"), ("all", "style"), ("skewed", "style"))
+COMPARED = (  # what is learned from, the camera, P and K
+    ("all", "typeface", 16, 4),
+    ("all", "style", 16, 4),
+    ("mild", "style", 16, 4),
+    ("skewed", "style", 16, 4),
+    ("skewed", "style", 32, 2),
+)
 
 
 def load(path):
@@ -60,18 +66,19 @@ def load(path):
     held_font = np.isin(fonts, new_fonts)
     cameras = {"typeface": names[fonts], "style": styles[fonts]}
     rows = {"all": np.flatnonzero(~held_label & ~held_font)}
-    rows["skewed"] = skewed(rows["all"], labels, cameras["style"])
+    for name, fewest in (("mild", 2), ("skewed", 4)):
+        rows[name] = skewed(rows["all"], labels, cameras["style"], fewest)
     judged = np.flatnonzero(held_label & held_font)
     return images[..., None], labels, cameras, rows, judged
 
 
-def skewed(rows, labels, styles):
-    """Of each label all rows of one style with at least two, and two rows of others."""
+def skewed(rows, labels, styles, fewest):
+    """Of each label all rows of one style, `fewest` at least, and two rows of others."""
     rng, kept = np.random.default_rng(0), []
     order = rows[np.argsort(labels[rows], kind="stable")]
     for group in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
         found, counts = np.unique(styles[group], return_counts=True)
-        main = styles[group] == rng.choice(found[counts > 1])
+        main = styles[group] == rng.choice(found[counts >= fewest])
         kept += [*group[main], *rng.choice(group[~main], 2, replace=False)]
     return np.sort(kept)
 
@@ -88,18 +95,11 @@ def build_model(shape):
     return keras.Model(images, layers.UnitNormalization(dtype="float32")(x))
 
 
-def train(images, labels, cameras, judged, seed):
+def train(images, labels, judged, **options):
     """The embeddings of the judged images after one training."""
-    keras.utils.set_random_seed(seed)
+    keras.utils.set_random_seed(options["seed"])
     sampler = kerastrip.PKSampler(
-        images,
-        labels,
-        classes_per_batch=P,
-        samples_per_class=K,
-        batches_per_epoch=STEPS,
-        spread=cameras,
-        seed=seed,
-        workers=1,
+        images, labels, batches_per_epoch=STEPS, workers=1, **options
     )
     model = build_model(images.shape[1:])
     schedule = keras.optimizers.schedules.CosineDecay(2e-3, STEPS)
