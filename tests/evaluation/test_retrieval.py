@@ -168,7 +168,7 @@ class TestRetrieval:
             ({"metrics": ()}, "metrics"),
             ({"metrics": ("recall@0",)}, "recall@0"),
             ({"metrics": ("recal@1",)}, "Did you mean 'recall@1'"),
-            ({"metrics": ("map",)}, "map@r"),
+            ({"metrics": ("map@5",)}, "map@r"),
             ({"metrics": (3,)}, "metrics"),
             ({"distance": "angular"}, "distance"),
         ],
