@@ -40,12 +40,12 @@ def read_table(path):
     return table
 
 
-def split_queries(identities, cameras):
-    """Of each identity and camera with two rows or more the first; all other rows."""
-    pairs = np.stack([identities, cameras], axis=1)
+def split_queries(rows, identities, cameras):
+    """Of each identity and camera with two rows or more the first; the other rows."""
+    pairs = np.stack([identities, cameras], axis=1)[rows]
     _, first, counts = np.unique(pairs, axis=0, return_index=True, return_counts=True)
-    queries = np.sort(first[counts > 1])
-    return queries, np.setdiff1d(np.arange(len(pairs)), queries)
+    queries = rows[first[counts > 1]]
+    return queries, np.setdiff1d(rows, queries)
 
 
 def augmentation(seed):
@@ -74,12 +74,14 @@ def build_model(shape, identities):
         x, filters = layers.MaxPooling2D()(x), min(2 * filters, 128)
     x = layers.Dense(128)(layers.Flatten()(x))
     embedding = layers.UnitNormalization(dtype="float32", name="embedding")(x)
-    logits = layers.Dense(identities, name="identity")(layers.Rescaling(10.0)(embedding))
+    logits = layers.Dense(identities, name="identity")(
+        layers.Rescaling(10.0)(embedding)
+    )
     return keras.Model(images, [logits, embedding])
 
 
-def train(sampler, watch, args):
-    """The trained model."""
+def train(sampler, aside, args):
+    """The trained network; `aside` are the callbacks that look at held-out photographs."""
     model = build_model((*args.size, 3), len(sampler.classes_))
     steps = args.epochs * len(sampler)
     model.compile(
@@ -89,14 +91,9 @@ def train(sampler, watch, args):
             kerastrip.TripletLoss(margin=0.3),
         ],
     )
-    stats = [kerastrip.EpochSync(sampler), kerastrip.MiningStats()]
-    history = keras.callbacks.CSVLogger(args.out / "history.csv")
+    callbacks = [kerastrip.EpochSync(sampler), kerastrip.MiningStats(), *aside]
     model.fit(
-        sampler,
-        epochs=args.epochs,
-        shuffle=False,
-        verbose=2,
-        callbacks=[*stats, *watch, history],
+        sampler, epochs=args.epochs, shuffle=False, verbose=2, callbacks=callbacks
     )
     # In a training of few steps the averages of BatchNormalization still lag behind.
     kerastrip.recalibrate(model, sampler)
@@ -121,3 +118,48 @@ def main(argv=None):
     identities, cameras = table["identity"], table["camera"]
     photos = kerastrip.sources.ImageFiles(table["path"], identities, size=args.size)
     known, unseen = kerastrip.split_classes(identities, test=args.test, seed=args.seed)
+    aug = augmentation(args.seed)
+    sampler = kerastrip.PKSampler(
+        subset(photos, known),
+        classes_per_batch=args.classes_per_batch,
+        samples_per_class=args.samples_per_class,
+        spread=cameras[known],  # an identity is seen by different cameras in a batch
+        targets=("one_hot", "label"),
+        augment=aug,
+        seed=args.seed,
+    )
+    print(sampler.report())
+
+    queries, gallery = split_queries(unseen, identities, cameras)
+    asked, searched = subset(photos, queries), subset(photos, gallery)
+    left_out = {"groups": cameras[queries], "gallery_groups": cameras[gallery]}
+    watch = kerastrip.RetrievalEvaluation(
+        asked, gallery=searched, metrics=("map", "cmc@1", "minp"), **left_out
+    )
+    history = keras.callbacks.CSVLogger(args.out / "history.csv")
+    model = train(sampler, [watch, history], args)
+
+    found = kerastrip.embed(model, asked), kerastrip.embed(model, searched)
+    figures = kerastrip.evaluation.retrieval_metrics(
+        found[0],
+        asked.labels,
+        gallery=found[1],
+        gallery_labels=searched.labels,
+        metrics=METRICS,
+        **left_out,
+    )
+    kerastrip.plotting.plot_neighbours(
+        np.concatenate(found),
+        identities[np.concatenate([queries, gallery])],
+        subset(photos, np.concatenate([queries, gallery])),
+        groups=cameras[np.concatenate([queries, gallery])],
+        path=args.out / "neighbours.png",
+    )
+    model.save(args.out / "model.keras")
+    aug.save(args.out / "augmentation.json")
+    (args.out / "reading.json").write_text(json.dumps(photos.reading))
+    return figures
+
+
+if __name__ == "__main__":
+    main()

@@ -135,7 +135,9 @@ def seen_by_cameras(tmp_path):
     lines = ["path,identity,camera"]
     for identity in range(10):
         pattern = rng.integers(60, 256, (4, 4, 1)).repeat(4, 0).repeat(4, 1)
-        for camera, tint in enumerate(np.array([(1, 1, 1), (0.3, 0.6, 0.8), (0.9, 0.5, 0.2)])):
+        for camera, tint in enumerate(
+            np.array([(1, 1, 1), (0.3, 0.6, 0.8), (0.9, 0.5, 0.2)])
+        ):
             for photograph in range(2 + (identity + camera) % 2):
                 image = pattern * tint + rng.normal(0, 8 + 8 * camera, (16, 16, 3))
                 name = f"{identity}-{camera}-{photograph}.png"
@@ -148,7 +150,7 @@ def seen_by_cameras(tmp_path):
 
 def test_reidentification_finds_identities_across_cameras(seen_by_cameras, capsys):
     example, out = load_example("reidentification"), seen_by_cameras.parent / "out"
-    options = "--size 16 16 --test 0.4 --epochs 6 --classes-per-batch 6".split()
+    options = ["--size", "16", "16", "--test", "0.4", "--epochs", "6", "--classes-per-batch", "6"]
     figures = example.main([str(seen_by_cameras), "--out", str(out), *options])
     assert list(figures) == ["untrained", "trained", "re-ranked"]
     for found in figures.values():
@@ -159,7 +161,9 @@ def test_reidentification_finds_identities_across_cameras(seen_by_cameras, capsy
     with open(out / "history.csv", newline="") as file:
         epochs = list(csv.DictReader(file))
     assert len(epochs) == 6
-    assert float(epochs[-1]["val_map"]) == pytest.approx(figures["trained"]["map"], abs=0.05)
+    assert float(epochs[-1]["val_map"]) == pytest.approx(
+        figures["trained"]["map"], abs=0.05
+    )
     assert (out / "neighbours.png").read_bytes().startswith(b"\x89PNG")
     assert "<h1>" in (out / "report.html").read_text()
     model = keras.models.load_model(out / "model.keras")
@@ -167,7 +171,10 @@ def test_reidentification_finds_identities_across_cameras(seen_by_cameras, capsy
     rule = json.loads((out / "reading.json").read_text())
     image = kerastrip.sources.read_image(seen_by_cameras.parent / "0-0-0.png", **rule)
     assert image.shape == (16, 16, 3)
-    assert kerastrip.Augmentation.load(out / "augmentation.json")(image, 0).shape == image.shape
+    assert (
+        kerastrip.Augmentation.load(out / "augmentation.json")(image, 0).shape
+        == image.shape
+    )
 
 
 def test_reidentification_names_what_a_table_lacks(tmp_path):

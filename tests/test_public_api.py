@@ -556,7 +556,9 @@ def links_of(path):
     return re.findall(r"\[([^\]]*)\]\(([^)]*)\)", path.read_text("utf-8"))
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *GUIDES], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *GUIDES], ids=lambda path: path.stem
+)
 def test_links_of_readme_and_guides_lead_somewhere(path):
     targets = [target for _, target in links_of(path)]
     assert not [target for target in targets if not (path.parent / target).exists()]

@@ -103,26 +103,20 @@ def train(images, labels, judged, **options):
     )
     model = build_model(images.shape[1:])
     schedule = keras.optimizers.schedules.CosineDecay(2e-3, STEPS)
-    model.compile(
-        keras.optimizers.Adam(schedule), kerastrip.TripletLoss(margin=MARGIN)
-    )
+    model.compile(keras.optimizers.Adam(schedule), kerastrip.TripletLoss(margin=MARGIN))
     model.fit(
         sampler, shuffle=False, verbose=0, callbacks=[kerastrip.EpochSync(sampler)]
     )
     return kerastrip.embed(model, judged)
 
 
-def cameras_met(plan, cameras, steps=200):
-    """Mean over classes of a batch: cameras of its rows, and cameras possible with K."""
+def cameras_met(labels, cameras, steps=200, **options):
+    """How many different cameras the K rows of a class come from, in the mean."""
+    plan = kerastrip.PKPlan(labels, **options)
     codes = np.unique(cameras, return_inverse=True)[1]
-    of_class = np.unique(np.stack([plan.codes, codes]), axis=1)[0]
-    most = np.minimum(np.bincount(of_class), K)  # by class
-    met, possible = [], []
-    for step in range(steps):
-        rows = plan.indices(0, step).reshape(P, K)
-        met += [len(np.unique(of)) for of in codes[rows]]
-        possible += [*most[plan.codes[rows[:, 0]]]]
-    return np.mean(met), np.mean(possible)
+    rows = np.concatenate([plan.indices(0, step % len(plan)) for step in range(steps)])
+    ordered = np.sort(codes[rows].reshape(-1, plan.samples_per_class), axis=1)
+    return 1 + np.count_nonzero(np.diff(ordered), axis=1).mean()
 
 
 def judge(embeddings, labels, cameras):
@@ -145,10 +139,10 @@ def judge(embeddings, labels, cameras):
 
 
 def interval(difference, queries):
-    """A difference of means, and where it lies in 95 % of samples of the classes."""
+    """Where a difference of means lies in 95 % of samples of the classes."""
     drawn = np.random.default_rng(0).integers(0, len(queries), (2000, len(queries)))
     means = difference[drawn].sum(axis=1) / queries[drawn].sum(axis=1)
-    return difference.sum() / queries.sum(), *np.percentile(means, (2.5, 97.5))
+    return np.percentile(means, (2.5, 97.5))
 
 
 def main(argv=None):
@@ -165,25 +159,38 @@ def main(argv=None):
     args.keep.mkdir(parents=True, exist_ok=True)
     images, labels, cameras, rows, judged = load(args.characters)
 
-    def judged_after(learned, camera, spread):
-        """(seeds, classes, 3): what `judge` says after each training."""
-        own, found = rows[learned], []
-        for seed in range(args.seeds):
-            path = args.keep / f"{learned}-{camera if spread else 'plain'}-{seed}.npy"
-            if not path.exists():
-                words = cameras[camera][own] if spread else None
-                np.save(
-                    path, train(images[own], labels[own], words, images[judged], seed)
-                )
-            found.append(judge(np.load(path), labels[judged], cameras[camera][judged]))
-        return np.array(found)
+    print("| learned from, camera, P x K | spread | cameras | map by seed | cmc@1 |")
+    print("|---|---|---|---|---|")
+    for learned, camera, p, k in COMPARED:
+        own, words, found = rows[learned], cameras[camera], []
+        shape = {"classes_per_batch": p, "samples_per_class": k}
+        for spread in (None, words[own]):
+            sums = []
+            for seed in range(args.seeds):
+                name = "plain" if spread is None else camera
+                path = args.keep / f"{learned}-{p}x{k}-{name}-{seed}.npy"
+                if not path.exists():
+                    options = {**shape, "spread": spread, "seed": seed}
+                    data = images[own], labels[own], images[judged]
+                    np.save(path, train(*data, **options))
+                sums.append(judge(np.load(path), labels[judged], words[judged]))
+            found.append(np.array(sums))  # (seeds, classes, 3)
+            average, first = found[-1].sum(axis=1).T[:-1] / found[-1].sum(axis=1).T[-1]
+            met = cameras_met(labels[own], words[own], **shape, spread=spread)
+            print(
+                f"| {learned}, {camera}, {p} x {k} | {'yes' if spread is not None else 'no'} "
+                f"| {met:.2f} | {' '.join(f'{value:.4f}' for value in average)} "
+                f"| {first.mean():.4f} |"
+            )
+        plain, spread = found
+        queries = plain[0, :, -1]
+        difference = (spread - plain)[..., 0].mean(axis=0)  # (classes,)
+        low, high = interval(difference, queries)
+        print(
+            f"| difference of map {difference.sum() / queries.sum():+.4f} "
+            f"({low:+.4f} to {high:+.4f}) |"
+        )
 
-    for learned, camera in COMPARED:
-        plain, spread = (judged_after(learned, camera, word) for word in (False, True))
-        for column, metric in enumerate(METRICS):
-            by_seed = [
-                figures[..., column].sum(axis=1) / figures[..., -1].sum(axis=1)
-                for figures in (plain, spread)
-            ]
-            difference = (spread - plain)[..., column].mean(axis=0)
-            print(learned, camera, metric, *by_seed, *interval(difference, plain[0, :, -1]))
+
+if __name__ == "__main__":
+    main()
