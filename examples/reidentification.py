@@ -131,28 +131,34 @@ def main(argv=None):
     print(sampler.report())
 
     queries, gallery = split_queries(unseen, identities, cameras)
-    asked, searched = subset(photos, queries), subset(photos, gallery)
     left_out = {"groups": cameras[queries], "gallery_groups": cameras[gallery]}
     watch = kerastrip.RetrievalEvaluation(
-        asked, gallery=searched, metrics=("map", "cmc@1", "minp"), **left_out
+        subset(photos, queries),
+        gallery=subset(photos, gallery),
+        metrics=("map", "cmc@1", "minp"),
+        **left_out,
     )
-    history = keras.callbacks.CSVLogger(args.out / "history.csv")
-    model = train(sampler, [watch, history], args)
+    report = kerastrip.TrainingReport(
+        args.out / "report.html", subset(photos, unseen), groups=cameras[unseen]
+    )
+    model = train(sampler, [watch, report], args)
 
-    found = kerastrip.embed(model, asked), kerastrip.embed(model, searched)
+    embeddings = kerastrip.embed(model, photos)
     figures = kerastrip.evaluation.retrieval_metrics(
-        found[0],
-        asked.labels,
-        gallery=found[1],
-        gallery_labels=searched.labels,
+        embeddings[queries],
+        identities[queries],
+        gallery=embeddings[gallery],
+        gallery_labels=identities[gallery],
         metrics=METRICS,
         **left_out,
     )
+    print("".join(f"{name:>9}" for name in figures))
+    print("".join(f"{value:>9.3f}" for value in figures.values()))
     kerastrip.plotting.plot_neighbours(
-        np.concatenate(found),
-        identities[np.concatenate([queries, gallery])],
-        subset(photos, np.concatenate([queries, gallery])),
-        groups=cameras[np.concatenate([queries, gallery])],
+        embeddings[unseen],
+        identities[unseen],
+        subset(photos, unseen),
+        groups=cameras[unseen],
         path=args.out / "neighbours.png",
     )
     model.save(args.out / "model.keras")
