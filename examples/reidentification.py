@@ -3,16 +3,16 @@
     python examples/reidentification.py table.csv --out runs/reidentification
 
 `table.csv` has a line for each photograph: its `path` (from the folder of the table on),
-`identity` (a person, an animal, a car) and `camera` (or the site, the day, the session:
-whatever a network could learn in place of the identity).
+`identity` (a person, an animal, a car) and `camera` (or site, or day: whatever a network
+could learn in place of the identity).
 
 Whole identities are held out. Of each of them and each camera the first photograph is a
 query, the others are the gallery. Photographs of the query's identity *and* camera are
 left out of its ranking: to find the next picture of a burst is no achievement.
 
 The folder `--out` gets `model.keras`, `augmentation.json`, `reading.json` (how images are
-resized: `sources.read_image`), `history.csv`, `report.html` and `neighbours.png`. What to
-change, and what the figures mean, is told in `guides/reidentification.md`.
+resized: `sources.read_image`), `report.html` and `neighbours.png`. What to change, and
+what the figures mean, stands in `guides/reidentification.md`.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import kerastrip  # isort: skip  (before albumentations: it keeps that off the n
 import albumentations as A
 
 METRICS = ("map", "cmc@1", "cmc@5", "cmc@10", "minp")
+OPTIONS = {"epochs": 30, "classes-per-batch": 16, "samples-per-class": 4, "seed": 0}
 
 
 def read_table(path):
@@ -80,8 +81,8 @@ def build_model(shape, identities):
     return keras.Model(images, [logits, embedding])
 
 
-def train(sampler, aside, args):
-    """The trained network; `aside` are the callbacks that look at held-out photographs."""
+def train(sampler, callbacks, args):
+    """The trained network."""
     model = build_model((*args.size, 3), len(sampler.classes_))
     steps = args.epochs * len(sampler)
     model.compile(
@@ -91,7 +92,7 @@ def train(sampler, aside, args):
             kerastrip.TripletLoss(margin=0.3),
         ],
     )
-    callbacks = [kerastrip.EpochSync(sampler), kerastrip.MiningStats(), *aside]
+    callbacks = [kerastrip.EpochSync(sampler), kerastrip.MiningStats(), *callbacks]
     model.fit(
         sampler, epochs=args.epochs, shuffle=False, verbose=2, callbacks=callbacks
     )
@@ -106,10 +107,8 @@ def main(argv=None):
     parser.add_argument("--out", type=pathlib.Path, default="runs/reidentification")
     parser.add_argument("--size", type=int, nargs=2, default=(128, 64))
     parser.add_argument("--test", type=float, default=0.3, help="share of identities")
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--classes-per-batch", type=int, default=16)
-    parser.add_argument("--samples-per-class", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
+    for name, default in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(args.seed)
@@ -118,46 +117,45 @@ def main(argv=None):
     identities, cameras = table["identity"], table["camera"]
     photos = kerastrip.sources.ImageFiles(table["path"], identities, size=args.size)
     known, unseen = kerastrip.split_classes(identities, test=args.test, seed=args.seed)
+    queries, gallery = split_queries(unseen, identities, cameras)
     aug = augmentation(args.seed)
     sampler = kerastrip.PKSampler(
         subset(photos, known),
         classes_per_batch=args.classes_per_batch,
         samples_per_class=args.samples_per_class,
-        spread=cameras[known],  # an identity is seen by different cameras in a batch
+        spread=cameras[known],  # the rows of an identity come from different cameras
         targets=("one_hot", "label"),
         augment=aug,
         seed=args.seed,
     )
     print(sampler.report())
 
-    queries, gallery = split_queries(unseen, identities, cameras)
+    asked, searched = subset(photos, queries), subset(photos, gallery)
     left_out = {"groups": cameras[queries], "gallery_groups": cameras[gallery]}
     watch = kerastrip.RetrievalEvaluation(
-        subset(photos, queries),
-        gallery=subset(photos, gallery),
-        metrics=("map", "cmc@1", "minp"),
-        **left_out,
+        asked, gallery=searched, metrics=("map", "cmc@1", "minp"), **left_out
     )
-    report = kerastrip.TrainingReport(
-        args.out / "report.html", subset(photos, unseen), groups=cameras[unseen]
-    )
+    held_out = subset(photos, unseen), identities[unseen]
+    page = args.out / "report.html"
+    report = kerastrip.TrainingReport(page, *held_out, groups=cameras[unseen])
     model = train(sampler, [watch, report], args)
 
-    embeddings = kerastrip.embed(model, photos)
-    figures = kerastrip.evaluation.retrieval_metrics(
-        embeddings[queries],
-        identities[queries],
-        gallery=embeddings[gallery],
-        gallery_labels=identities[gallery],
-        metrics=METRICS,
-        **left_out,
-    )
-    print("".join(f"{name:>9}" for name in figures))
-    print("".join(f"{value:>9.3f}" for value in figures.values()))
+    figures = {}
+    for name, rerank in (("by distance", False), ("re-ranked", True)):
+        figures[name] = kerastrip.evaluation.retrieval_metrics(
+            kerastrip.embed(model, asked),
+            asked.labels,
+            gallery=kerastrip.embed(model, searched),
+            gallery_labels=searched.labels,
+            metrics=METRICS,
+            rerank=rerank,
+            **left_out,
+        )
+        print(name, *(f"{word} {figures[name][word]:.3f}" for word in METRICS))
     kerastrip.plotting.plot_neighbours(
-        embeddings[unseen],
-        identities[unseen],
-        subset(photos, unseen),
+        kerastrip.embed(model, held_out[0]),
+        held_out[1],
+        held_out[0],
         groups=cameras[unseen],
         path=args.out / "neighbours.png",
     )

@@ -204,6 +204,49 @@ def _collect(units, x, average_over, weights):
     return values, gradient
 
 
+def reranked_distances(d, queries, k1=20, k2=6, weight=0.3):
+    """k-reciprocal re-ranking, the equations of section 3 of Zhong et al. 2017.
+
+    Args:
+        d: (rows, rows) distances of queries and gallery together, 0 on the diagonal.
+        queries: the rows that are queries.
+
+    Returns:
+        (queries, rows) distances d* of equation 12.
+    """
+    d = np.asarray(d, np.float64)
+    d = d / d.max(axis=1, keepdims=True)
+    rows = range(len(d))
+    order = [sorted(rows, key=lambda g, p=p: (d[p][g], g)) for p in rows]
+
+    def near(p, k):  # N(p, k): the row itself and k others
+        return order[p][: k + 1]
+
+    def reciprocal(p, k):  # R(p, k), equations 1 and 2
+        return {g for g in near(p, k) if p in near(g, k)}
+
+    vectors = np.zeros((len(d), len(d)))
+    for p in rows:
+        mutual = reciprocal(p, k1)
+        extended = set(mutual)
+        for q in mutual:  # equation 3
+            candidates = reciprocal(q, round(k1 / 2))
+            if 3 * len(candidates & mutual) >= 2 * len(candidates):
+                extended |= candidates
+        for g in extended:  # equation 7
+            vectors[p][g] = math.exp(-d[p][g])
+        vectors[p] /= vectors[p].sum()
+    # equation 11
+    vectors = np.array([np.mean([vectors[g] for g in order[p][:k2]], 0) for p in rows])
+    result = np.empty((len(queries), len(d)))
+    for i, p in enumerate(queries):
+        for g in rows:
+            least = np.minimum(vectors[p], vectors[g]).sum()
+            most = np.maximum(vectors[p], vectors[g]).sum()
+            result[i, g] = (1 - weight) * (1 - least / most) + weight * d[p][g]
+    return result
+
+
 def value_and_gradient(function, x):
     """function(x) and the gradient of its sum, as NumPy, on whatever backend runs."""
     import keras

@@ -2,6 +2,7 @@
 
 from kerastrip.evaluation.embedding import embed
 from kerastrip.evaluation.recalibration import recalibrate
+from kerastrip.evaluation.reranking import rerank
 from kerastrip.evaluation.retrieval import retrieval_metrics
 from kerastrip.evaluation.search import search
 from kerastrip.evaluation.verification import (
@@ -21,6 +22,7 @@ __all__ = [
     "embed",
     "pair_distances",
     "recalibrate",
+    "rerank",
     "retrieval_metrics",
     "search",
     "verification_curve",

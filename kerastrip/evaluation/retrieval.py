@@ -15,11 +15,13 @@ import numpy as np
 from kerastrip import _checks
 from kerastrip._labels import LabelTable
 from kerastrip.evaluation.ranking import hit_ranks
+from kerastrip.evaluation.reranking import Reranking, settings
 from kerastrip.evaluation.search import (
     Space,
     embeddings_array,
     nearest,
     row_distances,
+    shared_rows,
 )
 
 __all__ = [
@@ -31,7 +33,6 @@ __all__ = [
     "lookup_figures",
     "retrieval_metrics",
     "self_match_warning",
-    "shared_rows",
 ]
 
 METRICS = (
@@ -60,6 +61,7 @@ def retrieval_metrics(
     gallery_groups: Any = None,
     metrics: Sequence[str] = METRICS,
     distance: str = "euclidean",
+    rerank: Any = False,
     seed: int = 0,
     verbose: bool = False,
 ) -> dict[str, float]:
@@ -113,6 +115,8 @@ def retrieval_metrics(
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
             arrays do not tell which distance they were trained with: give the distance
             of the loss, which `RetrievalEvaluation` reads from the model.
+        rerank: True for the ranking by `kerastrip.rerank` in place of the distance, or
+            a dict of its `k1`, `k2` and `original_weight`. Default False.
         seed: seed of the k-means clustering behind `nmi` and `ami`. Default 0.
         verbose: whether to show a progress bar once it takes over two seconds.
             Default False.
@@ -173,6 +177,7 @@ def retrieval_metrics(
         gallery_groups=gallery_groups,
         metrics=metrics,
         distance=distance,
+        rerank=rerank,
         seed=seed,
         verbose=verbose,
     )
@@ -192,6 +197,7 @@ def lookup_figures(
     gallery_groups: Any = None,
     metrics: Sequence[str],
     distance: str,
+    rerank: Any = False,
     seed: int = 0,
     verbose: bool = False,
 ) -> tuple[dict[str, float], np.ndarray]:
@@ -203,7 +209,7 @@ def lookup_figures(
             is left out of the neighbours; -1 where no such row is known. None if no
             such row is known for any query.
         groups, gallery_groups: as for `retrieval_metrics`.
-        metrics, distance, seed, verbose: as for `retrieval_metrics`.
+        metrics, distance, rerank, seed, verbose: as for `retrieval_metrics`.
 
     Returns:
         The dict of `retrieval_metrics`, and the numbers of the queries that seem to be
@@ -219,7 +225,8 @@ def lookup_figures(
         searched=(gallery, gallery_labels, gallery_groups),
         own=own,
     )
-    values, met = _query_values(lookup, metrics, distance, verbose)
+    reranked = settings(rerank)
+    values, met = _query_values(lookup, metrics, distance, reranked, verbose)
     found = {metric: float(np.nanmean(each)) for metric, each in values.items()}
     if not set(_CLUSTERING).isdisjoint(metrics):
         found |= _clustering(lookup.queries, lookup.codes, metrics, seed)
@@ -231,7 +238,11 @@ def lookup_figures(
 
 
 def _query_values(
-    lookup: _Lookup, metrics: Sequence[str], distance: str, verbose: bool
+    lookup: _Lookup,
+    metrics: Sequence[str],
+    distance: str,
+    reranked: dict[str, Any] | None,
+    verbose: bool,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The value of every metric for every query: the metrics are the means of them.
 
@@ -251,7 +262,12 @@ def _query_values(
     }
     met = [np.empty(0, np.int64)]  # numbers of the queries that meet themselves
     space = Space.of(lookup.queries[chosen], lookup.rows, distance)
-    for span, numbers in space.blocks(verbose=verbose):
+    if reranked is None:
+        blocks = space.blocks(verbose=verbose)
+    else:
+        parts = lookup.queries, lookup.rows, lookup.own, distance
+        blocks = Reranking.of(*parts, reranked).blocks(chosen, verbose=verbose)
+    for span, numbers in blocks:
         who = chosen[span]  # numbers of the queries of this block
         block = _Block.of(lookup, who, numbers, metrics)
         unknown = lookup.own[who] < 0
@@ -453,35 +469,6 @@ class _Block(NamedTuple):
             equal_before = self.numbers[i, :first] == self.numbers[i, first]
             ranks[i] = nearer.sum() + equal_before.sum() + 1
         return ranks
-
-
-def shared_rows(queries: Any, gallery: Any) -> np.ndarray | None:
-    """The row of `gallery` that lies in the same memory as each row of `queries`.
-
-    Returns:
-        (n,) int64, -1 where no row does; None if no row is shared.
-    """
-    if queries is gallery and np.ndim(queries):
-        return np.arange(len(queries))
-    # Lists become new arrays, which share nothing.
-    queries, gallery = np.asarray(queries), np.asarray(gallery)
-    if (
-        not np.may_share_memory(queries, gallery)
-        or queries.dtype != gallery.dtype
-        or queries.shape[1:] != gallery.shape[1:]
-        or queries.strides[1:] != gallery.strides[1:]
-        or not (gallery.ndim and gallery.strides[0])
-    ):
-        return None
-    begin, gallery_begin = (
-        array.__array_interface__["data"][0] for array in (queries, gallery)
-    )
-    # A row of the queries is a row of the gallery if it begins a whole number of rows
-    # after the beginning of the gallery.
-    offsets = begin - gallery_begin + np.arange(len(queries)) * queries.strides[0]
-    rows, rest = np.divmod(offsets, gallery.strides[0])
-    rows[(rest != 0) | (rows < 0) | (rows >= len(gallery))] = -1
-    return rows if (rows >= 0).any() else None
 
 
 def self_match_warning(met: np.ndarray, queries: int) -> str:

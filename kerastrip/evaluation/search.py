@@ -21,6 +21,7 @@ __all__ = [
     "nearest",
     "row_distances",
     "search",
+    "shared_rows",
     "unit_rows",
     "unusable_rows",
 ]
@@ -172,6 +173,35 @@ def embeddings_array(name: str, value: Any) -> np.ndarray:
             ),
         )
     return rows
+
+
+def shared_rows(queries: Any, gallery: Any) -> np.ndarray | None:
+    """The row of `gallery` that lies in the same memory as each row of `queries`.
+
+    Returns:
+        (n,) int64, -1 where no row does; None if no row is shared.
+    """
+    if queries is gallery and np.ndim(queries):
+        return np.arange(len(queries))
+    # Lists become new arrays, which share nothing.
+    queries, gallery = np.asarray(queries), np.asarray(gallery)
+    if (
+        not np.may_share_memory(queries, gallery)
+        or queries.dtype != gallery.dtype
+        or queries.shape[1:] != gallery.shape[1:]
+        or queries.strides[1:] != gallery.strides[1:]
+        or not (gallery.ndim and gallery.strides[0])
+    ):
+        return None
+    begin, gallery_begin = (
+        array.__array_interface__["data"][0] for array in (queries, gallery)
+    )
+    # A row of the queries is a row of the gallery if it begins a whole number of rows
+    # after the beginning of the gallery.
+    offsets = begin - gallery_begin + np.arange(len(queries)) * queries.strides[0]
+    rows, rest = np.divmod(offsets, gallery.strides[0])
+    rows[(rest != 0) | (rows < 0) | (rows >= len(gallery))] = -1
+    return rows if (rows >= 0).any() else None
 
 
 def unusable_rows(rows: np.ndarray) -> np.ndarray:
