@@ -10,9 +10,8 @@ Whole identities are held out. Of each of them and each camera the first photogr
 query, the others are the gallery. Photographs of the query's identity *and* camera are
 left out of its ranking: to find the next picture of a burst is no achievement.
 
-The folder `--out` gets `model.keras`, `augmentation.json`, `reading.json` (how images are
-resized: `sources.read_image`), `report.html` and `neighbours.png`. What to change, and
-what the figures mean, stands in `guides/reidentification.md`.
+The folder `--out` gets `model.keras`, `reading.json` (how images are resized) and
+`neighbours.png`. `guides/reidentification.md` tells what to change and what figures mean.
 """
 
 import argparse
@@ -36,9 +35,7 @@ def read_table(path):
         lines = list(csv.DictReader(file))
     if not lines or not {"path", "identity", "camera"} <= lines[0].keys():
         raise SystemExit(f"{path} needs lines with path, identity, camera.")
-    table = {name: np.array([line[name] for line in lines]) for name in lines[0]}
-    table["path"] = [str(path.parent / name) for name in table["path"]]
-    return table
+    return {name: np.array([line[name] for line in lines]) for name in lines[0]}
 
 
 def split_queries(rows, identities, cameras):
@@ -50,25 +47,19 @@ def split_queries(rows, identities, cameras):
 
 
 def augmentation(seed):
-    """What changes from photograph to photograph without another identity."""
-    steps = [
-        A.HorizontalFlip(p=0.5),
-        A.Affine(translate_percent=(-0.08, 0.08), scale=(0.9, 1.1), p=0.8),
-        A.RandomBrightnessContrast(p=0.5),
-        A.CoarseDropout(num_holes_range=(1, 1), p=0.3),  # "random erasing"
-    ]
-    return kerastrip.Augmentation(A.Compose(steps), seed=seed)
+    """What changes from photograph to photograph of one identity."""
+    moves = A.HorizontalFlip(), A.Affine(translate_percent=(-0.08, 0.08), p=0.8)
+    hides = A.RandomBrightnessContrast(), A.CoarseDropout(p=0.3)  # "random erasing"
+    return kerastrip.Augmentation(A.Compose([*moves, *hides]), seed=seed)
 
 
 def build_model(shape, identities):
-    """Images -> [logits, embedding]; the logits are read from the embedding.
-
-    For photographs put a trained network in place of the loop, for example
-    `keras.applications.EfficientNetV2B0(include_top=False)(images)`.
-    """
+    """Images -> [logits, embedding]; the logits are read from the embedding."""
     layers = keras.layers
     images = keras.Input(shape)
     x, filters = layers.Rescaling(1 / 255)(images), 32
+    # For photographs put a trained network in place of the loop, for example
+    # `x = keras.applications.EfficientNetV2B0(include_top=False)(images)`.
     while min(x.shape[1:3]) > 4:
         x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
         x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
@@ -81,21 +72,17 @@ def build_model(shape, identities):
     return keras.Model(images, [logits, embedding])
 
 
-def train(sampler, callbacks, args):
-    """The trained network."""
+def train(sampler, watch, args):
+    """The trained network; `watch` looks at the held-out identities after each epoch."""
     model = build_model((*args.size, 3), len(sampler.classes_))
-    steps = args.epochs * len(sampler)
-    model.compile(
-        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-3, steps)),
-        loss=[
-            keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1),
-            kerastrip.TripletLoss(margin=0.3),
-        ],
+    decay = keras.optimizers.schedules.CosineDecay(1e-3, args.epochs * len(sampler))
+    softmax = keras.losses.CategoricalCrossentropy(
+        from_logits=True, label_smoothing=0.1
     )
-    callbacks = [kerastrip.EpochSync(sampler), kerastrip.MiningStats(), *callbacks]
-    model.fit(
-        sampler, epochs=args.epochs, shuffle=False, verbose=2, callbacks=callbacks
-    )
+    triplets = kerastrip.TripletLoss(margin=0.3)
+    model.compile(keras.optimizers.Adam(decay), [softmax, triplets])
+    callbacks = [kerastrip.EpochSync(sampler), kerastrip.MiningStats(), watch]
+    model.fit(sampler, epochs=args.epochs, shuffle=False, callbacks=callbacks)
     # In a training of few steps the averages of BatchNormalization still lag behind.
     kerastrip.recalibrate(model, sampler)
     return model
@@ -115,52 +102,46 @@ def main(argv=None):
 
     table, subset = read_table(args.table), kerastrip.sources.Subset
     identities, cameras = table["identity"], table["camera"]
-    photos = kerastrip.sources.ImageFiles(table["path"], identities, size=args.size)
+    paths = [args.table.parent / path for path in table["path"]]
+    photos = kerastrip.sources.ImageFiles(paths, identities, size=args.size)
     known, unseen = kerastrip.split_classes(identities, test=args.test, seed=args.seed)
     queries, gallery = split_queries(unseen, identities, cameras)
-    aug = augmentation(args.seed)
     sampler = kerastrip.PKSampler(
         subset(photos, known),
         classes_per_batch=args.classes_per_batch,
         samples_per_class=args.samples_per_class,
         spread=cameras[known],  # the rows of an identity come from different cameras
         targets=("one_hot", "label"),
-        augment=aug,
+        augment=augmentation(args.seed),
         seed=args.seed,
     )
     print(sampler.report())
 
-    asked, searched = subset(photos, queries), subset(photos, gallery)
     left_out = {"groups": cameras[queries], "gallery_groups": cameras[gallery]}
     watch = kerastrip.RetrievalEvaluation(
-        asked, gallery=searched, metrics=("map", "cmc@1", "minp"), **left_out
+        subset(photos, queries),
+        gallery=subset(photos, gallery),
+        metrics=("map", "cmc@1", "minp"),
+        **left_out,
     )
-    held_out = subset(photos, unseen), identities[unseen]
-    page = args.out / "report.html"
-    report = kerastrip.TrainingReport(page, *held_out, groups=cameras[unseen])
-    model = train(sampler, [watch, report], args)
+    model = train(sampler, watch, args)
 
-    figures = {}
+    embeddings, figures = kerastrip.embed(model, photos), {}
+    asked = embeddings[queries], identities[queries]
+    among = {"gallery": embeddings[gallery], "gallery_labels": identities[gallery]}
     for name, rerank in (("by distance", False), ("re-ranked", True)):
         figures[name] = kerastrip.evaluation.retrieval_metrics(
-            kerastrip.embed(model, asked),
-            asked.labels,
-            gallery=kerastrip.embed(model, searched),
-            gallery_labels=searched.labels,
-            metrics=METRICS,
-            rerank=rerank,
-            **left_out,
+            *asked, **among, **left_out, metrics=METRICS, rerank=rerank
         )
-        print(name, *(f"{word} {figures[name][word]:.3f}" for word in METRICS))
+        print(name, *(f" {word} {figures[name][word]:.3f}" for word in METRICS))
     kerastrip.plotting.plot_neighbours(
-        kerastrip.embed(model, held_out[0]),
-        held_out[1],
-        held_out[0],
+        embeddings[unseen],
+        identities[unseen],
+        subset(photos, unseen),
         groups=cameras[unseen],
         path=args.out / "neighbours.png",
     )
     model.save(args.out / "model.keras")
-    aug.save(args.out / "augmentation.json")
     (args.out / "reading.json").write_text(json.dumps(photos.reading))
     return figures
 
