@@ -219,6 +219,28 @@ def test_scale_sees_what_is_shared():
     assert load_example("benchmarks/scale").shared(hosts) == 1
 
 
+def test_spread_learns_from_one_style_and_two_rows_of_others():
+    example = load_example("benchmarks/spread")
+    labels = np.repeat([3, 5, 7], 10)
+    styles = np.tile(list("aaaaabbbcc"), 3)
+    rows = example.skewed(np.arange(30)[::-1], labels, styles, fewest=3)
+    for label in (3, 5, 7):
+        _, counts = np.unique(styles[rows[labels[rows] == label]], return_counts=True)
+        assert counts.max() in (3, 5)  # all of "a" or all of "b"
+        assert counts.sum() == counts.max() + 2
+
+
+def test_spread_counts_the_cameras_of_a_batch():
+    example = load_example("benchmarks/spread")
+    labels, cameras = np.repeat([0, 1], 4), np.tile(list("xxyz"), 2)
+    options = {"classes_per_batch": 2, "samples_per_class": 3}
+    assert example.cameras_met(labels, cameras, **options, spread=cameras) == 3
+    # Without `spread` a draw misses y or z in two of four cases.
+    assert example.cameras_met(labels, cameras, **options) == pytest.approx(
+        2.5, abs=0.2
+    )
+
+
 def test_gpu_runs_on_the_processor(capsys, monkeypatch):
     example = load_example("benchmarks/gpu")
     monkeypatch.setattr(example, "accelerator", lambda: None)

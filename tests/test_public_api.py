@@ -555,8 +555,8 @@ def documents():
 
 
 def links_of(path):
-    """[(text, target)] of the links of a Markdown file."""
-    return re.findall(r"\[([^\]]*)\]\(([^)]*)\)", path.read_text("utf-8"))
+    """[(text, target)] of the links of a Markdown file, targets without `#place`."""
+    return re.findall(r"\[([^\]]*)\]\(([^)#]*)[^)]*\)", path.read_text("utf-8"))
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,20 @@
-"""Does it help to take the rows of a class from different cameras?
+"""What `spread=` and re-ranking are worth: characters found again in other typefaces.
 
-    python examples/benchmarks/spread.py characters.npz --keep runs/spread
+    python examples/benchmarks/spread.py characters.npz
 
 `characters.npz` holds `images` (n, height, width) uint8, `labels` (n,), `fonts` (n,) and
-`names`, the names of the fonts: pictures of characters in many typefaces. The class is the
-character; the camera is the typeface, or the style of the typeface. The network learns
-from some characters in some typefaces and is judged on other characters in other
-typefaces, across cameras: rows of the same character and camera are left out of a ranking.
+`names`, the names of the fonts. The class is the character; the camera is the typeface, or
+the style of the typeface (brush, serif, ...). The network learns from some characters in
+some typefaces, and is judged on other characters in other typefaces, across cameras: rows
+of the same character and camera are left out of a ranking. It learns
 
-Each training is made with `spread=` and without, with equal steps and seeds:
+- from `all`: every typeface of the training;
+- from `mild` and `skewed`: each character in all typefaces of one style, and in two others
+  of other styles, as somebody is seen much by one camera and seldom by others. In `mild`
+  the one style has two typefaces or more, in `skewed` four or more.
 
-- `all`: every typeface of the training. There is one picture of a character in a typeface,
-  so K rows of it are always in K typefaces; a style has one to seven typefaces.
-- `skewed`: a character is there in all typefaces of one style, and in two others of other
-  styles, as a person is seen much by one camera and seldom by the others.
+The second table looks for each held-out character in one row, among n rows of each
+character in other typefaces.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import numpy as np
 import kerastrip
 
 STEPS, MARGIN = 1000, 0.5
-METRICS = ("map", "cmc@1")
+METRICS = ("map", "cmc@1", "minp")
 STYLES = {
     "brush": ("AoyagiKouzanT", "kouzan-mouhitsu-gyosho", "KouzanBrushFontSousyo"),
     "hand": ("KleeOne-Regular", "setofont"),
@@ -46,8 +47,8 @@ COMPARED = (  # what is learned from, the camera, P and K
     ("all", "typeface", 16, 4),
     ("all", "style", 16, 4),
     ("mild", "style", 16, 4),
-    ("skewed", "style", 16, 4),
     ("skewed", "style", 32, 2),
+    ("skewed", "style", 16, 4),
 )
 
 
@@ -110,6 +111,17 @@ def train(images, labels, judged, **options):
     return kerastrip.embed(model, judged)
 
 
+def trained(start, seeds, *data, **options):
+    """The embeddings of `train` with each seed, kept in files that begin with `start`."""
+    runs = []
+    for seed in range(seeds):
+        path = start.with_name(f"{start.name}-{seed}.npy")
+        if not path.exists():
+            np.save(path, train(*data, seed=seed, **options))
+        runs.append(np.load(path))
+    return runs
+
+
 def cameras_met(labels, cameras, steps=200, **options):
     """How many different cameras the K rows of a class come from, in the mean."""
     plan = kerastrip.PKPlan(labels, **options)
@@ -120,10 +132,10 @@ def cameras_met(labels, cameras, steps=200, **options):
 
 
 def judge(embeddings, labels, cameras):
-    """(classes, 3): of each class the sums of map and cmc@1, and the queries."""
+    """(classes, 4): of each class the sums of the three metrics, and the queries."""
     sums = []
     for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
+        own = labels == label
         figures = kerastrip.evaluation.retrieval_metrics(
             embeddings[own],
             labels[own],
@@ -138,11 +150,55 @@ def judge(embeddings, labels, cameras):
     return np.array(sums)
 
 
-def interval(difference, queries):
-    """Where a difference of means lies in 95 % of samples of the classes."""
+def print_row(title, met, sums):
+    """One row of the first table, of the (seeds, classes, 4) `sums` of `judge`."""
+    sums = sums.sum(axis=1).T  # (4, seeds)
+    figures = sums[:-1] / sums[-1]
+    seeds = ", ".join(f"{value:.3f}" for value in figures[0])
+    means = [f"{mean:.3f}" for mean in figures.mean(axis=1)]
+    print(f"| {title} | {met:.2f} | {means[0]} ({seeds}) | {means[1]} | {means[2]} |")
+
+
+def print_difference(plain, spread):
+    """The difference of `map`, and where it lies in 95 % of samples of the classes.
+
+    Args:
+        plain, spread: (seeds, classes, 4), of `judge`.
+    """
+    queries = plain[0, :, -1]
+    difference = (spread - plain)[..., 0].mean(axis=0)  # (classes,)
     drawn = np.random.default_rng(0).integers(0, len(queries), (2000, len(queries)))
     means = difference[drawn].sum(axis=1) / queries[drawn].sum(axis=1)
-    return np.percentile(means, (2.5, 97.5))
+    low, high = np.percentile(means, (2.5, 97.5))
+    mean = difference.sum() / queries.sum()
+    print(f"| difference | | {mean:+.3f} ({low:+.3f} to {high:+.3f}) | | |")
+
+
+def print_reranked(runs, labels):
+    """`map` by distance and re-ranked, by the number of right rows in the gallery."""
+    ways = (False, True, {"k1": 6, "k2": 2})
+    shuffled = np.random.default_rng(0).permutation(len(labels))
+    print("\n| right rows | by distance | re-ranked | re-ranked, k1 = 6, k2 = 2 |")
+    print("|---|---|---|---|")
+    for right in (1, 2, 4, 7):
+        of_class = [shuffled[labels[shuffled] == label] for label in np.unique(labels)]
+        of_class = [rows for rows in of_class if len(rows) > 7]
+        queries = np.array([rows[-1] for rows in of_class])
+        gallery = np.concatenate([rows[:right] for rows in of_class])
+        found = [
+            kerastrip.evaluation.retrieval_metrics(
+                embeddings[queries],
+                labels[queries],
+                gallery=embeddings[gallery],
+                gallery_labels=labels[gallery],
+                metrics="map",
+                rerank=way,
+            )["map"]
+            for way in ways
+            for embeddings in runs
+        ]
+        means = np.reshape(found, (len(ways), -1)).mean(axis=1)
+        print(f"| {right} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
 
 
 def main(argv=None):
@@ -159,37 +215,22 @@ def main(argv=None):
     args.keep.mkdir(parents=True, exist_ok=True)
     images, labels, cameras, rows, judged = load(args.characters)
 
-    print("| learned from, camera, P x K | spread | cameras | map by seed | cmc@1 |")
+    print("| learned from, camera, P x K | cameras | map (by seed) | cmc@1 | minp |")
     print("|---|---|---|---|---|")
     for learned, camera, p, k in COMPARED:
         own, words, found = rows[learned], cameras[camera], []
-        shape = {"classes_per_batch": p, "samples_per_class": k}
-        for spread in (None, words[own]):
-            sums = []
-            for seed in range(args.seeds):
-                name = "plain" if spread is None else camera
-                path = args.keep / f"{learned}-{p}x{k}-{name}-{seed}.npy"
-                if not path.exists():
-                    options = {**shape, "spread": spread, "seed": seed}
-                    data = images[own], labels[own], images[judged]
-                    np.save(path, train(*data, **options))
-                sums.append(judge(np.load(path), labels[judged], words[judged]))
-            found.append(np.array(sums))  # (seeds, classes, 3)
-            average, first = found[-1].sum(axis=1).T[:-1] / found[-1].sum(axis=1).T[-1]
-            met = cameras_met(labels[own], words[own], **shape, spread=spread)
-            print(
-                f"| {learned}, {camera}, {p} x {k} | {'yes' if spread is not None else 'no'} "
-                f"| {met:.2f} | {' '.join(f'{value:.4f}' for value in average)} "
-                f"| {first.mean():.4f} |"
-            )
-        plain, spread = found
-        queries = plain[0, :, -1]
-        difference = (spread - plain)[..., 0].mean(axis=0)  # (classes,)
-        low, high = interval(difference, queries)
-        print(
-            f"| difference of map {difference.sum() / queries.sum():+.4f} "
-            f"({low:+.4f} to {high:+.4f}) |"
-        )
+        data = images[own], labels[own], images[judged]
+        title = f"{learned}, {camera}, {p} x {k}"
+        for name, spread in (("plain", None), (camera, words[own])):
+            options = {"classes_per_batch": p, "samples_per_class": k, "spread": spread}
+            start = args.keep / f"{learned}-{p}x{k}-{name}"
+            runs = trained(start, args.seeds, *data, **options)
+            found.append([judge(run, labels[judged], words[judged]) for run in runs])
+            met = cameras_met(labels[own], words[own], **options)
+            print_row(title, met, np.array(found[-1]))
+            title = "the same, `spread=`"
+        print_difference(*map(np.array, found))
+    print_reranked(runs, labels[judged])
 
 
 if __name__ == "__main__":
