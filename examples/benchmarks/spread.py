@@ -126,7 +126,9 @@ def cameras_met(labels, cameras, steps=200, **options):
     """How many different cameras the K rows of a class come from, in the mean."""
     plan = kerastrip.PKPlan(labels, **options)
     codes = np.unique(cameras, return_inverse=True)[1]
-    rows = np.concatenate([plan.indices(0, step % len(plan)) for step in range(steps)])
+    rows = np.concatenate(
+        [plan.indices(*divmod(step, len(plan))) for step in range(steps)]
+    )
     ordered = np.sort(codes[rows].reshape(-1, plan.samples_per_class), axis=1)
     return 1 + np.count_nonzero(np.diff(ordered), axis=1).mean()
 
