@@ -204,6 +204,39 @@ def _collect(units, x, average_over, weights):
     return values, gradient
 
 
+def market1501(d, persons, cameras, gallery_persons, gallery_cameras):
+    """The evaluation of Market-1501 (Zheng et al. 2015), one query at a time.
+
+    Images of the query's person from the query's camera are removed from its ranking.
+    Queries of which no image is then left to find are not counted.
+
+    Args:
+        d: (queries, gallery) distances.
+
+    Returns:
+        List of (first match, average precision, inverse negative penalty) of the
+        queries that count; the first match is its place from 0.
+    """
+    found = []
+    for i, (person, camera) in enumerate(zip(persons, cameras, strict=True)):
+        ranking = []
+        for j in sorted(range(len(d[i])), key=lambda j, i=i: (d[i][j], j)):
+            same = gallery_persons[j] == person
+            if not (same and gallery_cameras[j] == camera):
+                ranking.append(same)
+        good = sum(ranking)
+        if good == 0:
+            continue
+        right, precisions, last = 0, [], 0
+        for place, match in enumerate(ranking):
+            if match:
+                right += 1
+                precisions.append(right / (place + 1))
+                last = place + 1
+        found.append((ranking.index(True), sum(precisions) / good, good / last))
+    return found
+
+
 def reranked_distances(d, queries, k1=20, k2=6, weight=0.3):
     """k-reciprocal re-ranking, the equations of section 3 of Zhong et al. 2017.
 

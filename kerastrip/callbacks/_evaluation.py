@@ -174,31 +174,22 @@ def check_positives(queries: HeldOut, gallery: HeldOut) -> None:
     if queries.table is None or gallery.table is None:
         return
     codes, row_codes = common_codes(queries.table, gallery.table)
+    of_label = np.bincount(row_codes, minlength=codes.max() + 1)[codes]
+    # (n,) the number of rows of the label of each query that are no positives
+    left_out = np.full(len(codes), 1 if queries is gallery else 0)
+    name, received = gallery._names[1], gallery.table.classes
+    expected = "a label that occurs twice" if queries is gallery else "a label of y"
     if queries.groups is not None and gallery.groups is not None:
         own, others = LabelTable(queries.groups), LabelTable(gallery.groups)
         groups, row_groups = common_codes(own, others, "groups")
+        width = np.int64(max(groups.max(), row_groups.max()) + 1)
+        ordered, both = np.sort(row_codes * width + row_groups), codes * width + groups
+        first, after = (np.searchsorted(ordered, both, s) for s in ("left", "right"))
+        left_out = after - first  # the row that is the query itself among them
         name, received = queries._names[2], queries.groups
-        expected = "a label that occurs in two groups"
-    elif queries is gallery:
-        groups = row_groups = np.arange(
-            len(codes)
-        )  # every row is in a group of its own
-        name, received = queries._names[1], queries.table.classes
-        expected = "a label that occurs twice"
-    else:
-        groups, row_groups = (
-            np.array([0]),
-            np.array([1]),
-        )  # no row is in that of a query
-        name, received = gallery._names[1], gallery.table.classes
-        expected = f"a label of {queries._names[1]}"
-    # A label and a group make a cell. A query has a positive if its label has more cells
-    # in the gallery than the cell of the query itself.
-    width = max(groups.max(), row_groups.max()) + 1
-    cells = np.unique(row_codes.astype(np.int64) * width + row_groups)
-    of_label = np.bincount(cells // width, minlength=codes.max() + 1)[codes]
-    its_own = np.isin(codes.astype(np.int64) * width + groups, cells)
-    if not (of_label > its_own).any():
+        where = "two groups" if queries is gallery else "another group of the gallery"
+        expected = f"a label that occurs in {where}"
+    if not (of_label > left_out).any():
         raise _checks.value_error(name, expected, received)
 
 

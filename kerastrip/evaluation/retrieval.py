@@ -47,6 +47,8 @@ METRICS = (
 _WHOLE = ("map", "minp")  # they need the whole ranking
 _CLUSTERING = ("nmi", "ami")
 _WORDS = (*METRICS, "cmc@1", "knn@5", *_WHOLE, *_CLUSTERING)
+# Up to so many distances are computed in float64, more in float32.
+_EXACT = 1 << 24
 # A nearest row this much nearer than the second nearest is the query itself.
 _ITSELF = 1e-4
 
@@ -85,7 +87,8 @@ def retrieval_metrics(
     | `nmi`, `ami` | (not a mean) normalised and adjusted mutual information of the labels and a k-means clustering of the queries into as many clusters; needs scikit-learn |
 
     A query with R = 0, without a positive, is left out of the means and counted in
-    `lone_queries`. Neighbours at equal distances stand in the order of the rows.
+    `lone_queries`. Neighbours at equal distances stand in the order of the rows. Up to
+    16 million distances are computed in float64, more in float32.
 
     Two images of one person from one camera are too easy a match. With `groups` (the
     camera, session or typeface of every row) the rows of the query's label *and* group
@@ -261,7 +264,9 @@ def _query_values(
         if metric not in _CLUSTERING
     }
     met = [np.empty(0, np.int64)]  # numbers of the queries that meet themselves
-    space = Space.of(lookup.queries[chosen], lookup.rows, distance)
+    few = len(chosen) * len(lookup.rows) <= _EXACT
+    dtype = "float64" if few else "float32"
+    space = Space.of(lookup.queries[chosen], lookup.rows, distance, dtype)
     if reranked is None:
         blocks = space.blocks(verbose=verbose)
     else:

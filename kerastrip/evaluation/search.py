@@ -108,7 +108,7 @@ def nearest(block: np.ndarray, k: int) -> np.ndarray:
     """The columns of the k smallest numbers of every row, in order.
 
     Args:
-        block: (rows, columns) float32; numbers below 0 count as 0.
+        block: (rows, columns) floats; numbers below 0 count as 0.
         k: 1 ... columns.
 
     Returns:
@@ -144,7 +144,7 @@ def _nearest(block: np.ndarray, k: int) -> np.ndarray:
     # k or more in a row, and the rows with fewer than others are filled with infinity.
     first = np.searchsorted(row, np.arange(rows))
     place = np.arange(len(row)) - first[row]
-    within = np.full((rows, place.max() + 1), np.inf, np.float32)
+    within = np.full((rows, place.max() + 1), np.inf, block.dtype)
     within[row, place] = np.maximum(block[row, column], 0.0)
     order = np.argsort(within, axis=1, kind="stable")[:, :k]
     return column[first[:, None] + order]
@@ -225,10 +225,10 @@ class Space(NamedTuple):
     -c.g and 1 - |c|^2 - c.q. They hold for rows of zeros, too (distance 1).
 
     Attributes:
-        queries: (n, dim) float32 rows, normalised for the cosine distance.
-        gallery: (m, dim) float32 rows, normalised for the cosine distance.
-        left: (n, dim + 2) float32, the queries as rows of the product.
-        right: (dim + 2, m) float32, the gallery as columns of the product.
+        queries: (n, dim) rows, normalised for the cosine distance.
+        gallery: (m, dim) rows, normalised for the cosine distance.
+        left: (n, dim + 2) the queries as rows of the product.
+        right: (dim + 2, m) the gallery as columns of the product.
         distance: one of `DISTANCES`.
     """
 
@@ -239,8 +239,21 @@ class Space(NamedTuple):
     distance: str
 
     @classmethod
-    def of(cls, queries: np.ndarray, gallery: np.ndarray, distance: str) -> Space:
-        """The space of (n, dim) queries and an (m, dim) gallery, float32."""
+    def of(
+        cls,
+        queries: np.ndarray,
+        gallery: np.ndarray,
+        distance: str,
+        dtype: str = "float32",
+    ) -> Space:
+        """The space of (n, dim) queries and an (m, dim) gallery, float32.
+
+        Args:
+            queries: (n, dim) embeddings.
+            gallery: (m, dim) embeddings.
+            distance: one of `DISTANCES`.
+            dtype: of all arrays and of the blocks.
+        """
         _checks.one_of("distance", distance, DISTANCES)
         if queries.shape[1] != gallery.shape[1]:
             raise _checks.value_error(
@@ -248,12 +261,15 @@ class Space(NamedTuple):
                 f"rows of {queries.shape[1]} numbers, as the queries have",
                 gallery,
             )
+        queries, gallery = (
+            rows.astype(dtype, copy=False) for rows in (queries, gallery)
+        )
         cosine = distance == "cosine"
         if cosine:
             queries, gallery = unit_rows(queries), unit_rows(gallery)
         centre = _centre(gallery)
-        left = np.empty((len(queries), queries.shape[1] + 2), np.float32)
-        right = np.empty((gallery.shape[1] + 2, len(gallery)), np.float32)
+        left = np.empty((len(queries), queries.shape[1] + 2), dtype)
+        right = np.empty((gallery.shape[1] + 2, len(gallery)), dtype)
         np.subtract(queries, centre, out=left[:, :-2])
         np.subtract(centre[:, None], gallery.T, out=right[:-2])
         left[:, -2] = right[-1] = 1.0
@@ -280,7 +296,7 @@ class Space(NamedTuple):
         """
         columns = self.right.shape[1]
         step = max(1, min(_ROWS, _NUMBERS // columns, len(self.left)))
-        buffer = np.empty(step * columns, np.float32)
+        buffer = np.empty(step * columns, self.left.dtype)
         show = progress(len(self.left), "row", verbose)
         for low in range(0, len(self.left), step):
             rows = slice(low, min(low + step, len(self.left)))
@@ -309,7 +325,7 @@ def _centre(rows: np.ndarray) -> np.ndarray:
     mean = rows.mean(axis=0, dtype="float64")
     largest = np.maximum(rows.max(axis=0) - mean, mean - rows.min(axis=0)).max()
     step = 2.0 ** np.floor(np.log2(max(largest, 1e-30)) - 3)
-    return (np.round(mean / step) * step).astype("float32")
+    return (np.round(mean / step) * step).astype(rows.dtype)
 
 
 def row_distances(starts: np.ndarray, ends: np.ndarray, distance: str) -> np.ndarray:

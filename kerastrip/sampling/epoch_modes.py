@@ -227,19 +227,18 @@ class Coverage:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The classes and draw numbers of some batches (module docstring)."""
         group, column = self._groups_of(epoch, steps)
-        share, row = np.divmod(columns, self._p)
-        class_ = np.empty((len(steps), len(columns)), np.int64)
+        # The shares and the rows of tables that the columns are in, as a grid.
+        share, at_share = np.unique(columns // self._p, return_inverse=True)
+        row, at_row = np.unique(columns % self._p, return_inverse=True)
+        group, column = group[:, share], column[:, share]
+        class_ = np.empty((*group.shape, len(row)), np.int64)
         draw = np.empty_like(class_)
-        for number in np.unique(share):
-            for g in np.unique(group[:, number]):
-                batches = np.flatnonzero(group[:, number] == g)
-                cells = np.ix_(batches, share == number)
-                table = self._table(epoch, int(g))
-                of_group, draw[cells] = table.draws(
-                    column[batches, number], row[share == number]
-                )
-                class_[cells] = of_group + self._first[g]
-        return class_, draw
+        for g in np.unique(group):
+            inside = group == g
+            table = self._table(epoch, int(g))
+            class_[inside], draw[inside] = table.draws(column[inside], row)
+            class_[inside] += self._first[g]
+        return class_[:, at_share, at_row], draw[:, at_share, at_row]
 
     def _groups_of(
         self, epoch: int, steps: np.ndarray

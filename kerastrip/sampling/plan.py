@@ -27,7 +27,7 @@ EPOCH_MODES = ("balanced", "coverage")
 _SMALL_CLASSES = ("repeat", "drop", "error")
 
 # About this many indices are planned at once when steps are asked for in order.
-_BLOCK = 1 << 15
+_BLOCK = 1 << 16
 # The streams of keys that one seed is split into. (Stream 3 belongs to `splits`.)
 _SAMPLES, _CLASSES, _LIMIT, _SUBSTITUTES, _SPREAD = 0, 1, 2, 4, 5
 
@@ -104,13 +104,32 @@ class PKPlan:
     Two kinds of epoch:
 
     - `"balanced"`: every class is drawn equally often. In each epoch, and over all
-      epochs, the draws of any two classes differ by at most 1. Inside a class the
-      samples come in shuffled cycles, which continue from epoch to epoch: after every
-      batch the numbers of uses of any two samples of a class differ by at most 1.
+      epochs, the draws of any two classes (with `groups`: of one group) differ by at
+      most 1. Inside a class the samples come in shuffled cycles, which continue from
+      epoch to epoch: after every batch the numbers of uses of any two samples of a class
+      (with `spread`: of one camera of it) differ by at most 1.
     - `"coverage"`: every kept sample is drawn at least once per epoch, in the fewest
       batches that P distinct classes x K rows allow. That is the larger of
       `ceil(sum(D) / P)` and `max(D)`, where `D = ceil(samples / K)` for each
       class. Spare places go to the classes drawn least in the epoch.
+
+    `spread` keeps the rows of a class apart: in a *balanced* batch the K rows of a class
+    come from `min(K, cameras of the class)` different cameras, and from each as evenly as
+    its samples allow. For K = 4 a class with 1, 5 and 9 samples from three cameras gives
+    1 + 1 + 2 or 1 + 2 + 1. Over the epochs its cameras are drawn equally often, as far
+    as they have samples, so a sample is drawn more often where its camera has few. An epoch
+    of *coverage* must show every sample in the same number of batches as without `spread`;
+    each camera is spread over the draws of its class as evenly as possible, and spare rows
+    go to cameras that are missing. A class with samples from one camera only is drawn from
+    that camera; `report()` counts such classes. A class of fewer than K samples gives
+    all of them and then repeats samples, whatever their camera.
+
+    `groups_per_batch=C` takes P / C classes from each of C groups. Groups share the batches
+    in proportion to their classes, but a group is in a batch once only: a group with
+    more than 1 / C of the classes is in every batch, and its classes are drawn less often
+    than those of other groups. A coverage epoch takes the fewest batches that this
+    allows: `max(ceil(sum(M) / C), max(M))`, where M is the fewest shares of P / C classes
+    in which a group can be covered.
 
     Corner cases:
 
@@ -137,10 +156,15 @@ class PKPlan:
         min_class_size: the least samples of a class that is drawn, default 2.
         max_per_class: with coverage, the most samples of a class in an epoch;
             the next epoch takes the next samples. No limit by default.
-        groups: `(samples,)` or `(distinct labels,)` group labels (a camera, a
-            category, an alphabet): the P classes of a batch come from one group,
-            and groups get batches in proportion to their classes. If `groups` has an
-            entry for each sample, a class gives only its samples of the batch's group.
+        groups: `(samples,)` or `(distinct labels,)` group labels (a category, an
+            alphabet, a site): the P classes of a batch come from one group, or from
+            `groups_per_batch` groups, and groups get batches in proportion to their
+            classes. If `groups` has an entry for each sample, a class gives only its
+            samples of the batch's group.
+        groups_per_batch: C, groups in a batch; it divides P. Default 1. With 2 or more
+            all samples of a class must be of one group.
+        spread: `(samples,)` one word per sample: its camera, session, typeface (integers
+            or strings). The rows of a class come from different cameras. Default None.
         shard: `(index, count)`: this host's `P / count` classes of each batch.
         seed: any integer.
 
@@ -163,6 +187,14 @@ class PKPlan:
     >>> plan.codes[rows].reshape(2, 2)  # two classes, two rows each
     array([[1, 1],
            [0, 0]], dtype=int32)
+
+    Two cameras have seen two people; each pair of rows is of both cameras:
+
+    >>> plan = PKPlan(["a", "a", "a", "b", "b"], classes_per_batch=2, samples_per_class=2,
+    ...               spread=["north", "south", "south", "north", "south"])
+    >>> rows = plan.indices(epoch=0, step=0).reshape(2, 2)  # samples 0 and 3 see north
+    >>> [bool(0 in row or 3 in row) for row in rows]
+    [True, True]
 
     References:
         - Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person
@@ -621,14 +653,7 @@ def _checked_shard(shard: Any, classes_per_batch: int) -> tuple[int, int]:
         raise _checks.value_error(
             "shard", f"an index in 0..{count - 1}", (index, count)
         )
-    if classes_per_batch % count:
-        nearest = max(round(classes_per_batch / count), 1) * count
-        raise _checks.value_error(
-            "shard",
-            f"a count that divides classes_per_batch={classes_per_batch}",
-            (index, count),
-            f"classes_per_batch={nearest} would do.",
-        )
+    _check_divides("shard", "a count", count, classes_per_batch)
     return index, count
 
 
@@ -637,15 +662,20 @@ def _checked_shares(shares: Any, groups: Any, classes_per_batch: int) -> int:
     shares = _checks.integer("groups_per_batch", shares, 1)
     if shares > 1 and groups is None:
         raise _checks.value_error("groups_per_batch", "1 without `groups`", shares)
-    if classes_per_batch % shares:
-        nearest = max(round(classes_per_batch / shares), 1) * shares
+    _check_divides("groups_per_batch", "a number", shares, classes_per_batch)
+    return shares
+
+
+def _check_divides(name: str, what: str, count: int, classes_per_batch: int) -> None:
+    """ValueError if `count` does not divide P; it names the nearest P that works."""
+    if classes_per_batch % count:
+        nearest = max(round(classes_per_batch / count), 1) * count
         raise _checks.value_error(
-            "groups_per_batch",
-            f"a number that divides classes_per_batch={classes_per_batch}",
-            shares,
+            name,
+            f"{what} that divides classes_per_batch={classes_per_batch}",
+            count,
             f"classes_per_batch={nearest} would do.",
         )
-    return shares
 
 
 def _group_codes(groups: Any, table: _labels.LabelTable) -> np.ndarray | None:

@@ -91,6 +91,19 @@ def look(
     if embeddings.shape[1] > 1:  # a plane needs two dimensions
         charts.append(_chart(plotting.plot_embeddings(embeddings, labels)))
     by: dict[str, Any] = {"images": images, "groups": groups, "distance": distance}
+    samples, worst = _samples(embeddings, labels, pairs, queries, k, by)
+    return Look(figures, page.charts(charts), samples, worst)
+
+
+def _samples(
+    embeddings: np.ndarray,
+    labels: Any,
+    pairs: int,
+    queries: int,
+    k: int,
+    by: Mapping[str, Any],
+) -> tuple[str, str]:
+    """The section on confusions and neighbours, and the most frequent confusion."""
     confused = plotting.plot_confusions(embeddings, labels, pairs=pairs, **by)
     near = plotting.plot_neighbours(embeddings, labels, queries=queries, k=k, **by)
     of_pairs = (
@@ -99,15 +112,14 @@ def look(
     of_near = (
         "The nearest others, ✓ right or ✗ wrong (dashed), with class and distance."
     )
-    if groups is not None:
+    if by["groups"] is not None:
         of_pairs += " Rows of the class and group of a sample are no neighbours."
         of_near += " ⊘ left out (dotted): of the class and group of the sample."
-    photos = images is not None
+    photos = by["images"] is not None
     sheets = [_chart(confused, of_pairs, photos), _chart(near, of_near, photos)]
-    samples = page.section("Samples", "", page.charts(sheets))
     # The label of the chart is its title, then the heading of the first confusion, if any.
     worst = f"{confused.get_label()}\n".split("\n")[1]
-    return Look(figures, page.charts(charts), samples, worst)
+    return page.section("Samples", "", page.charts(sheets)), worst
 
 
 def settings(model: Any, params: Mapping[str, Any]) -> str:
@@ -256,7 +268,7 @@ def _how_measured(counts: Mapping[str, float]) -> str:
     )
     lone = {
         "without a positive": counts["lone_queries"],
-        "with rows of their class in their own group only": counts.get(_ACROSS, 0),
+        "with positives of their own group only": counts.get(_ACROSS, 0),
     }
     told = [f"{count} {why}" for why, count in lone.items() if count]
     return f"{words}, and {' and '.join(told)}, left out" if told else words
