@@ -47,7 +47,6 @@ COMPARED = (  # what is learned from, the camera, P and K
     ("all", "typeface", 16, 4),
     ("all", "style", 16, 4),
     ("mild", "style", 16, 4),
-    ("skewed", "style", 32, 2),
     ("skewed", "style", 16, 4),
 )
 
