@@ -148,9 +148,10 @@ class Spread:
         small_cameras = cameras.sums(small)
         self._open = cameras.counts - small_cameras
         self._first_open = cameras.first + small_cameras
-        self._each, self._extra = np.divmod(
-            rows - self._rows_of_small, np.maximum(self._open, 1)
-        )
+        open_ = np.maximum(self._open, 1)
+        self._each, self._extra = np.divmod(rows - self._rows_of_small, open_)
+        lot = mix(key, _CAMERAS, np.arange(len(rows))) >> np.uint64(1)
+        self._starts_at = lot.view(np.int64) % open_
 
     def places(
         self, stratum: np.ndarray, draw: np.ndarray, row: np.ndarray
@@ -172,10 +173,10 @@ class Spread:
         each, extra = self._each[stratum], self._extra[stratum]
         layer, column = np.divmod(np.maximum(row - of_small, 0), open_)
         # The last round has `extra` rows only, and starts where that of the draw before
-        # ended. A camera has been in a last round as often as there are numbers below
-        # draw * extra that leave its number as remainder.
-        camera = np.where(layer < each, column, (draw * extra + column) % open_)
-        use = draw * each + (draw * extra - camera + open_ - 1) // open_ + layer
+        # ended; that of the first draw starts at a camera by lot.
+        start = self._starts_at[stratum] + draw * extra
+        camera = np.where(layer < each, column, (start + column) % open_)
+        use = draw * each + self._last_rounds(stratum, draw, camera) + layer
         mixed = (each == 0)[..., 0]
         if mixed.any():
             use[mixed], camera[mixed] = self._mixed(
@@ -186,6 +187,18 @@ class Spread:
         camera = np.minimum(camera, len(self.cameras.sizes) - 1)
         start = self.cameras.starts[self.cameras.first[stratum]]
         return np.where(row < of_small, start + row, self.sample(stratum, camera, use))
+
+    def _last_rounds(
+        self, stratum: np.ndarray, draw: np.ndarray, camera: np.ndarray
+    ) -> np.ndarray:
+        """How often an open camera was in the last round of draws 0..draw-1.
+
+        The last rounds go round the cameras, so this is the number of whole turns among
+        draw * extra, counted from where the camera comes first.
+        """
+        open_ = np.maximum(self._open[stratum], 1)
+        comes_first = (camera - self._starts_at[stratum]) % open_
+        return (draw * self._extra[stratum] - comes_first + open_ - 1) // open_
 
     def _mixed(
         self, stratum: np.ndarray, draw: np.ndarray, row: np.ndarray
@@ -223,8 +236,7 @@ class Spread:
         number = np.arange(len(strata)) - self._first_open[strata]
         count = draws[strata]
         open_, extra = np.maximum(self._open, 1), self._extra
-        given = count * self._each[strata]
-        given += (count * extra[strata] - number + open_[strata] - 1) // open_[strata]
+        given = count * self._each[strata] + self._last_rounds(strata, count, number)
         given = np.where(number < 0, count * self.cameras.sizes, given)
         # Where cameras are mixed, those of the cycle that has begun are looked up.
         mixed = np.flatnonzero((self._each == 0) & (extra > 0))
