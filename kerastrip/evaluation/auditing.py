@@ -29,6 +29,9 @@ __all__ = [
 # A row is compared by its third nearest row of a class: one or two rows of a class can
 # be mislabelled themselves, and a class often has few rows near any one of its rows.
 _NTH = 3
+# Two classes look like one from this mixing on, and a class like two up to it. With 5 % of
+# wrong labels, doubled classes had 0.45 or more, merged ones 0.2 or less.
+_MIXED = 0.3
 # Ends of intervals that miss in one case of twenty: the quantile of the normal.
 _QUANTILE = 1.645
 # So many rows of a class, evenly spread over it, decide how to cut it into two.
@@ -167,7 +170,6 @@ def audit(
     labels: Any,
     *,
     k: int = 10,
-    mixed: float = 0.3,
     distance: str = "euclidean",
 ) -> Audit:
     """Rows that look mislabelled, classes that look like one, classes that look like two.
@@ -179,6 +181,8 @@ def audit(
 
         nearer = 1 - d(b) / d(a)
 
+    Where a and b look like one class the pair is listed, and the row is not.
+
     **Pairs of classes.** The rows of both classes look at their k nearest other rows (at
     all but one of their class in smaller classes), as far as they belong to the two
     classes, T_a and T_b of them. Were a and b one class of N rows, each would be of the
@@ -186,13 +190,14 @@ def audit(
 
         mixing = X / (T_a n_b / (N - 1) + T_b n_a / (N - 1))
 
-    Few rows may be mixed by chance. So the list is ordered by the lower end of
-    X / (T_a + T_b), by Wilson's interval for as many trials as there are rows.
+    Few rows may be mixed by chance. So the list is ordered by a lower end: that of
+    X / (T_a + T_b) by Wilson's interval, for as many trials as there are rows. A pair is
+    listed if it is 0.3 or more.
 
     **Classes.** A class is cut in two at its mean, across the direction in which it is
     longest, and the mixing of the two parts is measured in the same way, among the
-    nearest third of the class; the list is ordered by the upper end. Of a class of more
-    than 100 rows 100 are looked at. A class of less than about 15 rows is not listed:
+    nearest quarter of the class; a class is listed if the upper end is 0.3 or less. Of a
+    class of more than 100 rows 100 are looked at. A class of less than about 15 rows is not listed:
     that its parts are apart might be chance.
 
     Judge embeddings of a model that has not learned the labels in question, or has not
@@ -204,8 +209,6 @@ def audit(
         labels: (n,) integers or strings, or (n, classes) one-hot rows; two classes at
             least.
         k: the number of neighbours that are looked at, at least 3. Default 10.
-        mixed: a pair of classes is listed if its mixing is at least this, and a class if
-            that of its parts is at most this; in (0, 1), default 0.3.
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. Give the
             distance of the loss.
 
@@ -219,12 +222,12 @@ def audit(
     Example:
 
     >>> import numpy as np
-    >>> rows = np.array([0.0, 1.0, 2.0, 1.1, 9.0, 9.9, 9.3])[:, None]
-    >>> found = audit(rows, ["a", "a", "a", "b", "b", "b", "b"])
+    >>> rows = np.array([0, 1, 2, 3, 4, 5, 2.4, 20, 21, 22, 23, 24])[:, None]
+    >>> found = audit(rows, list("aaaaaabbbbbb"), k=5)
     >>> print(found)
     rows that look mislabelled: 1
       row  label  suggested  nearer  share
-      3    b      a          89%     50%
+      6    b      a          92%     0%
     pairs of classes that look like one: 0
     classes that look like two: 0
     >>> found.rows[0].suggested
@@ -239,7 +242,6 @@ def audit(
     rows = embeddings_array("embeddings", embeddings)
     table = label_table("labels", labels, len(rows))
     k = _checks.integer("k", k, _NTH)
-    mixed = _checks.number("mixed", mixed, above=0, below=1)
     sizes = np.bincount(table.codes, minlength=len(table.classes))
     if np.count_nonzero(sizes) < 2:
         raise _checks.value_error(
@@ -247,11 +249,8 @@ def audit(
         )
     names = table.classes.tolist()
     near = _Near.of(rows, table.codes, sizes, k, distance)
-    return Audit(
-        _misplaced(near, names),
-        _like_one(near, names, mixed),
-        _like_two(near, names, mixed),
-    )
+    pairs = _like_one(near, names)
+    return Audit(_misplaced(near, names, pairs), pairs, _like_two(near, names))
 
 
 class _Near(NamedTuple):
@@ -290,7 +289,9 @@ class _Near(NamedTuple):
         return cls(rows, codes, sizes, members, distances, codes[neighbours], distance)
 
 
-def _misplaced(near: _Near, names: Sequence[Any]) -> list[Misplaced]:
+def _misplaced(
+    near: _Near, names: Sequence[Any], pairs: Sequence[LikeOne]
+) -> list[Misplaced]:
     """The rows that lie nearer to another class, the clearest first."""
     codes, classes = near.codes, near.classes
     # Half of a small class is asked: among 4 rows one may be mislabelled, too.
@@ -324,19 +325,22 @@ def _misplaced(near: _Near, names: Sequence[Any]) -> list[Misplaced]:
     found = np.flatnonzero(other < own)
     nearer = 1 - other[found] / own[found]
     share = is_own[found].mean(axis=1)
-    return [
-        Misplaced(
-            int(found[i]),
-            names[codes[found[i]]],
-            names[classes[found[i], column[found[i]]]],
-            float(nearer[i]),
-            float(share[i]),
-        )
-        for i in np.argsort(-nearer, kind="stable")
-    ]
+    alike = {(one.first, one.second) for one in pairs}
+    alike |= {(second, first) for first, second in alike}
+    listed = []
+    for i in np.argsort(-nearer, kind="stable"):
+        label = names[codes[found[i]]]
+        suggested = names[classes[found[i], column[found[i]]]]
+        if (label, suggested) not in alike:
+            listed.append(
+                Misplaced(
+                    int(found[i]), label, suggested, float(nearer[i]), float(share[i])
+                )
+            )
+    return listed
 
 
-def _like_one(near: _Near, names: Sequence[Any], mixed: float) -> list[LikeOne]:
+def _like_one(near: _Near, names: Sequence[Any]) -> list[LikeOne]:
     """The pairs of classes that are mixed, the most certain first."""
     sizes, count = near.sizes, len(near.sizes)
     # A row of a class of 3 has 2 others of its class: more neighbours had to be strange.
@@ -361,20 +365,21 @@ def _like_one(near: _Near, names: Sequence[Any], mixed: float) -> list[LikeOne]:
         LikeOne(
             names[a[i]], names[b[i]], float(crossing[i] / expected[i]), float(low[i])
         )
-        for i in order[low[order] >= mixed]
+        for i in order[low[order] >= _MIXED]
     ]
 
 
-def _like_two(near: _Near, names: Sequence[Any], mixed: float) -> list[LikeTwo]:
+def _like_two(near: _Near, names: Sequence[Any]) -> list[LikeTwo]:
     """The classes that fall into two parts, the most certain first."""
     found = []
     for name, members in zip(names, near.members, strict=True):
-        # The upper end for two halves between which no neighbour crosses is the least.
-        if len(members) < 4 or 2 * _wilson(0.0, len(members), 1) > mixed:
+        # Two halves between which no neighbour crosses have the least upper end.
+        n = len(members)
+        if n < 4 or _wilson(0.0, n, 1) * 2 * (n - 1) / n > _MIXED:
             continue
         rows = near.rows[members].astype("float64")
         one = _cut(unit_rows(rows) if near.distance == "cosine" else rows)
-        if one is not None and one[1] <= mixed:
+        if one is not None and one[1] <= _MIXED:
             mixing, high, side = one
             parts = sorted((members[side], members[~side]), key=len, reverse=True)
             found.append(LikeTwo(name, mixing, high, (parts[0], parts[1])))
@@ -403,12 +408,12 @@ def _cut(rows: np.ndarray) -> tuple[float, float, np.ndarray] | None:
     side = centred @ direction > 0
     squares = lengths[:, None] + lengths - 2 * products
     np.fill_diagonal(squares, np.inf)
-    neighbours = np.argsort(squares, axis=1, kind="stable")[:, : n // 3]
+    neighbours = np.argsort(squares, axis=1, kind="stable")[:, : n // 4]
     first = np.count_nonzero(side)
     expected = 2 * first * (n - first) / (n * (n - 1))
     crossing = float(np.mean(side[neighbours] != side[:, None]))
-    high = float(_wilson(crossing, n, 1)) / expected
-    return crossing / expected, high, (rows - mean) @ direction > 0
+    high = float(_wilson(crossing, n, 1) / expected)
+    return float(crossing / expected), high, (rows - mean) @ direction > 0
 
 
 def _wilson(share: Any, trials: Any, sign: int) -> Any:
