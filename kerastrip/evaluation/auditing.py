@@ -227,7 +227,7 @@ def audit(
     >>> print(found)
     rows that look mislabelled: 1
       row  label  suggested  nearer  share
-      6    b      a          92%     0%
+      6    b      a          93%     0%
     pairs of classes that look like one: 0
     classes that look like two: 0
     >>> found.rows[0].suggested
