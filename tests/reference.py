@@ -280,6 +280,74 @@ def reranked_distances(d, queries, k1=20, k2=6, weight=0.3):
     return result
 
 
+def misplaced(embeddings, labels, k, word):
+    """(row, label, suggested, nearer, share) of the rows nearer to another class."""
+    d, labels = distance_matrix(embeddings, word), list(map(int, labels))
+    found = []
+    for row, own in enumerate(labels):
+        others = sorted((d[row, i], i) for i in range(len(labels)) if i != row)
+        nth = min(3, labels.count(own) // 2)
+        if nth == 0:
+            continue
+        of_own = [far for far, i in others if labels[i] == own][nth - 1]
+        best, suggested = math.inf, None
+        for label in set(labels) - {own}:
+            near = [far for far, i in others[:k] if labels[i] == label]
+            if len(near) >= nth and near[nth - 1] < best:
+                best, suggested = near[nth - 1], label
+        if best < of_own:
+            share = sum(labels[i] == own for _, i in others[:k]) / min(k, len(others))
+            found.append((row, own, suggested, 1 - best / of_own, share))
+    return sorted(found, key=lambda one: -one[3])
+
+
+def wilson(share, trials, sign, z=1.645):
+    """The p with |share - p| = z sqrt(p (1 - p) / trials), below or above the share."""
+    low, high = (0.0, share) if sign < 0 else (share, 1.0)
+    for _ in range(200):
+        p = (low + high) / 2
+        outside = abs(share - p) > z * math.sqrt(p * (1 - p) / trials)
+        low, high = (p, high) if outside == (sign < 0) else (low, p)
+    return low
+
+
+def mixed_pairs(embeddings, labels, k):
+    """(first, second) -> (mixing, its lower end) of all pairs of classes that mix."""
+    d, labels = distance_matrix(embeddings, "euclidean"), list(map(int, labels))
+    pairs = {}
+    for a in sorted(set(labels)):
+        for b in sorted(set(labels)):
+            n_a, n_b = labels.count(a), labels.count(b)
+            crossing = looked = expected = 0
+            for row, own in enumerate(labels):
+                if a >= b or own not in (a, b):
+                    continue
+                others = sorted((d[row, i], i) for i in range(len(labels)) if i != row)
+                for _, i in others[: min(k, labels.count(own) - 1)]:
+                    if labels[i] in (a, b):
+                        looked += 1
+                        crossing += labels[i] != own
+                        expected += (n_b if own == a else n_a) / (n_a + n_b - 1)
+            if crossing:
+                low = wilson(crossing / looked, n_a + n_b, -1) * looked / expected
+                pairs[a, b] = (crossing / expected, low)
+    return pairs
+
+
+def mixing_of_parts(embeddings, side):
+    """The mixing of two parts of a class, and its upper end."""
+    d, n = distance_matrix(embeddings, "euclidean"), len(side)
+    crossing = looked = expected = 0
+    for row in range(n):
+        others = sorted((d[row, i], i) for i in range(n) if i != row)
+        for _, i in others[: n // 4]:
+            looked += 1
+            crossing += side[i] != side[row]
+            expected += sum(one != side[row] for one in side) / (n - 1)
+    high = wilson(crossing / looked, n, 1) * looked / expected
+    return crossing / expected, high
+
+
 def value_and_gradient(function, x):
     """function(x) and the gradient of its sum, as NumPy, on whatever backend runs."""
     import keras

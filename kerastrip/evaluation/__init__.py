@@ -1,5 +1,6 @@
 """Embeddings of data sets, nearest neighbours, and metrics of the embeddings."""
 
+from kerastrip.evaluation.auditing import Audit, LikeOne, LikeTwo, Misplaced, audit
 from kerastrip.evaluation.embedding import embed
 from kerastrip.evaluation.recalibration import recalibrate
 from kerastrip.evaluation.reranking import rerank
@@ -16,9 +17,14 @@ from kerastrip.evaluation.verification import (
 )
 
 __all__ = [
+    "Audit",
     "FoldedAccuracy",
+    "LikeOne",
+    "LikeTwo",
+    "Misplaced",
     "OperatingPoint",
     "VerificationCurve",
+    "audit",
     "embed",
     "pair_distances",
     "recalibrate",

@@ -22,6 +22,8 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip._files import readable
+from kerastrip._labels import LabelTable
+from kerastrip.evaluation.auditing import Audit
 from kerastrip.evaluation.confusions import confusions, nearest_others, spread_rows
 from kerastrip.evaluation.retrieval import label_table
 from kerastrip.evaluation.search import (
@@ -44,6 +46,7 @@ __all__ = [
     "DIFFERENT",
     "LEFT_OUT",
     "SAME",
+    "plot_audit",
     "plot_batch",
     "plot_confusions",
     "plot_distances",
@@ -583,6 +586,88 @@ def _asked(queries: Any, codes: np.ndarray) -> np.ndarray:
         expected = f"rows 0 ... {len(codes) - 1}, or how many"
         raise _checks.value_error("queries", expected, queries)
     return asked
+
+
+def plot_audit(
+    found: Audit,
+    labels: Any,
+    images: Any = None,
+    *,
+    rows: int = 6,
+    lines: int = 3,
+    samples: Sequence[str] | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draw what an audit found, the most suspicious first.
+
+    One line shows samples that look mislabelled, each with its label and the suggested
+    one. Then come pairs of classes that look like one and classes that look like two,
+    with three samples of each of the two classes or parts, which look labelled well; the
+    second three have a dashed frame.
+
+    Args:
+        found: from `kerastrip.evaluation.audit(embeddings, labels)`.
+        labels: the labels that were audited.
+        images: an image of each sample: an array as for `plot_batch`, or a source of
+            images. Default None: the figure shows the names of the samples only.
+        rows: the largest number of mislabelled samples to show. Default 6.
+        lines: the largest number of pairs, and of classes, to show. Default 3.
+        samples: names of the samples. Default: the names of the files that `images`
+            reads, else "sample 12".
+        path: where to write the figure; nothing is written by default.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError, ValueError: the shapes do not fit together.
+
+    Example:
+
+    >>> from kerastrip.evaluation import audit
+    >>> x = np.array([0, 1, 2, 3, 4, 5, 2.4, 20, 21, 22, 23, 24])[:, None]
+    >>> labels = list("aaaaaabbbbbb")
+    >>> print(plot_audit(audit(x, labels, k=5), labels).get_label())
+    What the embeddings say about the labels
+    Look mislabelled: 1
+      sample 6 b → a
+    """
+    if not isinstance(found, Audit):
+        raise _checks.type_error("found", "the result of `evaluation.audit`", found)
+    rows = _checks.integer("rows", rows, 1)
+    lines = _checks.integer("lines", lines, 1)
+    table = LabelTable(labels)
+    source, samples = _shown(images, samples, len(table.codes))
+    wrong = np.array([one.row for one in found.rows], np.int64)
+    sheet = []
+    if found.rows:
+        line = [
+            _Sample(one.row, f"{readable(one.label)}\n→ {readable(one.suggested)}")
+            for one in found.rows[:rows]
+        ]
+        sheet.append((f"Look mislabelled: {len(found.rows)}", line))
+    for pair in found.pairs[:lines]:
+        both = readable(pair.first), readable(pair.second)
+        heading = (
+            f"{both[0]} and {both[1]} look like one class, mixing {pair.mixing:.2f}"
+        )
+        parts = [np.flatnonzero(table.codes == code) for code in table.encode(pair[:2])]
+        sheet.append((heading, _two_parts(parts, wrong)))
+    for one in found.classes[:lines]:
+        heading = f"{readable(one.label)} looks like two, mixing {one.mixing:.2f}"
+        sheet.append((heading, _two_parts(one.parts, wrong)))
+    title = "What the embeddings say about the labels"
+    return _written(*_sheet(title, sheet, source, samples, named=True), path)
+
+
+def _two_parts(parts: Sequence[np.ndarray], wrong: np.ndarray) -> list[_Sample]:
+    """Three samples of each of two parts without the wrong ones, the second dashed."""
+    kinds = zip(parts, ("", "wrong"), strict=True)
+    return [
+        _Sample(int(row), "", kind)
+        for part, kind in kinds
+        for row in part[~np.isin(part, wrong)][:3]
+    ]
 
 
 def _labelled(

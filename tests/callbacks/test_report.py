@@ -299,7 +299,9 @@ def test_the_best_value_and_its_epoch():
         | {"queries": 9, "lone_queries": 2}
         for epoch, value in ((0, 0.5), (3, 0.25), (5, 0.75), (6, 0.625))
     }
-    section = sections.held_out_section(sections.Look(results[6], "", "", ""), results)
+    section = sections.held_out_section(
+        sections.Look(results[6], "", "", "", ""), results
+    )
     rows = re.findall(r'row">(.*?)</th>.*</td><td>(.*?) <small>\((.*?)\)', section)
     assert ("eer", "0.25", "4") in rows  # the least
     assert ("mrr", "0.75", "6") in rows  # the greatest
@@ -571,3 +573,32 @@ def test_it_opens_in_a_browser(model, data, tmp_path):
     for name in (plotting.COLOURS["semi_hard"], plotting.COLOURS["hard"]):
         bgr = [int(name[i : i + 2], 16) for i in (5, 3, 1)]
         assert (np.abs(colours.astype(int) - bgr).max(axis=1) <= 3).any()
+
+
+def test_labels_that_look_wrong_have_a_section(rng, tmp_path):
+    classes = np.arange(160) % 4
+    x = 0.1 * rng.normal(size=(160, 5)) + np.eye(4, 5)[classes]
+    y = np.array(["ann", "bob", "cy", "dee"], "U5")[classes]
+    flat = keras.Sequential([keras.Input((5,)), keras.layers.Identity()])
+    path = tmp_path / "report.html"
+
+    run(TrainingReport(path, x, y), flat, LOSSES[:1])
+    assert "Labels to look at" not in Page(path).words()
+
+    images = np.zeros((160, 8, 8, 3), np.uint8)
+    images[7, ..., 0] = 255
+    y[7] = "ann"  # a "dee"
+    y[np.flatnonzero(y == "bob")[::2]] = "bobby"
+    run(TrainingReport(path, x, y, images=images), flat, LOSSES[:1])
+    page = Page(path)
+    assert "Labels to look at" in page.words()
+    told = page.all("img")[-1]
+    assert "Look mislabelled: 1 sample 7 ann → dee" in page.words()
+    assert "bob and bobby look like one class" in page.words()
+    pixels = decoded(told["src"]).reshape(-1, 3).astype(int)
+    assert (np.abs(pixels - [0, 0, 255]).max(axis=1) < 30).mean() > 0.005
+
+    # Embeddings that tell nothing apart say nothing about labels.
+    noise = rng.normal(size=x.shape)
+    run(TrainingReport(path, noise, y), flat, LOSSES[:1])
+    assert "Labels to look at" not in Page(path).words()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kerastrip import plotting, sources
+from kerastrip.evaluation import audit
 from kerastrip.evaluation.confusions import confusions, nearest_others
 from kerastrip.evaluation.verification import verification_curve
 from kerastrip.plotting.thumbnails import png
@@ -420,6 +421,43 @@ def test_samples_without_images_are_named(rows):
         assert not ax.images
         named = [text for text in ax.texts if text.get_text().startswith("sample")]
         assert len(named) >= 6
+
+
+def test_audit_shows_rows_pairs_and_classes(rng):
+    classes = np.repeat(np.arange(6), 30)
+    x = rng.normal(size=(180, 4)) + 20 * rng.normal(size=(6, 4))[classes]
+    labels = np.array(["a", "b", "c", "d", "e", "d"])[classes]  # d is two classes
+    labels[2] = "e"
+    labels[1:30:3] = "A"  # half of a
+    labels[30] = "c"
+    found = audit(x, labels)
+    images = numbered(180)
+    figure = plotting.plot_audit(found, labels, images)
+    _, wrong, samples, *rest = figure.get_label().splitlines()
+    assert wrong == "Look mislabelled: 2"
+    assert {one.strip() for one in samples.split(",")} == {
+        "sample 2 e → a",
+        "sample 30 c → b",
+    }
+    assert rest[0].startswith("A and a look like one class, mixing ")
+    assert rest[1] == "  sample 1, sample 4, sample 7, sample 0, sample 3, sample 5"
+    assert rest[2].startswith("d looks like two, mixing 0.0")
+    shown = rest[3].strip().split(", ")
+    assert {shown[0], shown[3]} == {"sample 90", "sample 150"}
+    (ax,) = figure.axes
+    assert len(ax.images) == 14
+    few = plotting.plot_audit(found, labels, rows=1, lines=1, samples=list("x" * 180))
+    assert few.get_label().count("→") == 1
+
+
+def test_audit_without_findings_and_with_bad_input():
+    found = audit(np.arange(12.0)[:, None], np.arange(12) // 6, k=3)
+    figure = plotting.plot_audit(found, np.arange(12) // 6)
+    assert figure.get_label() == "What the embeddings say about the labels"
+    with pytest.raises(TypeError, match=r"result of `evaluation.audit`"):
+        plotting.plot_audit([], [0, 1])
+    with pytest.raises(ValueError, match="images"):
+        plotting.plot_audit(found, np.arange(12) // 6, numbered(3))
 
 
 def test_no_confusions_is_told():

@@ -46,6 +46,8 @@ class TrainingReport(keras.callbacks.Callback):
       the class and group of a sample are left out of the retrieval metrics and of the
       confusions, and have a grey frame among the neighbours; the distances are those of
       all pairs;
+    - what an audit of the labels found (`kerastrip.evaluation.audit`), if it found any:
+      samples that look mislabelled, classes that look like one or like two;
     - every value of the logs as a small curve.
 
     The file is replaced in one step, so that it is complete whenever it is opened and
@@ -257,7 +259,7 @@ class TrainingReport(keras.callbacks.Callback):
         if self._evaluation is not None:
             parts.append(sections.held_out_section(latest, results))
         if latest is not None:
-            parts.append(latest.samples)
+            parts += [latest.samples, latest.audit]
         return [*parts, sections.logs_section(history)]
 
     def _state(self, epochs: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from kerastrip import plotting
 from kerastrip.callbacks.collapse import Alarm
 from kerastrip.callbacks.report import page
+from kerastrip.evaluation.auditing import audit
 from kerastrip.evaluation.retrieval import retrieval_metrics
 from kerastrip.evaluation.verification import verification_curve
 from kerastrip.plotting.thumbnails import Thumbnails
@@ -35,6 +37,9 @@ _RETRIEVAL = ("recall@1", "recall@5", "precision@5", "r_precision", "map@r", "mr
 _OF_GROUPS, _ACROSS = ("map", "cmc@1", "minp"), "lone_across_groups"
 # The attributes of a loss that the page names.
 _SETTINGS = ("margin", "mining", "distance", "gamma")
+# A sample is shown as mislabelled if another class is nearer by this much (euclidean);
+# the labels are judged from this recall@1 on.
+_CLEAR, _JUDGES = 0.3, 0.5
 _TILES = ("loss", "val_loss", "easy", "hard")
 _HELD_OUT_TILES = ("recall@1", "map@r", "map", "eer")
 
@@ -50,12 +55,14 @@ class Look(NamedTuple):
         charts: HTML of the charts of distances and embeddings.
         samples: HTML of the section on confusions and neighbours.
         worst: the most frequent confusion in words, "" without confusions.
+        audit: HTML of the section on labels that look wrong, "" if none does.
     """
 
     figures: dict[str, float]
     charts: str
     samples: str
     worst: str
+    audit: str
 
 
 def look(
@@ -92,7 +99,31 @@ def look(
         charts.append(_chart(plotting.plot_embeddings(embeddings, labels)))
     by: dict[str, Any] = {"images": images, "groups": groups, "distance": distance}
     samples, worst = _samples(embeddings, labels, pairs, queries, k, by)
-    return Look(figures, page.charts(charts), samples, worst)
+    # A model that does not tell the classes apart cannot judge the labels.
+    judges = figures["recall@1"] >= _JUDGES
+    wrong = _audit(embeddings, labels, images, distance) if judges else ""
+    return Look(figures, page.charts(charts), samples, worst, wrong)
+
+
+def _audit(
+    embeddings: np.ndarray, labels: Any, images: Thumbnails | None, distance: str
+) -> str:
+    """The section on labels that look wrong; "" if none does."""
+    found = audit(embeddings, labels, distance=distance)
+    # Many samples are a little nearer to another class: not worth a look.
+    clear = 1 - (1 - _CLEAR) ** (1 if distance == "euclidean" else 2)
+    rows = [one for one in found.rows if one.nearer >= clear]
+    found = dataclasses.replace(found, rows=rows)
+    if not (found.rows or found.pairs or found.classes):
+        return ""
+    figure = plotting.plot_audit(found, labels, images)
+    chart = _chart(figure, "", images is not None)
+    hint = (
+        "What the embeddings say about the labels; the better the model, the more it "
+        "is worth. A sample looks mislabelled if another class is much nearer than its "
+        "own. Mixing is 0 for classes apart, and 1 for random parts of one class."
+    )
+    return page.section("Labels to look at", hint, page.charts([chart]))
 
 
 def _samples(
