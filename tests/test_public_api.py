@@ -43,7 +43,14 @@ EXCEPTION = ("sampling.sampler", "plotting")
 # What evaluates arrays of embeddings, whoever made them, and what runs a model.
 ON_ARRAYS = {
     f"evaluation.{name}"
-    for name in ("search", "retrieval", "verification", "confusions")
+    for name in (
+        "search",
+        "retrieval",
+        "verification",
+        "confusions",
+        "identification",
+        "gallery",
+    )
 }
 RUNS_MODELS = {"_outputs", "evaluation.embedding", "evaluation.recalibration"}
 FREE_OF_KERAS = {"_checks", "_labels", "_version"} | {

@@ -1,6 +1,13 @@
 """Embeddings of data sets, nearest neighbours, and metrics of the embeddings."""
 
 from kerastrip.evaluation.embedding import embed
+from kerastrip.evaluation.gallery import Gallery, Identification
+from kerastrip.evaluation.identification import (
+    IdentificationCurve,
+    IdentificationPoint,
+    identification_curve,
+    identification_metrics,
+)
 from kerastrip.evaluation.recalibration import recalibrate
 from kerastrip.evaluation.retrieval import retrieval_metrics
 from kerastrip.evaluation.search import search
@@ -16,9 +23,15 @@ from kerastrip.evaluation.verification import (
 
 __all__ = [
     "FoldedAccuracy",
+    "Gallery",
+    "Identification",
+    "IdentificationCurve",
+    "IdentificationPoint",
     "OperatingPoint",
     "VerificationCurve",
     "embed",
+    "identification_curve",
+    "identification_metrics",
     "pair_distances",
     "recalibrate",
     "retrieval_metrics",
