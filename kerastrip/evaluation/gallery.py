@@ -351,15 +351,12 @@ class Gallery:
             queries: (n, dim), of length 1 for the cosine distance.
             found: (n, k) rows.
         """
-        gallery = self.embeddings
+        gallery, is_cosine = self.embeddings, self.distance == "cosine"
         distances = np.empty(found.shape, np.float32)
-        step = max(1, (1 << 22) // (found.shape[1] * gallery.shape[1]))
-        for low in range(0, len(found), step):
-            some = slice(low, low + step)
-            rows = gallery[found[some].ravel()]  # (of some * k, dim)
-            rows = unit_rows(rows) if self.distance == "cosine" else rows
-            ends = rows.reshape(-1, found.shape[1], gallery.shape[1])
-            distances[some] = row_distances(queries[some, None], ends, self.distance)
+        # One neighbour of all queries at a time: all k would be k times the queries.
+        for column, rows in zip(distances.T, found.T, strict=True):
+            ends = unit_rows(gallery[rows]) if is_cosine else gallery[rows]
+            column[:] = row_distances(queries, ends, self.distance)
         distances[found < 0] = np.inf
         order = np.lexsort((found, distances), axis=-1)
         return tuple(np.take_along_axis(of, order, 1) for of in (distances, found))  # type: ignore[return-value]

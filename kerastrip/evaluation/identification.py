@@ -95,14 +95,13 @@ class IdentificationCurve:
 
             P(Bin(n, p) <= k) = 1 - confidence      (Clopper and Pearson).
 
-        The queries of one class are accepted or refused together, so they are no
-        independent trials: with 20 queries of each class a bound at a confidence of
-        0.95 that counted them as trials was exceeded in a third of all simulated cases.
-        The classes are the trials. One query of each class, drawn at random, stands for
-        its class, and nothing is assumed about how alike the others are. FAR is the
-        chance of a query for which first the class is drawn at random, then the query.
-        The other queries can only lower the threshold: the FAR of all queries at hand
-        is at most `far`, too.
+        The classes are the trials, not their queries: the queries of one person are
+        accepted or refused together, and a bound that takes them for independent is
+        exceeded several times as often as it says. One query of each class, drawn at
+        random, stands for its class, and nothing is assumed about how alike the others
+        are. FAR is the chance of a query for which first the class is drawn at random,
+        then the query. The other queries can only lower the threshold: the FAR of all
+        queries at hand is at most `far`, too.
 
         The bound holds for this gallery: with more rows more strangers are accepted.
 
@@ -140,16 +139,6 @@ class IdentificationCurve:
         limit = min(np.float32(too_many), self.drawn[may_pass])
         i = int(np.searchsorted(self.thresholds, limit)) - 1
         return self._point(i, float(np.nextafter(limit, np.float32(-np.inf))))
-
-    def figures(self, far: Sequence[float]) -> dict[str, float]:
-        """The dict that `identification_metrics` returns."""
-        return {
-            **{f"dir@{value:g}": self.at_far(value).dir for value in far},
-            "recall@1": float(self.dir[-1]),
-            "known": self.known,
-            "strangers": int(self.accepted[-1]),
-            "stranger_classes": len(self.drawn),
-        }
 
     def _point(self, i: int, threshold: float) -> IdentificationPoint:
         return IdentificationPoint(threshold, float(self.dir[i]), float(self.far[i]))
@@ -274,7 +263,13 @@ def identification_metrics(
     curve = identification_curve(
         queries, query_labels, gallery, gallery_labels, distance=distance
     )
-    return curve.figures(far)
+    return {
+        **{f"dir@{value:g}": curve.at_far(value).dir for value in far},
+        "recall@1": float(curve.dir[-1]),
+        "known": curve.known,
+        "strangers": int(curve.accepted[-1]),
+        "stranger_classes": len(curve.drawn),
+    }
 
 
 def curve_of_nearest(
