@@ -83,7 +83,6 @@ class Gallery:
 
     Attributes:
         threshold: as above. It may be set at any time.
-        distance: as above.
 
     Raises:
         TypeError, ValueError: if the arrays are not embeddings and their labels, or
@@ -117,7 +116,7 @@ class Gallery:
         if threshold is not None:
             _checks.number("threshold", threshold)
         self.threshold = threshold
-        self.distance = _checks.one_of("distance", distance, DISTANCES)
+        self._distance = _checks.one_of("distance", distance, DISTANCES)
         rows, values = _enrolled(embeddings, labels)
         self._rows, self._labels = [rows], [values]  # the parts, as they were added
         self._make_index = index
@@ -125,6 +124,11 @@ class Gallery:
 
     def __len__(self) -> int:
         return sum(map(len, self._rows))
+
+    @property
+    def distance(self) -> str:
+        """The word for the distance."""
+        return self._distance
 
     @property
     def embeddings(self) -> np.ndarray:

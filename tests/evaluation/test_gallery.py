@@ -47,25 +47,33 @@ def test_what_was_enrolled_is_a_copy_that_nobody_changes(gallery):
             array[0] = array[1]
 
 
-def test_rows_that_come_and_go_leave_what_a_fresh_gallery_would_hold(rng):
+@pytest.mark.parametrize("word", DISTANCES)
+def test_rows_come_and_go(rng, word):
     rows, labels = rng.normal(size=(300, 7)), rng.integers(0, 40, 300)
-    gallery = Gallery(rows[:1], labels[:1])
-    for low in range(1, 300, 23):
-        gallery.add(rows[low : low + 23], labels[low : low + 23])
-    assert state(gallery) == state(Gallery(rows, labels))
-    gallery.remove(labels[5])
-    gallery.remove(np.unique(labels[labels != labels[5]])[:10])
-    gone = {labels[5], *np.unique(labels[labels != labels[5]])[:10]}
-    stay = ~np.isin(labels, list(gone))
-    assert state(gallery) == state(Gallery(rows[stay], labels[stay]))
-    gallery.add(rows[:2], labels[:2])
-    for word in DISTANCES:
-        gallery.distance = word
+    now = {}  # what a dict of the rows would hold
+
+    def check():
+        fresh = Gallery([rows[i] for i in now], list(now.values()), distance=word)
+        assert state(gallery) == state(fresh)
+        assert len(gallery) == len(now)
         found = gallery.search(rows[:50], 4)
-        now = np.concatenate([rows[stay], rows[:2]])
-        expected = search(rows[:50], now, 4, distance=word)
+        expected = search(rows[:50], fresh.embeddings, 4, distance=word)
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one, other)
+
+    gallery = Gallery(rows[:7], labels[:7], distance=word)
+    now |= dict(enumerate(labels[:7].tolist()))
+    for low in range(7, 300, 23):
+        gallery.add(rows[low : low + 23], labels[low : low + 23])
+        now |= dict(enumerate(labels[low : low + 23].tolist(), low))
+    check()
+    for places in (5, [0, -1, 0], slice(100, 103)):
+        gone = gallery.labels[places]
+        gallery.remove(gone)
+        now = {i: label for i, label in now.items() if label not in np.ravel(gone)}
+        check()
+    with pytest.raises(AttributeError):
+        gallery.distance = "cosine"
 
 
 @pytest.mark.parametrize(
