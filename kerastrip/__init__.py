@@ -22,6 +22,7 @@ from kerastrip.callbacks import (
 from kerastrip.evaluation.embedding import embed
 from kerastrip.evaluation.gallery import Gallery
 from kerastrip.evaluation.recalibration import recalibrate
+from kerastrip.evaluation.reranking import rerank
 from kerastrip.evaluation.search import search
 from kerastrip.losses import (
     BinaryFocalLoss,
@@ -78,6 +79,7 @@ __all__ = [
     "mining",
     "plotting",
     "recalibrate",
+    "rerank",
     "search",
     "sources",
     "sparse_categorical_focal_loss",

@@ -204,6 +204,82 @@ def _collect(units, x, average_over, weights):
     return values, gradient
 
 
+def market1501(d, persons, cameras, gallery_persons, gallery_cameras):
+    """The evaluation of Market-1501 (Zheng et al. 2015), one query at a time.
+
+    Images of the query's person from the query's camera are removed from its ranking.
+    Queries of which no image is then left to find are not counted.
+
+    Args:
+        d: (queries, gallery) distances.
+
+    Returns:
+        List of (first match, average precision, inverse negative penalty) of the
+        queries that count; the first match is its place from 0.
+    """
+    found = []
+    for i, (person, camera) in enumerate(zip(persons, cameras, strict=True)):
+        ranking = []
+        for j in sorted(range(len(d[i])), key=lambda j, i=i: (d[i][j], j)):
+            same = gallery_persons[j] == person
+            if not (same and gallery_cameras[j] == camera):
+                ranking.append(same)
+        good = sum(ranking)
+        if good == 0:
+            continue
+        right, precisions, last = 0, [], 0
+        for place, match in enumerate(ranking):
+            if match:
+                right += 1
+                precisions.append(right / (place + 1))
+                last = place + 1
+        found.append((ranking.index(True), sum(precisions) / good, good / last))
+    return found
+
+
+def reranked_distances(d, queries, k1=20, k2=6, weight=0.3):
+    """k-reciprocal re-ranking, the equations of Zhong et al. 2017, section by section.
+
+    Args:
+        d: (rows, rows) distances of queries and gallery together, 0 on the diagonal.
+        queries: the rows that are queries.
+
+    Returns:
+        (queries, rows) distances d* of section 3.5.
+    """
+    d = np.asarray(d, np.float64)
+    d = d / d.max(axis=1, keepdims=True)
+    rows = range(len(d))
+    order = [sorted(rows, key=lambda g, p=p: (d[p][g], g)) for p in rows]
+
+    def near(p, k):  # N(p, k): the row itself and k others
+        return order[p][: k + 1]
+
+    def reciprocal(p, k):  # R(p, k), section 3.2
+        return {g for g in near(p, k) if p in near(g, k)}
+
+    vectors = np.zeros((len(d), len(d)))
+    for p in rows:
+        mutual = reciprocal(p, k1)
+        extended = set(mutual)
+        for q in mutual:  # R*(p, k)
+            candidates = reciprocal(q, round(k1 / 2))
+            if 3 * len(candidates & mutual) >= 2 * len(candidates):
+                extended |= candidates
+        for g in extended:  # section 3.3
+            vectors[p][g] = math.exp(-d[p][g])
+        vectors[p] /= vectors[p].sum()
+    # section 3.4
+    vectors = np.array([np.mean([vectors[g] for g in order[p][:k2]], 0) for p in rows])
+    result = np.empty((len(queries), len(d)))
+    for i, p in enumerate(queries):
+        for g in rows:
+            least = np.minimum(vectors[p], vectors[g]).sum()
+            most = np.maximum(vectors[p], vectors[g]).sum()
+            result[i, g] = (1 - weight) * (1 - least / most) + weight * d[p][g]
+    return result
+
+
 def value_and_gradient(function, x):
     """function(x) and the gradient of its sum, as NumPy, on whatever backend runs."""
     import keras

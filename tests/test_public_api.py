@@ -44,12 +44,8 @@ EXCEPTION = ("sampling.sampler", "plotting")
 ON_ARRAYS = {
     f"evaluation.{name}"
     for name in (
-        "search",
-        "retrieval",
-        "verification",
-        "confusions",
-        "identification",
-        "gallery",
+        *("search", "ranking", "reranking", "retrieval", "verification"),
+        *("confusions", "identification", "gallery"),
     )
 }
 RUNS_MODELS = {"_outputs", "evaluation.embedding", "evaluation.recalibration"}

@@ -34,8 +34,8 @@ from kerastrip.evaluation.embedding import (
     source_of,
 )
 from kerastrip.evaluation.recalibration import moving_averages
-from kerastrip.evaluation.retrieval import label_table, shared_rows
-from kerastrip.evaluation.search import unusable_rows
+from kerastrip.evaluation.retrieval import label_table
+from kerastrip.evaluation.search import shared_rows, unusable_rows
 from kerastrip.sources import ArraySource, Subset
 
 

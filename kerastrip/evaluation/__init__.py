@@ -9,6 +9,7 @@ from kerastrip.evaluation.identification import (
     identification_metrics,
 )
 from kerastrip.evaluation.recalibration import recalibrate
+from kerastrip.evaluation.reranking import rerank
 from kerastrip.evaluation.retrieval import retrieval_metrics
 from kerastrip.evaluation.search import search
 from kerastrip.evaluation.verification import (
@@ -34,6 +35,7 @@ __all__ = [
     "identification_metrics",
     "pair_distances",
     "recalibrate",
+    "rerank",
     "retrieval_metrics",
     "search",
     "verification_curve",

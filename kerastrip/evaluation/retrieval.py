@@ -14,22 +14,26 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip._labels import LabelTable
+from kerastrip.evaluation.ranking import hit_ranks
+from kerastrip.evaluation.reranking import Reranking, settings
 from kerastrip.evaluation.search import (
     Space,
     embeddings_array,
+    equal_rows,
     nearest,
     row_distances,
+    shared_rows,
 )
 
 __all__ = [
     "METRICS",
+    "check_groups",
     "check_metrics",
     "common_codes",
     "label_table",
     "lookup_figures",
     "retrieval_metrics",
     "self_match_warning",
-    "shared_rows",
 ]
 
 METRICS = (
@@ -41,7 +45,11 @@ METRICS = (
     "map@r",
     "mrr",
 )
+_WHOLE = ("map", "minp")  # they need the whole ranking
 _CLUSTERING = ("nmi", "ami")
+_WORDS = (*METRICS, "cmc@1", "knn@5", *_WHOLE, *_CLUSTERING)
+# Up to so many distances are computed in float64, more in float32.
+_EXACT = 1 << 24
 # A nearest row this much nearer than the second nearest is the query itself.
 _ITSELF = 1e-4
 
@@ -52,8 +60,11 @@ def retrieval_metrics(
     *,
     gallery: Any = None,
     gallery_labels: Any = None,
+    groups: Any = None,
+    gallery_groups: Any = None,
     metrics: Sequence[str] = METRICS,
     distance: str = "euclidean",
+    rerank: Any = False,
     seed: int = 0,
     verbose: bool = False,
 ) -> dict[str, float]:
@@ -66,15 +77,25 @@ def retrieval_metrics(
     | metric word | mean over the queries of |
     |---|---|
     | `recall@k` | 1 if one of the first k neighbours is a hit, else 0 |
+    | `cmc@k` | the same: cumulative matching characteristic, as re-identification calls it |
     | `precision@k` | 1/k sum_{i<=k} hit(i) |
     | `r_precision` | 1/R sum_{i<=R} hit(i) |
     | `map@r` | 1/R sum_{i<=R} hit(i) precision@i |
     | `mrr` | 1 / rank of the first hit |
+    | `map` | 1/R sum over all hits of precision@(rank of the hit): average precision over the whole ranking |
+    | `minp` | R / rank of the last hit: inverse negative penalty, how far down the hardest positive stands |
     | `knn@k` | 1 if the most frequent label of the first k neighbours is the query's; of equally frequent labels, that of the nearest neighbour counts |
     | `nmi`, `ami` | (not a mean) normalised and adjusted mutual information of the labels and a k-means clustering of the queries into as many clusters; needs scikit-learn |
 
     A query with R = 0, without a positive, is left out of the means and counted in
-    `lone_queries`. Neighbours at equal distances stand in the order of the rows.
+    `lone_queries`. Neighbours at equal distances stand in the order of the rows. Up to
+    16 million distances are computed in float64, more in float32.
+
+    Two images of one person from one camera are too easy a match. With `groups` (the
+    camera, session or typeface of every row) the rows of the query's label *and* group
+    are left out of its ranking: they are neither hits nor misses, and do not count in R.
+    This is the protocol of Market-1501. A query whose positives are all of its own group
+    is left out of the means and counted in `lone_across_groups`.
 
     A query that is in the gallery itself would find itself first. Where `gallery` is
     the same array, or a view of the same memory, every query is looked up without
@@ -87,20 +108,29 @@ def retrieval_metrics(
         gallery: (m, dim) embeddings to search in. Default: `embeddings`, each row
             without itself.
         gallery_labels: labels of `gallery`.
+        groups: (n,) integers or strings, the group of every row. Default None: no row
+            is left out but the query itself.
+        gallery_groups: (m,) groups of `gallery`, where both `gallery` and `groups` are
+            given.
         metrics: metric words of the table, k at least 1. If there are fewer than k
-            neighbours, `recall@k` and `knn@k` take all there are, and
-            `precision@k` counts the missing ones as misses.
+            neighbours, `recall@k`, `cmc@k` and `knn@k` take all there are, and
+            `precision@k` counts the missing ones as misses. `map` and `minp` look at
+            the whole ranking, and take longer than the others.
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
             arrays do not tell which distance they were trained with: give the distance
             of the loss, which `RetrievalEvaluation` reads from the model.
+        rerank: True for the ranking by `kerastrip.rerank` in place of the distance, or
+            a dict of its `k1`, `k2` and `original_weight`. Default False.
         seed: seed of the k-means clustering behind `nmi` and `ami`. Default 0.
         verbose: whether to show a progress bar once it takes over two seconds.
             Default False.
 
     Returns:
         Dict with one float in [0, 1] (`ami` also below 0) per metric word, in the
-        order of `metrics`, and the counts `"queries"` (queries in the means) and
-        `"lone_queries"` (queries without a positive, left out of the means).
+        order of `metrics`, and the counts `"queries"` (queries in the means),
+        `"lone_queries"` (queries without another row of their label, left out of the
+        means) and, with `groups`, `"lone_across_groups"` (queries all of whose positives
+        are left out, and so left out of the means, too).
 
     Raises:
         TypeError, ValueError: if the arrays do not fit each other, a metric word is
@@ -115,9 +145,26 @@ def retrieval_metrics(
     >>> figures
     {'recall@1': 1.0, 'map@r': 1.0, 'queries': 4, 'lone_queries': 1}
 
+    Persons a, b and c in two cameras. The first row of the gallery and its fourth are
+    left out: they show the two queries in their own camera.
+
+    >>> retrieval_metrics(
+    ...     [[0.0], [5.0]], ["a", "b"], groups=[1, 1],
+    ...     gallery=[[0.1], [1.0], [2.0], [5.2], [6.0]],
+    ...     gallery_labels=["a", "c", "a", "b", "b"], gallery_groups=[1, 2, 2, 1, 2],
+    ...     metrics=("cmc@1", "map"),
+    ... )
+    {'cmc@1': 0.5, 'map': 0.75, 'queries': 2, 'lone_queries': 0, 'lone_across_groups': 0}
+
     References:
         Musgrave, Belongie, Lim, "A Metric Learning Reality Check", 2020,
         section 3.2 (R-precision and MAP@R).
+
+        Zheng, Shen, Tian, Wang, Wang, Tian, "Scalable Person Re-identification: A
+        Benchmark", 2015 (Market-1501: CMC, mAP, and what is left out).
+
+        Ye, Shen, Lin, Xiang, Shao, Hoi, "Deep Learning for Person Re-identification: A
+        Survey and Outlook", 2021, section 4.1 (mINP).
     """
     if (gallery is None) != (gallery_labels is None):
         raise _checks.value_error(
@@ -130,8 +177,11 @@ def retrieval_metrics(
         gallery,
         gallery_labels,
         own=own,
+        groups=groups,
+        gallery_groups=gallery_groups,
         metrics=metrics,
         distance=distance,
+        rerank=rerank,
         seed=seed,
         verbose=verbose,
     )
@@ -147,8 +197,11 @@ def lookup_figures(
     gallery_labels: Any,
     *,
     own: np.ndarray | None,
+    groups: Any = None,
+    gallery_groups: Any = None,
     metrics: Sequence[str],
     distance: str,
+    rerank: Any = False,
     seed: int = 0,
     verbose: bool = False,
 ) -> tuple[dict[str, float], np.ndarray]:
@@ -159,7 +212,8 @@ def lookup_figures(
         own: (n,) for each query the row of the gallery that is the query itself, which
             is left out of the neighbours; -1 where no such row is known. None if no
             such row is known for any query.
-        metrics, distance, seed, verbose: as for `retrieval_metrics`.
+        groups, gallery_groups: as for `retrieval_metrics`.
+        metrics, distance, rerank, seed, verbose: as for `retrieval_metrics`.
 
     Returns:
         The dict of `retrieval_metrics`, and the numbers of the queries that seem to be
@@ -167,78 +221,173 @@ def lookup_figures(
         to them and has their label.
     """
     metrics = check_metrics(metrics)
-    lookup = _Lookup.of(embeddings, labels, gallery, gallery_labels, own)
-    positives = lookup.positives()
-    chosen = np.flatnonzero(positives > 0)
-    if not len(chosen):
-        where = "that occurs twice" if gallery is None else "of the gallery"
-        received = _checks.Told(f"{len(positives)} labels without a positive")
-        raise _checks.value_error("labels", f"a label {where}", received)
+    check_groups(gallery, groups, gallery_groups)
+    lookup = _Lookup.of(
+        embeddings,
+        labels,
+        groups,
+        searched=(gallery, gallery_labels, gallery_groups),
+        own=own,
+    )
+    reranked = settings(rerank)
+    values, met = _query_values(lookup, metrics, distance, reranked, verbose)
+    found = {metric: float(np.nanmean(each)) for metric, each in values.items()}
+    if not set(_CLUSTERING).isdisjoint(metrics):
+        found |= _clustering(lookup.queries, lookup.codes, metrics, seed)
+    counts: dict[str, float] = {"queries": int((lookup.positives > 0).sum())}
+    counts["lone_queries"] = int((lookup.same_label == 0).sum())
+    if groups is not None:
+        counts["lone_across_groups"] = len(lookup.codes) - sum(counts.values())
+    return {metric: found[metric] for metric in metrics} | counts, met
+
+
+def _query_values(
+    lookup: _Lookup,
+    metrics: Sequence[str],
+    distance: str,
+    reranked: dict[str, Any] | None,
+    verbose: bool,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The value of every metric for every query: the metrics are the means of them.
+
+    Returns:
+        (n,) float64 for each metric word but `nmi` and `ami`, NaN for a query without a
+        positive; and the numbers of the queries that meet themselves.
+    """
+    positives = lookup.positives
     # Queries of similar R stand together, so that each block looks at no more
     # neighbours than its own queries need.
+    chosen = np.flatnonzero(positives > 0)
     chosen = chosen[np.argsort(positives[chosen], kind="stable")]
-    sums = dict.fromkeys(metrics, 0.0)
+    values = {
+        metric: np.full(len(positives), np.nan)
+        for metric in metrics
+        if metric not in _CLUSTERING
+    }
     met = [np.empty(0, np.int64)]  # numbers of the queries that meet themselves
-    space = Space.of(lookup.queries[chosen], lookup.rows, distance)
-    for span, numbers in space.blocks(verbose=verbose):
+    few = len(chosen) * len(lookup.rows) <= _EXACT
+    dtype = "float64" if few else "float32"
+    space = Space.of(lookup.queries[chosen], lookup.rows, distance, dtype)
+    # The product of matrices may round equal rows differently, by their columns.
+    later, first = equal_rows(space.gallery)
+    blocks = space.blocks(verbose=verbose)
+    if reranked is not None:
+        parts = lookup.queries, lookup.rows, lookup.own, distance
+        blocks = Reranking.of(*parts, reranked).blocks(chosen, verbose=verbose)
+    for span, numbers in blocks:
         who = chosen[span]  # numbers of the queries of this block
-        depth = _depth(metrics, positives[who], len(lookup.rows))
-        block = _Block.of(lookup, who, positives[who], numbers, depth)
+        if reranked is None and len(later):
+            numbers[:, later] = numbers[:, first]
+        block = _Block.of(lookup, who, numbers, metrics)
         unknown = lookup.own[who] < 0
         if unknown.any():
             met.append(who[_meets_itself(space, span, block) & unknown])
-        for metric in sums:
-            if metric not in _CLUSTERING:
-                sums[metric] += float(block.values(metric).sum())
-    results = {metric: total / len(chosen) for metric, total in sums.items()}
-    if not set(_CLUSTERING).isdisjoint(metrics):
-        results |= _clustering(lookup.queries, lookup.codes, metrics, seed)
-    results |= {"queries": len(chosen), "lone_queries": len(positives) - len(chosen)}
-    return results, np.sort(np.concatenate(met))
+        for metric, each in values.items():
+            each[who] = block.values(metric)
+    return values, np.sort(np.concatenate(met))
 
 
 class _Lookup(NamedTuple):
-    """The queries, the rows to search in, and the labels of both.
+    """The queries, the rows to search in, and which rows are left out for which query.
+
+    A row is left out for a query that is the row itself, and for the queries of its
+    label and its group.
 
     Attributes:
         queries: (n, dim) embeddings.
         rows: (m, dim) embeddings to search in.
         codes: (n,) labels of the queries as codes.
         row_codes: (m,) labels of the rows, by the same table.
+        kinds: (n,) label and group of the queries as one code; -1 without groups.
+        row_kinds: (m,) label and group of the rows, ascending with the label.
         own: (n,) the row that is the query itself, -1 where no such row is known.
+        order: (m,) the rows ordered by kind, which orders them by label, too.
+        same_label: (n,) the number of rows of the label of a query without itself.
+        positives: (n,) R of every query.
     """
 
     queries: np.ndarray
     rows: np.ndarray
     codes: np.ndarray
     row_codes: np.ndarray
+    kinds: np.ndarray
+    row_kinds: np.ndarray
     own: np.ndarray
+    order: np.ndarray
+    same_label: np.ndarray
+    positives: np.ndarray
 
     @classmethod
     def of(
         cls,
         embeddings: Any,
         labels: Any,
-        gallery: Any,
-        gallery_labels: Any,
+        groups: Any,
+        *,
+        searched: tuple[Any, Any, Any],
         own: np.ndarray | None,
     ) -> _Lookup:
-        """Checks the arguments of `lookup_figures`."""
-        queries = embeddings_array("embeddings", embeddings)
-        table = label_table("labels", labels, len(queries))
-        if gallery is None:
-            itself = np.arange(len(queries))
-            return cls(queries, queries, table.codes, table.codes, itself)
-        rows = embeddings_array("gallery", gallery)
-        others = label_table("gallery_labels", gallery_labels, len(rows))
-        own = np.full(len(queries), -1) if own is None else own
-        return cls(queries, rows, *common_codes(table, others), own)
+        """Checks the arguments of `lookup_figures`.
 
-    def positives(self) -> np.ndarray:
-        """(n,) R of every query: the number of rows of its label without itself."""
-        size = self.codes.max() + 1
-        counts = np.bincount(self.row_codes, minlength=size)[self.codes]
-        return counts - ((self.own >= 0) & (self.row_codes[self.own] == self.codes))
+        Args:
+            embeddings, labels, groups: of the queries.
+            searched: embeddings, labels and groups of the gallery, or None three times.
+            own: as for `lookup_figures`.
+        """
+        gallery, gallery_labels, gallery_groups = searched
+        queries = rows = embeddings_array("embeddings", embeddings)
+        if gallery is None:
+            own = np.arange(len(queries))
+        else:
+            rows = embeddings_array("gallery", gallery)
+            own = np.full(len(queries), -1) if own is None else own
+        lengths = len(queries), len(rows)
+        codes, row_codes = _codes("labels", labels, gallery_labels, lengths)
+        kinds, row_kinds = np.full(len(queries), -1), row_codes.astype(np.int64)
+        if groups is not None:
+            sides = _codes("groups", groups, gallery_groups, lengths)
+            count = max(side.max() for side in sides) + 1
+            kinds = codes * np.int64(count) + sides[0]
+            row_kinds = row_codes * np.int64(count) + sides[1]
+        order = np.argsort(row_kinds, kind="stable")
+        itself = (own >= 0) & (row_codes[own] == codes)
+        same_label = np.diff(_places(row_codes[order], codes))[:, 0] - itself
+        left_out = np.diff(_places(row_kinds[order], kinds))[:, 0]
+        # The query itself may be in another group, if there are two of its embedding.
+        left_out -= itself & (row_kinds[own] == kinds)
+        parts = queries, rows, codes, row_codes, kinds, row_kinds, own, order
+        positives = same_label - left_out
+        _check_positives(positives, gallery is not None, groups is not None)
+        return cls(*parts, same_label, positives)
+
+    def hits(self, who: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The positives of the queries `who`: places in `who`, ascending, and rows."""
+        i, row = self._rows_of(self.row_codes, self.codes[who])
+        left_out = self.row_kinds[row] == self.kinds[who][i]
+        kept = ~(left_out | (row == self.own[who][i]))
+        return i[kept], row[kept]
+
+    def left_out(self, who: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows left out for the queries `who`: places in `who`, and rows."""
+        i, row = self._rows_of(self.row_kinds, self.kinds[who])
+        known = np.flatnonzero(self.own[who] >= 0)
+        return np.append(i, known), np.append(row, self.own[who][known])
+
+    def _rows_of(
+        self, row_codes: np.ndarray, codes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The rows whose code is that of a query: places in `codes`, and rows."""
+        places = _places(row_codes[self.order], codes)
+        counts = np.diff(places)[:, 0]
+        before = np.cumsum(counts) - counts
+        i = np.repeat(np.arange(len(codes)), counts)
+        return i, self.order[np.arange(len(i)) + (places[:, 0] - before)[i]]
+
+
+def _places(ordered: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """(n, 2) the first place of each code in `ordered`, and the place after its last."""
+    sides = [np.searchsorted(ordered, codes, side) for side in ("left", "right")]
+    return np.stack(sides, axis=1)
 
 
 class _Block(NamedTuple):
@@ -246,14 +395,16 @@ class _Block(NamedTuple):
 
     Attributes:
         numbers: (n, m) distances to all rows, as `Space.blocks` gives them; infinity
-            to the query itself.
+            to the rows that are left out.
         codes: (n,) labels of the queries.
         row_codes: (m,) labels of the rows.
         positives: (n,) R of the queries, at least 1.
         nearest_rows: (n, depth) numbers of the nearest rows.
-        neighbours: (n, depth) labels of the nearest rows, -1 for the query itself,
-            which comes last where `depth` is the number of all rows.
+        neighbours: (n, depth) labels of the nearest rows, -1 for the rows that are left
+            out, which come last where too few others are there.
         hits: (n, depth) whether a neighbour has the label of the query.
+        ranks: (sum of R,) ranks of all hits, those of the first query before those of
+            the second; empty if no metric needs the whole ranking.
     """
 
     numbers: np.ndarray
@@ -263,25 +414,28 @@ class _Block(NamedTuple):
     nearest_rows: np.ndarray
     neighbours: np.ndarray
     hits: np.ndarray
+    ranks: np.ndarray
 
     @classmethod
     def of(
         cls,
         lookup: _Lookup,
         who: np.ndarray,
-        positives: np.ndarray,
         numbers: np.ndarray,
-        depth: int,
+        metrics: Sequence[str],
     ) -> _Block:
         """The block of the queries `who`; writes into the (n, m) `numbers`."""
-        codes, own = lookup.codes[who], lookup.own[who]
-        known = np.flatnonzero(own >= 0)
-        numbers[known, own[known]] = np.inf
-        rows = nearest(numbers, depth)  # (n, depth)
+        codes, positives = lookup.codes[who], lookup.positives[who]
+        numbers[lookup.left_out(who)] = np.inf
+        rows = nearest(numbers, _depth(metrics, positives, len(lookup.rows)))
         neighbours = lookup.row_codes[rows]
-        neighbours[rows == own[:, None]] = -1
+        neighbours[np.isinf(np.take_along_axis(numbers, rows, axis=1))] = -1
         hits = neighbours == codes[:, None]
-        return cls(numbers, codes, lookup.row_codes, positives, rows, neighbours, hits)
+        ranks = np.empty(0, np.int64)
+        if not set(_WHOLE).isdisjoint(metrics):
+            ranks = hit_ranks(numbers, *lookup.hits(who))
+        of_queries = numbers, codes, lookup.row_codes, positives
+        return cls(*of_queries, rows, neighbours, hits, ranks)
 
     def values(self, metric: str) -> np.ndarray:
         """(n,) the value of a metric for every query; the metric is the mean of them."""
@@ -295,7 +449,14 @@ class _Block(NamedTuple):
             return (precision * hits_within_r).sum(axis=1) / self.positives
         if metric == "mrr":
             return 1.0 / self._first_rank()
-        if name == "recall":
+        if metric in _WHOLE:
+            after = np.cumsum(self.positives)
+            if metric == "minp":
+                return self.positives / self.ranks[after - 1]
+            first = after - self.positives
+            nth = np.arange(1, len(self.ranks) + 1) - np.repeat(first, self.positives)
+            return np.add.reduceat(nth / self.ranks, first) / self.positives
+        if name in ("recall", "cmc"):
             return self.hits[:, : int(k)].max(axis=1)
         if name == "precision":
             return self.hits[:, : int(k)].sum(axis=1) / int(k)
@@ -315,35 +476,6 @@ class _Block(NamedTuple):
             equal_before = self.numbers[i, :first] == self.numbers[i, first]
             ranks[i] = nearer.sum() + equal_before.sum() + 1
         return ranks
-
-
-def shared_rows(queries: Any, gallery: Any) -> np.ndarray | None:
-    """The row of `gallery` that lies in the same memory as each row of `queries`.
-
-    Returns:
-        (n,) int64, -1 where no row does; None if no row is shared.
-    """
-    if queries is gallery and np.ndim(queries):
-        return np.arange(len(queries))
-    # Lists become new arrays, which share nothing.
-    queries, gallery = np.asarray(queries), np.asarray(gallery)
-    if (
-        not np.may_share_memory(queries, gallery)
-        or queries.dtype != gallery.dtype
-        or queries.shape[1:] != gallery.shape[1:]
-        or queries.strides[1:] != gallery.strides[1:]
-        or not (gallery.ndim and gallery.strides[0])
-    ):
-        return None
-    begin, gallery_begin = (
-        array.__array_interface__["data"][0] for array in (queries, gallery)
-    )
-    # A row of the queries is a row of the gallery if it begins a whole number of rows
-    # after the beginning of the gallery.
-    offsets = begin - gallery_begin + np.arange(len(queries)) * queries.strides[0]
-    rows, rest = np.divmod(offsets, gallery.strides[0])
-    rows[(rest != 0) | (rows < 0) | (rows >= len(gallery))] = -1
-    return rows if (rows >= 0).any() else None
 
 
 def self_match_warning(met: np.ndarray, queries: int) -> str:
@@ -398,6 +530,7 @@ def _vote(neighbours: np.ndarray) -> np.ndarray:
     # A later label must be more frequent to win, so of equals the nearest stays.
     for column in neighbours.T:
         count = (neighbours == column[:, None]).sum(axis=1)
+        count[column < 0] = 0  # rows that are left out
         better = count > most
         best[better], most[better] = column[better], count[better]
     return best
@@ -434,34 +567,80 @@ def check_metrics(metrics: Any) -> tuple[str, ...]:
         raise _checks.value_error("metrics", "at least one metric word", metrics)
     for metric in metrics:
         if not (isinstance(metric, str) and _has_k(metric)):
-            _checks.one_of("metrics", metric, (*METRICS, "knn@5", *_CLUSTERING))
+            _checks.one_of("metrics", metric, _WORDS)
     return metrics
 
 
 def _has_k(metric: str) -> bool:
     """Whether a metric word ends with a number of neighbours, as "recall@5" does."""
-    return re.fullmatch(r"(recall|precision|knn)@[1-9][0-9]*", metric) is not None
+    return re.fullmatch(r"(recall|cmc|precision|knn)@[1-9][0-9]*", metric) is not None
 
 
 def label_table(name: str, value: Any, length: int) -> LabelTable:
     """The table of `length` labels, else an error with the name of the argument."""
     table = LabelTable(value, name=name)
     if len(table.codes) != length:
+        words = "groups" if name.endswith("groups") else "labels"
         raise _checks.value_error(
-            name, f"{length} labels", _checks.Told(f"{len(table.codes)} labels")
+            name, f"{length} {words}", _checks.Told(f"{len(table.codes)} {words}")
         )
     return table
 
 
-def common_codes(own: LabelTable, others: LabelTable) -> tuple[np.ndarray, np.ndarray]:
-    """The codes of two sets of labels by one common table of classes."""
+def common_codes(
+    own: LabelTable, others: LabelTable, name: str = "labels"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The codes of two sets of labels by one common table of classes.
+
+    Args:
+        own: `labels`, or the argument `name`.
+        others: `gallery_labels`, or the argument `name` with "gallery_" before it.
+        name: what errors call the two arguments.
+    """
     # In one array integers would become strings without a word.
     kinds = [table.classes.dtype.kind in "iu" for table in (own, others)]
     if kinds[0] != kinds[1]:
         raise _checks.type_error(
-            "gallery_labels", "labels of the same kind as `labels`", others.classes
+            f"gallery_{name}", f"{name} of the same kind as `{name}`", others.classes
         )
     both = LabelTable(np.concatenate([own.classes, others.classes]))
     return both.encode(own.classes)[own.codes], both.encode(others.classes)[
         others.codes
     ]
+
+
+def _codes(
+    name: str, own: Any, others: Any, lengths: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The codes of the labels or groups of the queries, and of the rows to search in."""
+    table = label_table(name, own, lengths[0])
+    if others is None:
+        return table.codes, table.codes
+    return common_codes(table, label_table(f"gallery_{name}", others, lengths[1]), name)
+
+
+def check_groups(gallery: Any, groups: Any, gallery_groups: Any) -> None:
+    """An error if one of `gallery`, `groups` and `gallery_groups` lacks another one."""
+    if groups is not None and gallery is not None and gallery_groups is None:
+        raise _checks.value_error(
+            "gallery_groups", "the groups of `gallery` beside `groups`", gallery_groups
+        )
+    if gallery_groups is not None and (gallery is None or groups is None):
+        lacking = "gallery" if gallery is None else "groups"
+        raise _checks.value_error(
+            "gallery_groups", f"`{lacking}` with it", gallery_groups
+        )
+
+
+def _check_positives(positives: np.ndarray, gallery: bool, groups: bool) -> None:
+    """An error if no query has a positive."""
+    if (positives > 0).any():
+        return
+    name = "groups" if groups else "labels"
+    expected = "a label that occurs twice"
+    if groups:
+        expected = "a label that occurs in two groups"
+    elif gallery:
+        expected = "a label of the gallery"
+    told = _checks.Told(f"{len(positives)} queries without a positive")
+    raise _checks.value_error(name, expected, told)

@@ -18,10 +18,12 @@ from kerastrip.evaluation._progress import progress
 __all__ = [
     "Space",
     "embeddings_array",
+    "equal_rows",
     "nearest",
     "neighbours",
     "row_distances",
     "search",
+    "shared_rows",
     "unit_rows",
     "unusable_rows",
 ]
@@ -111,7 +113,7 @@ def nearest(block: np.ndarray, k: int) -> np.ndarray:
     """The columns of the k smallest numbers of every row, in order.
 
     Args:
-        block: (rows, columns) float32; numbers below 0 count as 0.
+        block: (rows, columns) floats; numbers below 0 count as 0.
         k: 1 ... columns.
 
     Returns:
@@ -147,7 +149,7 @@ def _nearest(block: np.ndarray, k: int) -> np.ndarray:
     # k or more in a row, and the rows with fewer than others are filled with infinity.
     first = np.searchsorted(row, np.arange(rows))
     place = np.arange(len(row)) - first[row]
-    within = np.full((rows, place.max() + 1), np.inf, np.float32)
+    within = np.full((rows, place.max() + 1), np.inf, block.dtype)
     within[row, place] = np.maximum(block[row, column], 0.0)
     order = np.argsort(within, axis=1, kind="stable")[:, :k]
     return column[first[:, None] + order]
@@ -178,6 +180,48 @@ def embeddings_array(name: str, value: Any) -> np.ndarray:
     return rows
 
 
+def equal_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that equal an earlier row, and the first row that each of them equals.
+
+    Args:
+        rows: (n, dim) floats.
+    """
+    rows = np.ascontiguousarray(rows + 0.0)  # which makes -0 positive
+    whole = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))[:, 0]
+    _, first, which = np.unique(whole, return_index=True, return_inverse=True)
+    later = np.flatnonzero(first[which] != np.arange(len(rows)))
+    return later, first[which[later]]
+
+
+def shared_rows(queries: Any, gallery: Any) -> np.ndarray | None:
+    """The row of `gallery` that lies in the same memory as each row of `queries`.
+
+    Returns:
+        (n,) int64, -1 where no row does; None if no row is shared.
+    """
+    if queries is gallery and np.ndim(queries):
+        return np.arange(len(queries))
+    # Lists become new arrays, which share nothing.
+    queries, gallery = np.asarray(queries), np.asarray(gallery)
+    if (
+        not np.may_share_memory(queries, gallery)
+        or queries.dtype != gallery.dtype
+        or queries.shape[1:] != gallery.shape[1:]
+        or queries.strides[1:] != gallery.strides[1:]
+        or not (gallery.ndim and gallery.strides[0])
+    ):
+        return None
+    begin, gallery_begin = (
+        array.__array_interface__["data"][0] for array in (queries, gallery)
+    )
+    # A row of the queries is a row of the gallery if it begins a whole number of rows
+    # after the beginning of the gallery.
+    offsets = begin - gallery_begin + np.arange(len(queries)) * queries.strides[0]
+    rows, rest = np.divmod(offsets, gallery.strides[0])
+    rows[(rest != 0) | (rows < 0) | (rows >= len(gallery))] = -1
+    return rows if (rows >= 0).any() else None
+
+
 def unusable_rows(rows: np.ndarray) -> np.ndarray:
     """The numbers of the rows that hold NaN, infinity or numbers too large to square.
 
@@ -199,12 +243,12 @@ class Space(NamedTuple):
     -c.g and 1 - |c|^2 - c.q. They hold for rows of zeros, too (distance 1).
 
     Attributes:
-        queries: (n, dim) float32 rows, normalised for the cosine distance.
-        gallery: (m, dim) float32 rows, normalised for the cosine distance.
-        left: (n, dim + 2) float32, the queries as rows of the product.
-        right: (dim + 2, m) float32, the gallery as columns of the product.
+        queries: (n, dim) rows, normalised for the cosine distance.
+        gallery: (m, dim) rows, normalised for the cosine distance.
+        left: (n, dim + 2) the queries as rows of the product.
+        right: (dim + 2, m) the gallery as columns of the product.
         distance: one of `DISTANCES`.
-        centre: (dim,) float32, c.
+        centre: (dim,) c.
     """
 
     queries: np.ndarray
@@ -215,8 +259,21 @@ class Space(NamedTuple):
     centre: np.ndarray
 
     @classmethod
-    def of(cls, queries: np.ndarray, gallery: np.ndarray, distance: str) -> Space:
-        """The space of (n, dim) queries and an (m, dim) gallery, float32."""
+    def of(
+        cls,
+        queries: np.ndarray,
+        gallery: np.ndarray,
+        distance: str,
+        dtype: str = "float32",
+    ) -> Space:
+        """The space of (n, dim) queries and an (m, dim) gallery, float32.
+
+        Args:
+            queries: (n, dim) embeddings.
+            gallery: (m, dim) embeddings.
+            distance: one of `DISTANCES`.
+            dtype: of all arrays and of the blocks.
+        """
         _checks.one_of("distance", distance, DISTANCES)
         if queries.shape[1] != gallery.shape[1]:
             raise _checks.value_error(
@@ -224,9 +281,12 @@ class Space(NamedTuple):
                 f"rows of {queries.shape[1]} numbers, as the queries have",
                 gallery,
             )
+        queries, gallery = (
+            rows.astype(dtype, copy=False) for rows in (queries, gallery)
+        )
         gallery = unit_rows(gallery) if distance == "cosine" else gallery
-        centre = gallery.mean(axis=0, dtype="float64").astype("float32")
-        right = np.empty((gallery.shape[1] + 2, len(gallery)), np.float32)
+        centre = _centre(gallery)
+        right = np.empty((gallery.shape[1] + 2, len(gallery)), dtype)
         np.subtract(centre[:, None], gallery.T, out=right[:-2])
         right[-1] = 1.0
         if distance == "cosine":
@@ -237,10 +297,10 @@ class Space(NamedTuple):
         return space.with_queries(queries)
 
     def with_queries(self, queries: np.ndarray) -> Space:
-        """The space of other (n, dim) queries, float32, and the same gallery."""
+        """The space of other (n, dim) queries and the same gallery."""
         centre, cosine = self.centre, self.distance == "cosine"
         queries = unit_rows(queries) if cosine else queries
-        left = np.empty((len(queries), queries.shape[1] + 2), np.float32)
+        left = np.empty((len(queries), queries.shape[1] + 2), self.right.dtype)
         np.subtract(queries, centre, out=left[:, :-2])
         left[:, -2] = 1.0
         if cosine:
@@ -264,7 +324,7 @@ class Space(NamedTuple):
         """
         columns = self.right.shape[1]
         step = max(1, min(_ROWS, _NUMBERS // columns, len(self.left)))
-        buffer = np.empty(step * columns, np.float32)
+        buffer = np.empty(step * columns, self.left.dtype)
         show = progress(len(self.left), "row", verbose)
         for low in range(0, len(self.left), step):
             rows = slice(low, min(low + step, len(self.left)))
@@ -281,6 +341,19 @@ class Space(NamedTuple):
         if self.distance == "cosine":
             return numbers
         return np.sqrt(2 * numbers) if self.distance == "euclidean" else 2 * numbers
+
+
+def _centre(rows: np.ndarray) -> np.ndarray:
+    """(dim,) about the mean of the rows: a multiple of a power of two.
+
+    The power is about an eighth of the largest deviation from the mean. So whole numbers
+    around this centre have few binary places, and their products are exact: rows that
+    are equally near get equal numbers.
+    """
+    mean = rows.mean(axis=0, dtype="float64")
+    largest = np.maximum(rows.max(axis=0) - mean, mean - rows.min(axis=0)).max()
+    step = 2.0 ** np.floor(np.log2(max(largest, 1e-30)) - 3)
+    return (np.round(mean / step) * step).astype(rows.dtype)
 
 
 def row_distances(starts: np.ndarray, ends: np.ndarray, distance: str) -> np.ndarray:

@@ -1,11 +1,15 @@
 """Retrieval and verification figures against loops, scikit-learn and a peer."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn import metrics as sk
 from sklearn.cluster import KMeans
 
-from kerastrip.evaluation import verification
+from kerastrip.evaluation import retrieval, verification
 from kerastrip.evaluation.retrieval import METRICS, retrieval_metrics
 from kerastrip.evaluation.verification import (
     pair_distances,
@@ -13,6 +17,7 @@ from kerastrip.evaluation.verification import (
     verification_folds,
     verification_metrics,
 )
+from tests import reference
 
 
 def loops(x, y, gallery=None, gallery_labels=None):
@@ -168,7 +173,7 @@ class TestRetrieval:
             ({"metrics": ()}, "metrics"),
             ({"metrics": ("recall@0",)}, "recall@0"),
             ({"metrics": ("recal@1",)}, "Did you mean 'recall@1'"),
-            ({"metrics": ("map",)}, "map@r"),
+            ({"metrics": ("map@5",)}, "map@r"),
             ({"metrics": (3,)}, "metrics"),
             ({"distance": "angular"}, "distance"),
         ],
@@ -187,6 +192,201 @@ class TestRetrieval:
             retrieval_metrics(x, [None, None])
         with pytest.raises(TypeError, match="gallery_labels"):
             retrieval_metrics(x, [0, 0], gallery=x, gallery_labels=["0", "0"])
+
+
+def figures_of(found):
+    """The metrics of a list of queries of `reference.market1501`."""
+    first, precision, penalty = (np.array(one) for one in zip(*found, strict=True))
+    return {
+        **{f"cmc@{k}": (first < k).mean() for k in (1, 3, 10)},
+        "map": precision.mean(),
+        "minp": penalty.mean(),
+        "mrr": (1 / (first + 1)).mean(),
+    }
+
+
+def squares(x, other):
+    return ((np.float64(x)[:, None] - np.float64(other)) ** 2).sum(axis=-1)
+
+
+class TestGroups:
+    """Rows of the query's label and group are left out of its ranking."""
+
+    WORDS = ("cmc@1", "cmc@3", "cmc@10", "map", "minp", "mrr")
+
+    @given(
+        seed=st.integers(0, 10**6),
+        n=st.integers(1, 40),
+        m=st.integers(1, 60),
+        labels=st.integers(1, 9),
+        cameras=st.integers(1, 5),
+        values=st.integers(1, 6),
+        exact=st.sampled_from([0, 1 << 24]),
+    )
+    @settings(max_examples=150, deadline=None)
+    @pytest.mark.filterwarnings("ignore:.*have an equal row")
+    def test_equal_the_protocol_of_market1501_with_ties(
+        self, seed, n, m, labels, cameras, values, exact
+    ):
+        # Whole numbers: their distances are exact, and there are many ties.
+        rng = np.random.default_rng(seed)
+        x, other = rng.integers(0, values, (n, 3)), rng.integers(0, values, (m, 3))
+        y, other_y = rng.integers(0, labels, n), rng.integers(0, labels, m)
+        g, other_g = rng.integers(0, cameras, n), rng.integers(0, cameras, m)
+        found = reference.market1501(squares(x, other), y, g, other_y, other_g)
+        gallery = {"gallery": other, "gallery_labels": other_y}
+        arguments = {"groups": g, "gallery_groups": other_g, "metrics": self.WORDS}
+        if not found:
+            with pytest.raises(ValueError, match="two groups"):
+                retrieval_metrics(x, y, **gallery, **arguments)
+            return
+        with mock.patch.object(retrieval, "_EXACT", exact):  # float32 or float64
+            got = retrieval_metrics(x, y, **gallery, **arguments)
+        assert got["queries"] == len(found)
+        lone = (~np.isin(y, other_y)).sum()
+        assert got["lone_queries"] == lone
+        assert got["lone_across_groups"] == n - len(found) - lone
+        for word, value in figures_of(found).items():
+            assert got[word] == pytest.approx(value, abs=1e-9), word
+
+    @pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
+    @pytest.mark.parametrize(("n", "classes"), [(300, 2), (1200, 60)])
+    def test_every_metric_equals_loops_without_a_gallery(
+        self, rng, distance, n, classes
+    ):
+        y, groups = rng.integers(0, classes, n), rng.integers(0, 3, n)
+        x = np.float32(rng.normal(size=(n, 6)))
+        unit = np.float64(x) / np.linalg.norm(np.float64(x), axis=1, keepdims=True)
+        words = (*self.WORDS, *METRICS, "precision@7", "knn@4")
+        got = retrieval_metrics(x, y, groups=groups, distance=distance, metrics=words)
+        points = unit if distance == "cosine" else np.float64(x)
+        values = {word: [] for word in words}
+        for i in range(n):
+            order = np.argsort(((points - points[i]) ** 2).sum(axis=1), kind="stable")
+            order = order[(y[order] != y[i]) | (groups[order] != groups[i])]
+            hits = y[order] == y[i]
+            ranks = np.flatnonzero(hits) + 1
+            total = len(ranks)
+            if total == 0:
+                continue
+            precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+            for k in (1, 3, 5, 10):
+                values.setdefault(f"cmc@{k}", []).append(hits[:k].any())
+                values.setdefault(f"recall@{k}", []).append(hits[:k].any())
+            values["precision@1"].append(hits[0])
+            values["precision@7"].append(hits[:7].sum() / 7)
+            values["r_precision"].append(hits[:total].mean())
+            values["map@r"].append((precision * hits)[:total].sum() / total)
+            values["mrr"].append(1 / ranks[0])
+            values["map"].append(precision[hits].mean())
+            values["minp"].append(total / ranks[-1])
+            votes = y[order[:4]].tolist()
+            values["knn@4"].append(max(votes, key=votes.count) == y[i])
+        assert got["queries"] == len(values["map"])
+        for word in words:
+            assert got[word] == pytest.approx(np.mean(values[word]), abs=1e-9), word
+
+    @pytest.mark.parametrize("exact", [0, 1 << 24])
+    @pytest.mark.parametrize(("n", "m", "dim"), [(17, 33, 512), (40, 999, 128)])
+    def test_equal_rows_stand_in_their_order(self, rng, monkeypatch, exact, n, m, dim):
+        # A product of matrices rounds some columns otherwise than others.
+        monkeypatch.setattr(retrieval, "_EXACT", exact)
+        rows = rng.normal(size=(5, dim))
+        which = rng.integers(0, len(rows), m)
+        x, y = rng.normal(size=(n, dim)), np.arange(n) % 3
+        other_y, zeros = rng.integers(0, 3, m), np.zeros(n, int)
+        d = squares(np.float32(x), np.float32(rows))[:, which]
+        found = reference.market1501(d, y, zeros, other_y, np.ones(m))
+        got = retrieval_metrics(
+            x, y, gallery=rows[which], gallery_labels=other_y, metrics=self.WORDS
+        )
+        for word, value in figures_of(found).items():
+            assert got[word] == pytest.approx(value, abs=1e-9), word
+
+    @pytest.mark.filterwarnings("error")
+    def test_the_same_array_as_gallery_is_no_gallery(self, rng):
+        x, y, g = rng.normal(size=(40, 3)), np.arange(40) % 7, np.arange(40) % 3
+        alone = retrieval_metrics(x, y, groups=g, metrics=self.WORDS)
+        both = {"gallery": x, "gallery_labels": y, "gallery_groups": g}
+        assert retrieval_metrics(x, y, groups=g, metrics=self.WORDS, **both) == alone
+
+    @pytest.mark.filterwarnings("error")
+    def test_copies_in_the_same_group_are_left_out_without_a_warning(self, rng):
+        x, y, g = rng.normal(size=(40, 3)), np.arange(40) % 7, np.arange(40) % 3
+        both = {"gallery": x.copy(), "gallery_labels": y, "gallery_groups": g}
+        got = retrieval_metrics(x, y, groups=g, metrics=self.WORDS, **both)
+        assert got == retrieval_metrics(x, y, groups=g, metrics=self.WORDS)
+
+    def test_queries_that_lose_all_positives_are_counted_apart(self):
+        got = retrieval_metrics(
+            np.arange(6.0)[:, None],
+            ["a", "a", "b", "b", "b", "c"],
+            groups=["1", "1", "1", "1", "2", "2"],
+            metrics=("recall@1", "map"),
+        )
+        # a: both in camera 1. b: each finds the others across cameras. c: alone.
+        assert got["queries"] == 3
+        assert got["lone_queries"] == 1
+        assert got["lone_across_groups"] == 2
+        assert "lone_across_groups" not in retrieval_metrics(
+            np.arange(4.0)[:, None], [0, 0, 1, 1]
+        )
+
+    def test_groups_of_their_own_leave_nothing_out(self, rng):
+        x, y = rng.normal(size=(60, 4)), np.arange(60) % 9
+        words = (*self.WORDS, *METRICS)
+        apart = retrieval_metrics(x, y, groups=np.arange(60), metrics=words)
+        assert apart.pop("lone_across_groups") == 0
+        assert apart == retrieval_metrics(x, y, metrics=words)
+
+    def test_rows_left_out_do_not_vote(self):
+        # Query 0 finds one row of its label, and one of another label farther away.
+        x, y = [[0.0], [0.1], [0.2], [0.3], [1.0], [2.0]], ["a"] * 5 + ["b"]
+        got = retrieval_metrics(
+            x[:1],
+            y[:1],
+            groups=[0],
+            gallery=x[1:],
+            gallery_labels=y[1:],
+            gallery_groups=[0, 0, 0, 1, 1],
+            metrics=("knn@5", "precision@5"),
+        )
+        assert (got["knn@5"], got["precision@5"]) == (1.0, 0.2)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "expected"),
+        [
+            ({"groups": [0, 1]}, ValueError, "`groups`.*4 groups.*2 groups"),
+            ({"groups": [0, 1, None, 1]}, ValueError, "`groups`.*None at position 2"),
+            ({"groups": ["a", 1, "a", 1]}, TypeError, "`groups`.*one kind"),
+            ({"groups": [0.5, 1.0, 1.0, 2.0]}, TypeError, "`groups`"),
+            ({"groups": [3, 3, 3, 3]}, ValueError, "`groups`.*two groups"),
+            ({"gallery_groups": [0, 1]}, ValueError, "`gallery_groups`.*`gallery`"),
+        ],
+    )
+    def test_bad_groups(self, change, error, expected):
+        with pytest.raises(error, match=expected):
+            retrieval_metrics(np.eye(4), [0, 0, 1, 1], **change)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "expected"),
+        [
+            ({"gallery_groups": None}, ValueError, "`gallery_groups`.*of `gallery`"),
+            ({"groups": None}, ValueError, "`gallery_groups`.*`groups` with it"),
+            ({"gallery_groups": [0]}, ValueError, "`gallery_groups`.*2 groups"),
+            ({"gallery_groups": ["0", "1"]}, TypeError, "`gallery_groups`.*`groups`"),
+            ({"gallery_groups": [0, None]}, ValueError, "`gallery_groups`.*None"),
+        ],
+    )
+    def test_bad_groups_of_a_gallery(self, change, error, expected):
+        arguments = {
+            "groups": [0, 1, 0, 1],
+            "gallery": np.eye(4)[:2],
+            "gallery_labels": [0, 1],
+            "gallery_groups": [0, 1],
+        }
+        with pytest.raises(error, match=expected):
+            retrieval_metrics(np.eye(4), [0, 0, 1, 1], **{**arguments, **change})
 
 
 def all_pairs(x, y):
