@@ -20,9 +20,10 @@ from kerastrip.distances import DISTANCES
 from kerastrip.evaluation.identification import IdentificationPoint, curve_of_nearest
 from kerastrip.evaluation.retrieval import label_table
 from kerastrip.evaluation.search import (
+    Space,
     embeddings_array,
+    neighbours,
     row_distances,
-    search,
     unit_rows,
 )
 
@@ -196,7 +197,9 @@ class Gallery:
         queries = embeddings_array("queries", queries)
         self._check_dim("queries", queries)
         if self._make_index is None:
-            return search(queries, self.embeddings, k, distance=self.distance)
+            if self._index is None:
+                self._index = Space.of(queries, self.embeddings, self.distance)
+            return neighbours(self._index.with_queries(queries), k)
         k = _checks.integer("k", k, 1)
         if k > len(self):
             expected = f"at most the {len(self)} rows of the gallery"
