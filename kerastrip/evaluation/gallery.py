@@ -366,14 +366,19 @@ class Gallery:
             column[:] = row_distances(queries, ends, self.distance)
         distances[found < 0] = np.inf
         order = np.lexsort((found, distances), axis=-1)
-        return tuple(np.take_along_axis(of, order, 1) for of in (distances, found))  # type: ignore[return-value]
+        distances = np.take_along_axis(distances, order, axis=1)
+        return distances, np.take_along_axis(found, order, axis=1)
 
 
 def _enrolled(embeddings: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """(m, dim) rows and (m,) labels, checked: fresh arrays."""
     rows = embeddings_array("embeddings", embeddings)
-    table = label_table("labels", labels, len(rows))
-    return np.array(rows), table.classes[table.codes]
+    values = label_array(labels)
+    values = values.argmax(axis=1) if values.ndim == 2 else values  # one-hot rows
+    if len(values) != len(rows):
+        received = _checks.Told(f"{len(values)} labels")
+        raise _checks.value_error("labels", f"{len(rows)} labels", received)
+    return np.array(rows), values
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
@@ -419,7 +424,9 @@ def _wrong_with(file: Any) -> str:
     """What is wrong with a file, if anything; leaves it behind the first line."""
     start = file.read(len(_START))
     if start != _START:
-        return "which is truncated" if _START.startswith(start) else "which is none"
+        return (
+            "which is truncated" if _START.startswith(start) else "which is no gallery"
+        )
     line = file.readline(200)
     version = re.match(rb"(\d+) ", line)
     if version and int(version[1]) != _VERSION:

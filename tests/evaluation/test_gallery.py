@@ -104,6 +104,11 @@ def test_labels_of_every_kind(tmp_path, labels, gone):
         assert one.labels.tolist() == [expected[0], expected[2], gone]
 
 
+def test_one_hot_rows_are_labels():
+    gallery = Gallery(np.eye(3), [[0, 0, 1], [1, 0, 0], [0, 0, 1]])
+    assert gallery.labels.tolist() == [2, 0, 2]
+
+
 def test_integers_of_several_dtypes_stay_what_they_are():
     large = 2**60 + 1  # no float64 holds it
     gallery = Gallery([[0.0]], np.int64([large]))
@@ -382,7 +387,7 @@ def test_no_damaged_file_is_loaded(saved, data):
         content[place:place] = data.draw(st.binary(min_size=1, max_size=40))
     damaged = saved.with_name("damaged")
     damaged.write_bytes(content)
-    expected = "truncated" if how == "cut" else "damaged|truncated|none|version"
+    expected = "truncated" if how == "cut" else "damaged|truncated|no gallery|version"
     with pytest.raises(ValueError, match=expected):
         Gallery.load(damaged)
 
@@ -401,8 +406,8 @@ def an_archive():
         (b"kerastrip gallery 1 000", "truncated"),
         (b"kerastrip gallery one\n", "damaged"),
         (b"kerastrip gallery 2 and what a later version writes", "version 2"),
-        (b"\x93NUMPY and so on, an array", "which is none"),
-        (an_archive(), "which is none"),
+        (b"\x93NUMPY and so on, an array", "which is no gallery"),
+        (an_archive(), "which is no gallery"),
         (b"k", "truncated"),
     ],
 )

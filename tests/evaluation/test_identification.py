@@ -1,6 +1,7 @@
 """Open-set identification: counts by plain loops, and a bound that holds."""
 
 import math
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -191,6 +192,33 @@ def test_the_other_queries_of_a_class_can_only_lower_the_threshold(rng):
         np.testing.assert_array_equal(np.sort(classes_of_drawn), np.arange(100))
 
 
+def test_the_query_of_a_class_is_drawn_at_random():
+    # The first query of every class is the nearest one, as in a sorted list.
+    distances, labels = np.tile([0.1, 0.5, 0.9], 300), np.repeat(np.arange(300), 3)
+    drawn = [
+        curve_of_strangers(distances, labels, seed=seed).drawn for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+    for one in drawn:
+        shares = [(np.abs(one - value) < 1e-6).mean() for value in (0.1, 0.5, 0.9)]
+        assert shares == pytest.approx([1 / 3] * 3, abs=0.1)
+
+
+def test_a_row_that_was_not_found_is_no_hit():
+    table = LabelTable([0, 0, 1])
+    curve = curve_of_nearest(
+        np.float32([[1.0], [np.inf], [2.0]]),
+        np.array([[0], [-1], [0]]),
+        table,
+        LabelTable([0]),
+        distance="euclidean",
+        seed=0,
+    )
+    assert curve.dir[-1] == 0.5
+    assert curve.at_far(1.0).dir == 0.5
+
+
 def thresholds_of_splits(rng, splits, *, classes, queries, alike, far, as_trials=False):
     """(splits,) certified thresholds, where the true FAR of a threshold is itself.
 
@@ -317,8 +345,11 @@ def test_queries_that_are_in_the_gallery_are_noticed(rng, word):
     arguments = rows, labels, rows[:30], labels[:30]
     with pytest.warns(UserWarning, match="30 of 40 queries.*first is query 0"):
         identification_metrics(*arguments, distance=word)
-    others = rows + 0.01 * rng.normal(size=rows.shape)
-    identification_metrics(others, *arguments[1:], distance=word)  # no warning
+    # As near as 1e-3 of the second: 1e-6 of it, where distances grow with the square.
+    others = rows + 1e-3 * rng.normal(size=rows.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        identification_metrics(others, *arguments[1:], distance=word)
 
 
 def test_the_nearest_rows_are_those_of_search(rng):
