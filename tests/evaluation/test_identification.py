@@ -115,7 +115,7 @@ def exact_most_accepted(classes, far, alpha):
         k += 1
 
 
-@pytest.mark.parametrize("classes", [1, 2, 5, 28, 29, 46, 60, 100, 298, 299, 473, 700])
+@pytest.mark.parametrize("classes", [1, 2, 5, 28, 29, 46, 60, 100, 298, 299, 400])
 def test_the_binomial_tail_is_exact(classes):
     for far in (0.5, 0.25, 0.1, 0.0625, 0.01, 0.001):
         for alpha in (0.49, 0.1, 0.05, 0.01, 1e-6):
