@@ -20,6 +20,7 @@ from kerastrip.callbacks import (
     VerificationEvaluation,
 )
 from kerastrip.evaluation.embedding import embed
+from kerastrip.evaluation.gallery import Gallery
 from kerastrip.evaluation.recalibration import recalibrate
 from kerastrip.evaluation.reranking import rerank
 from kerastrip.evaluation.search import search
@@ -52,6 +53,7 @@ __all__ = [
     "ContrastiveLoss",
     "EmbeddingProjector",
     "EpochSync",
+    "Gallery",
     "MarginSchedule",
     "MiningSchedule",
     "MiningStats",

@@ -45,7 +45,7 @@ ON_ARRAYS = {
     f"evaluation.{name}"
     for name in (
         *("search", "ranking", "reranking", "retrieval", "verification"),
-        *("confusions", "auditing"),
+        *("confusions", "auditing", "identification", "gallery"),
     )
 }
 RUNS_MODELS = {"_outputs", "evaluation.embedding", "evaluation.recalibration"}

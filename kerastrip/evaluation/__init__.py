@@ -2,6 +2,13 @@
 
 from kerastrip.evaluation.auditing import Audit, LikeOne, LikeTwo, Misplaced, audit
 from kerastrip.evaluation.embedding import embed
+from kerastrip.evaluation.gallery import Gallery, Identification
+from kerastrip.evaluation.identification import (
+    IdentificationCurve,
+    IdentificationPoint,
+    identification_curve,
+    identification_metrics,
+)
 from kerastrip.evaluation.recalibration import recalibrate
 from kerastrip.evaluation.reranking import rerank
 from kerastrip.evaluation.retrieval import retrieval_metrics
@@ -19,6 +26,10 @@ from kerastrip.evaluation.verification import (
 __all__ = [
     "Audit",
     "FoldedAccuracy",
+    "Gallery",
+    "Identification",
+    "IdentificationCurve",
+    "IdentificationPoint",
     "LikeOne",
     "LikeTwo",
     "Misplaced",
@@ -26,6 +37,8 @@ __all__ = [
     "VerificationCurve",
     "audit",
     "embed",
+    "identification_curve",
+    "identification_metrics",
     "pair_distances",
     "recalibrate",
     "rerank",

@@ -20,6 +20,7 @@ __all__ = [
     "embeddings_array",
     "equal_rows",
     "nearest",
+    "neighbours",
     "row_distances",
     "search",
     "shared_rows",
@@ -80,12 +81,17 @@ def search(
     """
     queries = embeddings_array("queries", queries)
     gallery = embeddings_array("gallery", gallery)
+    return neighbours(Space.of(queries, gallery, distance), k)
+
+
+def neighbours(space: Space, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `search` returns, for the queries and the gallery of a space."""
     k = _checks.integer("k", k, 1)
+    queries, gallery = space.queries, space.gallery
     if k > len(gallery):
         raise _checks.value_error(
             "k", f"at most the {len(gallery)} rows of the gallery", k
         )
-    space = Space.of(queries, gallery, distance)
     indices = np.empty((len(queries), k), np.int64)
     distances = np.empty((len(queries), k), np.float32)
     # Eight more candidates than k: float32 may have ordered the last of them wrongly.
@@ -96,9 +102,7 @@ def search(
         for low in range(rows.start, rows.stop, step):
             some = slice(low, min(low + step, rows.stop))
             chosen = candidates[some.start - rows.start : some.stop - rows.start]
-            exact = row_distances(
-                space.queries[some, None], space.gallery[chosen], distance
-            )
+            exact = row_distances(queries[some, None], gallery[chosen], space.distance)
             order = np.lexsort((chosen, exact), axis=-1)[:, :k]
             distances[some] = np.take_along_axis(exact, order, axis=1)
             indices[some] = np.take_along_axis(chosen, order, axis=1)
@@ -244,6 +248,7 @@ class Space(NamedTuple):
         left: (n, dim + 2) the queries as rows of the product.
         right: (dim + 2, m) the gallery as columns of the product.
         distance: one of `DISTANCES`.
+        centre: (dim,) c.
     """
 
     queries: np.ndarray
@@ -251,6 +256,7 @@ class Space(NamedTuple):
     left: np.ndarray
     right: np.ndarray
     distance: str
+    centre: np.ndarray
 
     @classmethod
     def of(
@@ -278,22 +284,30 @@ class Space(NamedTuple):
         queries, gallery = (
             rows.astype(dtype, copy=False) for rows in (queries, gallery)
         )
-        cosine = distance == "cosine"
-        if cosine:
-            queries, gallery = unit_rows(queries), unit_rows(gallery)
+        gallery = unit_rows(gallery) if distance == "cosine" else gallery
         centre = _centre(gallery)
-        left = np.empty((len(queries), queries.shape[1] + 2), dtype)
         right = np.empty((gallery.shape[1] + 2, len(gallery)), dtype)
-        np.subtract(queries, centre, out=left[:, :-2])
         np.subtract(centre[:, None], gallery.T, out=right[:-2])
-        left[:, -2] = right[-1] = 1.0
-        if cosine:
-            left[:, -1] = 1.0 - centre @ centre - left[:, :-2] @ centre
+        right[-1] = 1.0
+        if distance == "cosine":
             right[-2] = centre @ right[:-2]
         else:
-            left[:, -1] = np.einsum("nd,nd->n", left[:, :-2], left[:, :-2]) / 2
             right[-2] = np.einsum("dn,dn->n", right[:-2], right[:-2]) / 2
-        return cls(queries, gallery, left, right, distance)
+        space = cls(queries, gallery, queries, right, distance, centre)
+        return space.with_queries(queries)
+
+    def with_queries(self, queries: np.ndarray) -> Space:
+        """The space of other (n, dim) queries and the same gallery."""
+        centre, cosine = self.centre, self.distance == "cosine"
+        queries = unit_rows(queries) if cosine else queries
+        left = np.empty((len(queries), queries.shape[1] + 2), self.right.dtype)
+        np.subtract(queries, centre, out=left[:, :-2])
+        left[:, -2] = 1.0
+        if cosine:
+            left[:, -1] = 1.0 - centre @ centre - left[:, :-2] @ centre
+        else:
+            left[:, -1] = np.einsum("nd,nd->n", left[:, :-2], left[:, :-2]) / 2
+        return self._replace(queries=queries, left=left)
 
     def blocks(
         self, *, upper: bool = False, clamp: bool = True, verbose: bool = False
