@@ -59,6 +59,8 @@ __all__ = [
 COLOURS = {"easy": "#cdd6de", "semi_hard": "#f2a541", "hard": "#b5371f"}
 # Blue and vermilion differ for every kind of colour vision (Okabe and Ito 2008).
 SAME, DIFFERENT, LEFT_OUT = "#0072b2", "#d55e00", "#767676"
+# So many neighbours that are left out are drawn for each sample.
+_LEFT_OUT_SHOWN = 2
 # Seven colours and five shapes tell 35 classes apart.
 _CLASS_COLOURS = np.array(
     ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#333333"]
@@ -502,8 +504,9 @@ def plot_neighbours(
 
     Neighbours of the class of the sample have ✓ and a blue frame, neighbours of another
     class ✗ and a dashed red frame. With `groups`, neighbours of the class *and* the group
-    of the sample have ⊘, the words "left out" and a dotted grey frame: they stand where
-    they are in the ranking, but are neither right nor wrong.
+    of the sample have ⊘, the words "left out" and a dotted grey frame: they are neither
+    right nor wrong. The nearest two of them stand where they are in the ranking; the line
+    above the neighbours counts all that are nearer than the last neighbour.
 
     Args:
         embeddings: `(samples, dim)` finite numbers, two rows at least.
@@ -514,7 +517,7 @@ def plot_neighbours(
             None: every neighbour counts.
         queries: the rows whose neighbours to show, or a number of rows, which are then
             spread over the classes. Default 6.
-        k: number of neighbours of each sample, those left out among them, at least 1.
+        k: number of neighbours of each sample, not counting those left out, at least 1.
             Default 5.
         names: names of the distinct labels, in sorted order; the labels themselves by
             default.
@@ -552,18 +555,28 @@ def plot_neighbours(
     cells = _cells(codes, groups)
     source, samples = _shown(images, samples, len(rows))
     asked = _asked(queries, codes)
+    # So many that k are left where all others of the class and group are nearer.
+    _, cells, sizes = np.unique(cells, return_inverse=True, return_counts=True)
+    depth = k if groups is None else k + int(sizes[cells[asked]].max()) - 1
     lines = []
-    looked_up = nearest_others(rows, k, distance, asked)
+    looked_up = nearest_others(rows, min(depth, len(rows) - 1), distance, asked)
     for query, fars, others in zip(asked, *looked_up, strict=True):
+        is_left_out = cells[others] == cells[query]
         kinds = np.where(codes[others] == codes[query], "right", "wrong")
-        kinds = np.where(cells[others] == cells[query], "left out", kinds).tolist()
+        kinds = np.where(is_left_out, "left out", kinds)
+        # The k nearest that count, what is left out before the last of them, and of the
+        # latter the first two.
+        near = np.cumsum(~is_left_out) - ~is_left_out < k
+        shown = near & (~is_left_out | (np.cumsum(is_left_out) <= _LEFT_OUT_SHOWN))
         line = [_Sample(query)]
-        for row, far, kind in zip(others, fars, kinds, strict=True):
+        for row, far, kind in zip(
+            others[shown], fars[shown], kinds[shown].tolist(), strict=True
+        ):
             told = kind if kind == "left out" else names[codes[row]]
             line.append(_Sample(row, f"{_SIGNS[kind]} {told}\n{far:.2g}", kind))
-        left_out = kinds.count("left out")
-        counted = f"{kinds.count('right')} of {len(kinds) - left_out} right"
+        right, left_out = (kinds[near] == "right").sum(), is_left_out[near].sum()
         more = f", {left_out} left out" if left_out else ""
+        counted = f"{right} of {near.sum() - left_out} right"
         summary = f"{names[codes[query]]}, {counted}{more}"
         lines.append((f"{samples[query]}: {summary}", line))
     title = f"Nearest neighbours by {distance.replace('_', ' ')} distance"

@@ -117,12 +117,13 @@ class PKPlan:
     come from `min(K, cameras of the class)` different cameras, and from each as evenly as
     its samples allow. For K = 4 a class with 1, 5 and 9 samples from three cameras gives
     1 + 1 + 2 or 1 + 2 + 1. Over the epochs its cameras are drawn equally often, as far
-    as they have samples, so a sample is drawn more often where its camera has few. An epoch
-    of *coverage* must show every sample in the same number of batches as without `spread`;
-    each camera is spread over the draws of its class as evenly as possible, and spare rows
-    go to cameras that are missing. A class with samples from one camera only is drawn from
-    that camera; `report()` counts such classes. A class of fewer than K samples gives
-    all of them and then repeats samples, whatever their camera.
+    as they have samples: where one camera has most samples of a class, those are drawn
+    less often than the others. A *coverage* epoch shows all samples equally often, as
+    far as spare rows allow, in as many batches as without `spread`: each camera is spread
+    over the draws of its class as evenly as possible, and spare rows go to cameras
+    that are missing. A class with samples from one camera only is drawn from that camera;
+    `report()` counts such classes. A class of fewer than K samples gives all of them and
+    then repeats samples, whatever their camera.
 
     `groups_per_batch=C` takes P / C classes from each of C groups. Groups share the batches
     in proportion to their classes, but a group is in a batch once only: a group with
@@ -262,18 +263,28 @@ class PKPlan:
         self._table = table
         self.classes_, self.codes = table.classes, table.codes
         words = None if spread is None else _word_codes(spread, len(table.codes))
-        self._index(_group_codes(groups, table), words)
+        self._index(*_group_codes(groups, table), words)
         self._batches = self._schedule_epochs(batches_per_epoch)
         # (epoch, first step, rows): a block planned ahead, replaced as a whole.
         self._block: tuple[int, int, np.ndarray] = (0, 0, np.empty((0, 0), np.int64))
         self._next: tuple[int, int] = (0, 0)
         self._covered: tuple[int, Cover] | None = None
 
-    def _index(self, groups: np.ndarray | None, words: np.ndarray | None) -> None:
+    def _index(
+        self,
+        groups: np.ndarray | None,
+        names: np.ndarray,
+        words: np.ndarray | None,
+    ) -> None:
         """Sort the samples by (group, class) and keep the classes to draw from.
 
         What is drawn as a class is a *stratum*: the samples of one class, or with groups
         for samples the samples of one class in one group.
+
+        Args:
+            groups: `(samples,)` codes of the groups; None if there is one group.
+            names: `(groups,)` the groups as they were given.
+            words: `(samples,)` codes of the words of `spread`.
         """
         # For the codes 1 0 1 2 0 1 and no groups the index is
         #
@@ -298,12 +309,12 @@ class PKPlan:
         self._cameras = None if cameras is None else cameras.of_strata(kept)
         self._codes_of_strata = code[kept]
         self._left_out = int((~kept).sum()), int(sizes[~kept].sum())
+        self._check_usable(code)
         self._group_sizes = np.array([kept.sum()])
         if groups is not None:
             self._group_sizes = self._classes_of_groups(
-                groups[order[self._starts]], self._codes_of_strata
+                groups[order[self._starts]], names
             )
-        self._check_usable(code)
         notes = []
         if not kept.all():
             notes.append(
@@ -333,16 +344,16 @@ class PKPlan:
         dropped = self.small_classes == "drop"
         return max(self.min_class_size, k) if dropped else self.min_class_size
 
-    def _classes_of_groups(self, groups: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    def _classes_of_groups(self, groups: np.ndarray, names: np.ndarray) -> np.ndarray:
         """`(groups,)` how many classes each group has, if batches can be made of them.
 
         Args:
-            groups: `(strata,)` group of each stratum.
-            classes: `(strata,)` class of each stratum.
+            groups: `(strata,)` code of the group of each stratum.
+            names: the groups as they were given, by code.
         """
         p, shares = self.classes_per_batch, self.groups_per_batch
-        names, sizes = np.unique(groups, return_counts=True)
-        poor = names[sizes < p // shares]
+        groups, sizes = np.unique(groups, return_counts=True)
+        poor = groups[sizes < p // shares]
         if poor.size:
             rule = f"classes_per_batch={p}"
             if shares > 1:
@@ -350,14 +361,17 @@ class PKPlan:
             raise _checks.value_error(
                 "groups",
                 f"at least {rule} usable classes in every group",
-                _checks.Told(f"{sizes.min()} in group number {poor[0]}"),
-                f"{len(poor)} of {len(names)} groups are too small: leave "
-                "them out or draw fewer classes per batch.",
+                _checks.Told(
+                    f"{sizes[groups == poor[0]][0]} in {names.tolist()[poor[0]]!r}"
+                ),
+                f"{len(poor)} of {len(groups)} groups are too small: leave them out or "
+                f"draw fewer classes per batch. ({self._left_out[0]} classes were left "
+                "out before, because they have too few samples.)",
             )
-        if shares > len(names):
-            expected = f"at most {len(names)}, the groups with usable classes"
+        if shares > len(groups):
+            expected = f"at most {len(groups)}, the groups with usable classes"
             raise _checks.value_error("groups_per_batch", expected, shares)
-        several = np.flatnonzero(np.bincount(classes) > 1)
+        several = np.flatnonzero(np.bincount(self._codes_of_strata) > 1)
         if shares > 1 and several.size:
             received = _checks.Told(
                 f"{len(several)} classes in several groups: {self._named(several)}"
@@ -678,15 +692,18 @@ def _check_divides(name: str, what: str, count: int, classes_per_batch: int) -> 
         )
 
 
-def _group_codes(groups: Any, table: _labels.LabelTable) -> np.ndarray | None:
-    """(samples,) codes of the groups; None if there is one group only."""
+def _group_codes(
+    groups: Any, table: _labels.LabelTable
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """(samples,) codes of the groups, None if there is one group; the groups by code."""
     if groups is None:
-        return None
-    codes = _labels.LabelTable(groups, name="groups").codes
+        return None, np.empty(0)
+    given = _labels.LabelTable(groups, name="groups")
+    codes, names = given.codes, given.classes
     if len(codes) == len(table.codes):
-        return codes
+        return codes, names
     if len(codes) == len(table.classes):
-        return codes[table.codes]
+        return codes[table.codes], names
     raise _checks.value_error(
         "groups",
         f"one group for each of {len(table.codes)} samples or of "

@@ -180,7 +180,7 @@ class PKSampler(keras.utils.PyDataset):
             seed=_checks.integer64("seed", seed),
         )
         self.labels = self.plan.codes
-        self.spread = None if spread is None else np.asarray(spread)
+        self.spread = None if spread is None else np.array(spread)
         self.classes_ = self.plan.classes_
         if len(self.source) != len(self.labels):
             expected = f"{len(self.labels)} samples, as many as labels"
