@@ -134,6 +134,9 @@ def main(argv=None):
             *asked, **among, **left_out, metrics=METRICS, rerank=rerank
         )
         print(name, *(f" {word} {figures[name][word]:.3f}" for word in METRICS))
+    # The last epoch was judged before `recalibrate`, so its figures differ.
+    counts = ("queries", "lone_queries", "lone_across_groups")
+    print(*(f"{word}: {figures['by distance'][word]}" for word in counts))
     kerastrip.plotting.plot_neighbours(
         embeddings[unseen],
         identities[unseen],

@@ -1,17 +1,19 @@
 """Which classes a batch draws: the two epoch modes of `PKPlan`.
 
-A *draw* takes K samples of one class; a batch is P draws of distinct classes. The
-batch has C *shares* of P / C draws each, and the classes of a share are of one group,
-each share of another group (C is `groups_per_batch=`, 1 by default; without `groups=`
-there is one group). Both modes have a method `draws(epoch, steps, columns)`. `steps` (n,) are numbers of batches, and `columns`
-(m,) are places in a batch, 0..P-1. For each pair of a batch and a place it returns
-two numbers: the class that is drawn there, and how many draws of that class came
-before this draw. Both arrays are (n, m) int64. Classes are numbered group by group.
+A *draw* takes K samples of one class; a batch is P draws of distinct classes. The batch
+has C *shares* of P / C draws each, and the classes of a share are of one group, each
+share of another group (C is `groups_per_batch=`, 1 by default; without `groups=` there
+is one group). Both modes have a method `draws(epoch, steps, columns)`. `steps` (n,) are
+numbers of batches, and `columns` (m,) are places in a batch, 0..P-1. For each pair of a
+batch and a place it returns two numbers: the class that is drawn there, and how many
+draws of that class came before this draw. Both arrays are (n, m) int64. Classes are
+numbered group by group.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -190,7 +192,7 @@ class Coverage:
     classes, this one is to the shares of groups.
 
     Args:
-        group_sizes: `(groups,)` classes of each group, all >= P.
+        group_sizes: `(groups,)` classes of each group, all >= P / C.
         needed: `(classes,)` draws that each class needs, >= 1.
         classes_per_batch: P.
         key: 64-bit integer.
@@ -245,7 +247,7 @@ class Coverage:
     ) -> tuple[np.ndarray, np.ndarray]:
         """`(steps, shares)` group of each share, and its column in the group's table."""
         if self._shares > 1:
-            return self._table(epoch, -1).draws(steps, np.arange(self._shares))
+            return self._table_of_groups(epoch).draws(steps, np.arange(self._shares))
         batch = steps
         if len(self._lengths) > 1:
             batch = permute(steps, self.batches, mix(self._key, epoch, 0))
@@ -253,24 +255,29 @@ class Coverage:
         column = batch - (self._ends - self._lengths)[group]
         return group[:, None], column[:, None]
 
+    def _table_of_groups(self, epoch: int) -> _Table:
+        """The table that deals the shares of an epoch to the groups."""
+        key = mix(self._key, epoch, 0)
+        return self._kept(epoch, -1, self._lengths, self._shares, self.batches, key)
+
     def _table(self, epoch: int, group: int) -> _Table:
-        """The table of a group in an epoch, of all groups for -1; the last are kept."""
+        """The table of a group in an epoch."""
+        length = self._lengths[group]
+        if self._shares > 1:
+            length = self._table_of_groups(epoch).counts[group]
+        key = mix(self._key, epoch, 1, group)
+        return self._kept(epoch, group, self._needed[group], self._p, int(length), key)
+
+    def _kept(self, epoch: int, number: int, *made_of: Any) -> _Table:
+        """The table with a number in an epoch; those of the last epoch are kept."""
         tables = self._tables
-        table = tables.get((epoch, group))
+        table = tables.get((epoch, number))
         if table is None:
-            if group < 0:
-                needed, p, length = self._lengths, self._shares, self.batches
-                key = mix(self._key, epoch, 0)
-            else:
-                needed, p, length = self._needed[group], self._p, self._lengths[group]
-                if self._shares > 1:
-                    length = self._table(epoch, -1).counts[group]
-                key = mix(self._key, epoch, 1, group)
-            table = _Table(needed, p, int(length), key)
+            table = _Table(*made_of)
             # The dict is replaced, not changed, so no lock is needed: at worst another
             # thread makes the same table once more.
-            kept = {k: other for k, other in self._tables.items() if k[0] == epoch}
-            self._tables = {**kept, (epoch, group): table}
+            kept = {key: other for key, other in tables.items() if key[0] == epoch}
+            self._tables = {**kept, (epoch, number): table}
         return table
 
     def draws_per_class(self, epoch: int) -> np.ndarray:

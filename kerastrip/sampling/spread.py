@@ -1,8 +1,9 @@
 """Which samples of a class a draw takes when its rows are spread: `spread=` of `PKPlan`.
 
 `spread=` gives each sample a word: its camera, its session, its typeface. In this
-module a *camera* is the set of samples of one stratum that have one word. Cameras are
-numbered stratum by stratum, and inside a stratum from the smallest to the largest.
+module a *camera* is the set of samples of one stratum that have one word: the samples of
+two classes from one real camera are two cameras here. Cameras are numbered stratum by
+stratum, and inside a stratum from the smallest to the largest.
 Samples are numbered camera by camera: the *place* of a sample is its position in this
 order. For two strata, the first with samples of three words:
 
@@ -130,7 +131,9 @@ class Spread:
 
     Args:
         cameras: the cameras.
-        rows: `(strata,)` k, 1 ... the number of samples of the stratum.
+        rows: `(strata,)` k, 1 ... the number of samples of the stratum. (In an epoch of
+            coverage, where `Cover` deals the samples to the draws, one draw is the
+            samples of an epoch, and k is their number.)
         key: 64-bit integer.
     """
 
@@ -176,7 +179,8 @@ class Spread:
         # ended; that of the first draw starts at a camera by lot.
         start = self._starts_at[stratum] + draw * extra
         camera = np.where(layer < each, column, (start + column) % open_)
-        use = draw * each + self._last_rounds(stratum, draw, camera) + layer
+        full_rounds, last_rounds = draw * each, self._last_rounds(stratum, draw, camera)
+        use = full_rounds + last_rounds + layer  # samples it gave before this one
         mixed = (each == 0)[..., 0]
         if mixed.any():
             use[mixed], camera[mixed] = self._mixed(
@@ -291,7 +295,7 @@ class Cover:
         self._given = samples.uses(np.full(len(draws), epoch + 1)) - self._before
         least, most = self._given, self._given * draws[strata]
         total = draws * rows
-        level = _fill_level(cameras, least, most, total)[strata]
+        level = _filled_to(cameras, least, most, total)[strata]
         filled = np.clip(level, least, most)
         # By stratum, cameras of some draws before cameras of all, then by lot: in one
         # number, because one sort is faster than three.
@@ -322,9 +326,10 @@ class Cover:
         number = np.searchsorted(self._ends, card, "right")
         camera = self._order[number]
         card = card - self._begins[number]
-        # Card and card + lcm(given, D) are one sample in one draw. So after each lcm the
-        # samples move on by one, and no draw holds a sample twice. For 2 samples x and y,
-        # D = 4 and 8 rows:
+        # No draw holds a sample twice: there are at most given * D cards (`most`), as many
+        # as there are pairs of a sample and a draw, and each pair comes once. Card and
+        # card + lcm(given, D) would be one pair, so after each lcm the samples move on
+        # by one. For 2 samples x and y, D = 4 and 8 rows:
         #
         #     draw     0 1 2 3 0 1 2 3
         #     sample   x y x y y x y x
@@ -335,7 +340,7 @@ class Cover:
         return self._samples.sample(stratum, camera, self._before[camera] + item)
 
 
-def _fill_level(
+def _filled_to(
     cameras: Cameras, least: np.ndarray, most: np.ndarray, total: np.ndarray
 ) -> np.ndarray:
     """`(strata,)` the largest level at which the cameras hold at most `total` rows.
