@@ -14,6 +14,7 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip._labels import LabelTable
+from kerastrip.evaluation.intervals import ClassScores, check_interval, with_intervals
 from kerastrip.evaluation.ranking import hit_ranks
 from kerastrip.evaluation.reranking import Reranking, settings
 from kerastrip.evaluation.search import (
@@ -28,6 +29,7 @@ __all__ = [
     "METRICS",
     "check_groups",
     "check_metrics",
+    "class_scores",
     "common_codes",
     "label_table",
     "lookup_figures",
@@ -49,6 +51,8 @@ _CLUSTERING = ("nmi", "ami")
 _WORDS = (*METRICS, "cmc@1", "knn@5", *_WHOLE, *_CLUSTERING)
 # Up to so many distances are computed in float64, more in float32.
 _EXACT = 1 << 24
+# So many more neighbours are found where it counts how they would move up.
+_SPARE = 32
 # A nearest row this much nearer than the second nearest is the query itself.
 _ITSELF = 1e-4
 
@@ -64,6 +68,7 @@ def retrieval_metrics(
     metrics: Sequence[str] = METRICS,
     distance: str = "euclidean",
     rerank: Any = False,
+    interval: float | None = None,
     seed: int = 0,
     verbose: bool = False,
 ) -> dict[str, float]:
@@ -96,6 +101,15 @@ def retrieval_metrics(
     This is the protocol of Market-1501. A query whose positives are all of its own group
     is left out of the means and counted in `lone_across_groups`.
 
+    With `interval` every figure comes with the interval that it would move in if the
+    queries were of as many *other* classes. Queries of one class are no independent
+    trials, so the classes are counted, not the queries: a class counts with all its
+    queries, and with what the queries of other classes would gain if its rows were not
+    there. (`map` and `minp` leave out the second part, as do rows behind the first
+    neighbours.) `kerastrip.evaluation.intervals` has the formula. To compare two models
+    use `kerastrip.evaluation.compare`: two intervals that overlap do not say that the
+    models are equal.
+
     A query that is in the gallery itself would find itself first. Where `gallery` is
     the same array, or a view of the same memory, every query is looked up without
     itself. Copies cannot be recognised for certain: a warning counts the queries that
@@ -120,13 +134,16 @@ def retrieval_metrics(
             of the loss, which `RetrievalEvaluation` reads from the model.
         rerank: True for the ranking by `kerastrip.rerank` in place of the distance, or
             a dict of its `k1`, `k2` and `original_weight`. Default False.
+        interval: the level of the intervals of all figures but `nmi` and `ami`, such as
+            0.95. Default None: figures alone.
         seed: seed of the k-means clustering behind `nmi` and `ami`. Default 0.
         verbose: whether to show a progress bar once it takes over two seconds.
             Default False.
 
     Returns:
         Dict with one float in [0, 1] (`ami` also below 0) per metric word, in the
-        order of `metrics`, and the counts `"queries"` (queries in the means),
+        order of `metrics`, with `interval` each followed by the ends of its interval as
+        `"recall@1_low"` and `"recall@1_high"`, and the counts `"queries"` (queries in the means),
         `"lone_queries"` (queries without another row of their label, left out of the
         means) and, with `groups`, `"lone_across_groups"` (queries all of whose positives
         are left out, and so left out of the means, too).
@@ -155,6 +172,18 @@ def retrieval_metrics(
     ... )
     {'cmc@1': 0.5, 'map': 0.75, 'queries': 2, 'lone_queries': 0, 'lone_across_groups': 0}
 
+    The figures, and where they would lie if the classes were others:
+
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> labels = np.repeat(np.arange(50), 4)
+    >>> embeddings = rng.normal(size=(50, 2))[labels] + 0.1 * rng.normal(size=(200, 2))
+    >>> figures = retrieval_metrics(
+    ...     embeddings, labels, metrics="recall@1", interval=0.95
+    ... )
+    >>> {name: round(figure, 2) for name, figure in figures.items()}
+    {'recall@1': 0.74, 'recall@1_low': 0.59, 'recall@1_high': 0.85, 'queries': 200, 'lone_queries': 0}
+
     References:
         Musgrave, Belongie, Lim, "A Metric Learning Reality Check", 2020,
         section 3.2 (R-precision and MAP@R).
@@ -181,6 +210,7 @@ def retrieval_metrics(
         metrics=metrics,
         distance=distance,
         rerank=rerank,
+        interval=interval,
         seed=seed,
         verbose=verbose,
     )
@@ -201,6 +231,7 @@ def lookup_figures(
     metrics: Sequence[str],
     distance: str,
     rerank: Any = False,
+    interval: float | None = None,
     seed: int = 0,
     verbose: bool = False,
 ) -> tuple[dict[str, float], np.ndarray]:
@@ -212,7 +243,7 @@ def lookup_figures(
             is left out of the neighbours; -1 where no such row is known. None if no
             such row is known for any query.
         groups, gallery_groups: as for `retrieval_metrics`.
-        metrics, distance, rerank, seed, verbose: as for `retrieval_metrics`.
+        metrics, distance, rerank, interval, seed, verbose: as for `retrieval_metrics`.
 
     Returns:
         The dict of `retrieval_metrics`, and the numbers of the queries that seem to be
@@ -221,6 +252,7 @@ def lookup_figures(
     """
     metrics = check_metrics(metrics)
     check_groups(gallery, groups, gallery_groups)
+    interval = check_interval(interval)
     lookup = _Lookup.of(
         embeddings,
         labels,
@@ -229,15 +261,85 @@ def lookup_figures(
         own=own,
     )
     reranked = settings(rerank)
-    values, met = _query_values(lookup, metrics, distance, reranked, verbose)
+    gains = None if interval is None else _no_gains(lookup, metrics)
+    values, met = _query_values(
+        lookup, metrics, distance, reranked, verbose, gains=gains
+    )
     found = {metric: float(np.nanmean(each)) for metric, each in values.items()}
     if not set(_CLUSTERING).isdisjoint(metrics):
         found |= _clustering(lookup.queries, lookup.codes, metrics, seed)
+    found = {metric: found[metric] for metric in metrics}
+    if interval is not None and gains is not None:
+        scores = _class_scores(lookup, values, gains)
+        found = with_intervals(found, scores, interval)
     counts: dict[str, float] = {"queries": int((lookup.positives > 0).sum())}
     counts["lone_queries"] = int((lookup.same_label == 0).sum())
     if groups is not None:
         counts["lone_across_groups"] = len(lookup.codes) - sum(counts.values())
-    return {metric: found[metric] for metric in metrics} | counts, met
+    return found | counts, met
+
+
+def class_scores(
+    embeddings: Any,
+    labels: Any,
+    gallery: Any = None,
+    gallery_labels: Any = None,
+    *,
+    groups: Any = None,
+    gallery_groups: Any = None,
+    metrics: Sequence[str],
+    distance: str,
+    rerank: Any = False,
+    verbose: bool = False,
+) -> ClassScores:
+    """The figures of `retrieval_metrics` as sums over the classes of the queries.
+
+    Args:
+        embeddings, labels, gallery, gallery_labels: as for `retrieval_metrics`.
+        groups, gallery_groups: as for `retrieval_metrics`.
+        metrics, distance, rerank, verbose: as for `retrieval_metrics`, but for `nmi`
+            and `ami`.
+    """
+    own = None if gallery is None else shared_rows(embeddings, gallery)
+    check_groups(gallery, groups, gallery_groups)
+    searched = gallery, gallery_labels, gallery_groups
+    lookup = _Lookup.of(embeddings, labels, groups, searched=searched, own=own)
+    gains = _no_gains(lookup, metrics)
+    parts = metrics, distance, settings(rerank), verbose
+    values, _ = _query_values(lookup, *parts, gains=gains)
+    return _class_scores(lookup, values, gains)
+
+
+def _no_gains(lookup: _Lookup, metrics: Sequence[str]) -> dict[str, np.ndarray]:
+    """Zeros for each class of the queries and the rows."""
+    classes = max(lookup.codes.max(), lookup.row_codes.max()) + 1
+    return {word: np.zeros(classes) for word in metrics if word not in _CLUSTERING}
+
+
+def _class_scores(
+    lookup: _Lookup, values: dict[str, np.ndarray], gains: dict[str, np.ndarray]
+) -> ClassScores:
+    """What each class of the queries does to the means over the queries.
+
+    Its own queries count, and so do the queries of other classes, which would have
+    better neighbours without it. The gains of the others are counted from their mean
+    over the classes, so that the scores still add up to the sum over the queries.
+
+    Args:
+        lookup: the queries, and the rows to search in.
+        values: (n,) for each metric word, from `_query_values`.
+        gains: (classes,) for each metric word, from `_query_values`.
+    """
+    counted = lookup.positives > 0
+    codes = lookup.codes[counted]
+    present = np.unique(lookup.codes)
+    sizes = np.bincount(codes, minlength=present[-1] + 1)[present]
+    scores = {}
+    for word, each in values.items():
+        own = np.bincount(codes, each[counted], present[-1] + 1)[present]
+        gain = gains[word][present]
+        scores[word] = own - (gain - gain.mean())
+    return ClassScores(scores, sizes)
 
 
 def _query_values(
@@ -246,8 +348,15 @@ def _query_values(
     distance: str,
     reranked: dict[str, Any] | None,
     verbose: bool,
+    *,
+    gains: dict[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The value of every metric for every query: the metrics are the means of them.
+
+    Args:
+        lookup: the queries, and the rows to search in.
+        metrics, distance, reranked, verbose: as for `lookup_figures`.
+        gains: (classes,) zeros for each metric word, to which `_Block.gains` is added.
 
     Returns:
         (n,) float64 for each metric word but `nmi` and `ami`, NaN for a query without a
@@ -274,12 +383,14 @@ def _query_values(
         blocks = Reranking.of(*parts, reranked).blocks(chosen, verbose=verbose)
     for span, numbers in blocks:
         who = chosen[span]  # numbers of the queries of this block
-        block = _Block.of(lookup, who, numbers, metrics)
+        block = _Block.of(lookup, who, numbers, metrics, spare=gains is not None)
         unknown = lookup.own[who] < 0
         if unknown.any():
             met.append(who[_meets_itself(space, span, block) & unknown])
         for metric, each in values.items():
             each[who] = block.values(metric)
+        if gains is not None:
+            block.add_gains(gains, {word: each[who] for word, each in values.items()})
     return values, np.sort(np.concatenate(met))
 
 
@@ -419,11 +530,19 @@ class _Block(NamedTuple):
         who: np.ndarray,
         numbers: np.ndarray,
         metrics: Sequence[str],
+        *,
+        spare: bool = False,
     ) -> _Block:
-        """The block of the queries `who`; writes into the (n, m) `numbers`."""
+        """The block of the queries `who`; writes into the (n, m) `numbers`.
+
+        With `spare` there are more neighbours than the metrics look at: those that move
+        up where a class is taken away.
+        """
         codes, positives = lookup.codes[who], lookup.positives[who]
         numbers[lookup.left_out(who)] = np.inf
-        rows = nearest(numbers, _depth(metrics, positives, len(lookup.rows)))
+        depth = _depth(metrics, positives)
+        depth += spare * _SPARE
+        rows = nearest(numbers, min(depth, len(lookup.rows)))
         neighbours = lookup.row_codes[rows]
         neighbours[np.isinf(np.take_along_axis(numbers, rows, axis=1))] = -1
         hits = neighbours == codes[:, None]
@@ -461,6 +580,65 @@ class _Block(NamedTuple):
         if name == "knn":
             return _vote(self.neighbours[:, : int(k)]) == self.codes
         raise NotImplementedError(metric)
+
+    def add_gains(
+        self, gains: dict[str, np.ndarray], values: dict[str, np.ndarray]
+    ) -> None:
+        """Adds what the queries would gain if a class were not among the rows.
+
+        Each query counts for each other class among its neighbours: its value without
+        the class, less its value. A query of class a with the neighbours
+
+            b b a c a      has recall@1 = 0, without b: a c a, recall@1 = 1, gain 1,
+                                             without c: b b a a, the same,   gain 0
+
+        so that b gains 1. What lies behind the last neighbour counts as a miss. `map`
+        and `minp`, which look at the whole ranking, gain nothing.
+
+        Args:
+            gains: (classes,) for each metric word, written to.
+            values: (n,) for each metric word.
+        """
+        # Behind the last hit a class takes the place of none (but it has a vote).
+        votes = any(word.startswith("knn") for word in gains)
+        depth = self.hits.shape[1]
+        last = depth - self.hits[:, ::-1].argmax(axis=1) if not votes else depth
+        reach = np.where(self.hits.any(axis=1) | votes, last, 0)  # (n,)
+        other = (self.neighbours >= 0) & ~self.hits
+        i, place = np.nonzero(other & (np.arange(depth) < reach[:, None]))
+        classes = int(self.row_codes.max()) + 1
+        each = np.unique(i * classes + self.neighbours[i, place])
+        i, code = np.divmod(each, classes)
+        step = max(1, (1 << 22) // depth)
+        for low in range(0, len(i), step):
+            some, gone = i[low : low + step], code[low : low + step]
+            cut = self._without(some, gone)
+            for word, sums in gains.items():
+                if word in _WHOLE:
+                    continue
+                before = values[word][some]
+                if word != "mrr":
+                    gain = cut.values(word) - before
+                else:
+                    seen = cut.hits.any(axis=1)
+                    gain = np.where(seen, 1 / (cut.hits.argmax(axis=1) + 1) - before, 0)
+                sums += np.bincount(gone, gain, len(sums))
+
+    def _without(self, i: np.ndarray, gone: np.ndarray) -> _Block:
+        """The block of the queries `i`, each without the neighbours of one class."""
+        neighbours = self.neighbours[i]
+        row, column = np.nonzero(neighbours != gone[:, None])
+        left = np.bincount(row, minlength=len(i))
+        place = np.arange(len(row)) - np.repeat(np.cumsum(left) - left, left)
+        moved = np.full_like(neighbours, -1)
+        moved[row, place] = neighbours[row, column]
+        codes = self.codes[i]
+        return self._replace(
+            codes=codes,
+            positives=self.positives[i],
+            neighbours=moved,
+            hits=moved == codes[:, None],
+        )
 
     def _first_rank(self) -> np.ndarray:
         """(n,) rank, from 1, of the first hit of every query among all rows."""
@@ -509,7 +687,7 @@ def _meets_itself(space: Space, span: slice, block: _Block) -> np.ndarray:
     return equal & np.take_along_axis(block.hits, first, axis=1)[:, 0]
 
 
-def _depth(metrics: Sequence[str], positives: np.ndarray, available: int) -> int:
+def _depth(metrics: Sequence[str], positives: np.ndarray) -> int:
     """How many neighbours the metrics of one block look at."""
     # `_meets_itself` looks at two.
     wanted = [
@@ -518,7 +696,7 @@ def _depth(metrics: Sequence[str], positives: np.ndarray, available: int) -> int
     ]
     if "map@r" in metrics or "r_precision" in metrics:
         wanted.append(int(positives.max()))
-    return min(max(wanted), available)
+    return max(wanted)
 
 
 def _vote(neighbours: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip.distances import DISTANCES
+from kerastrip.evaluation.intervals import ClassScores
 from kerastrip.evaluation.retrieval import label_table
 from kerastrip.evaluation.search import (
     Space,
@@ -136,6 +137,34 @@ class VerificationCurve:
             # accuracy = (TP + all different pairs - FP) / all pairs
             score = self.same - self.different
         return self._point(int(score.argmax()))
+
+    def ranks(self, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Fractions of the same pairs nearer, and of the different pairs farther.
+
+        Equal distances count half.
+        """
+        at = np.searchsorted(self.thresholds, distances, side="right") - 1
+        before = np.searchsorted(self.thresholds, distances, side="left") - 1
+        nearer = (self.tar[at] + self.tar[before]) / 2
+        return nearer, 1.0 - (self.far[at] + self.far[before]) / 2
+
+    def operating_point(self, metric: str) -> OperatingPoint:
+        """The point at which a metric is taken, for `auc` the same as for `eer`."""
+        if metric in ("accuracy", "f1"):
+            return self.best(metric)
+        if metric in ("auc", "eer"):
+            return self._point(int(np.searchsorted(self.far + self.tar, 1.0)))
+        return self.at_far(float(metric.partition("@")[2]))
+
+    def rise(self, far: float) -> float:
+        """How many true accepts more the ROC has for each false accept more, around `far`.
+
+        From a quarter less to a quarter more false accepts, by at least four pairs,
+        because the ROC is a staircase.
+        """
+        step = max(far / 4, 4 / self.different[-1])
+        ends = np.clip([far - step, far + step], 0.0, 1.0)
+        return float(np.diff(np.interp(ends, self.far, self.tar))[0] / np.diff(ends)[0])
 
     def figures(self, metrics: Sequence[str] = METRICS) -> dict[str, float]:
         """The dict that `verification_metrics` returns."""
@@ -287,6 +316,122 @@ def verification_metrics(
         verbose=verbose,
     )
     return curve.figures(metrics)
+
+
+class _Sums(NamedTuple):
+    """Sums over the pairs that each class takes part in.
+
+    A pair of different classes counts for both of them.
+
+    Attributes:
+        pairs: (classes, 2) the number of different pairs and of same pairs.
+        within: (classes, 2, t) how many of them have a distance of at most each of t
+            thresholds.
+        area: (classes, 2) for the different pairs the sum of the fractions of same pairs
+            that are nearer; for the same pairs that of different pairs that are farther.
+    """
+
+    pairs: np.ndarray
+    within: np.ndarray
+    area: np.ndarray
+
+
+def _sums_of_all(
+    rows: np.ndarray,
+    codes: np.ndarray,
+    curve: VerificationCurve,
+    thresholds: np.ndarray,
+    distance: str,
+) -> _Sums:
+    """The sums over all pairs of rows, each pair met from both of its rows."""
+    space = Space.of(rows, rows, distance)
+    limits = _numbers_of(thresholds, distance)
+    # The fraction of nearer same pairs by the first 16 bits of a number: its exponent
+    # and 7 bits of its mantissa, which is enough for a sum.
+    cells = (np.arange(1 << 16, dtype=np.uint32) << 16 | 1 << 15).view(np.float32)
+    nearer, _ = curve.ranks(space.distances(np.abs(cells)))
+    nearer = nearer.astype(np.float32)
+    # For each row and its different pairs, its same pairs: their number, their area, and
+    # how many are within each threshold.
+    found = np.zeros((len(rows), 2, 2 + len(limits)))
+    for span, block in space.blocks():
+        for low in range(0, len(block), _ROWS):
+            part = block[low : low + _ROWS]
+            first = span.start + low
+            who = np.arange(first, first + len(part))
+            part[who - first, who] = np.inf  # the row itself, within no threshold
+            same = codes[who, None] == codes
+            same[who - first, who] = False
+            i, j = np.nonzero(same)
+            values = part[i, j]
+            inside = [np.count_nonzero(part <= limit, axis=1) for limit in limits]
+            inside_same = [
+                np.bincount(i[values <= x], minlength=len(who)) for x in limits
+            ]
+            count = np.bincount(i, minlength=len(who))
+            cell = nearer[part.view(np.uint32) >> 16]
+            area = cell.sum(axis=1) - 1.0 - np.bincount(i, cell[i, j], len(who))
+            farther = curve.ranks(space.distances(values))[1]
+            area_same = np.bincount(i, farther, len(who))
+            of_same = np.stack([count, area_same, *inside_same])
+            of_all = np.stack([len(rows) - 1 - count, area, *inside])
+            of_all[2:] -= of_same[2:]
+            found[who] = np.stack([of_all, of_same]).T.transpose(0, 2, 1)
+    by_class = np.zeros((codes.max() + 1, *found.shape[1:]))
+    np.add.at(by_class, codes, found)
+    by_class[:, 1] /= 2  # both rows of a same pair are of the class
+    return _Sums(by_class[:, :, 0], by_class[:, :, 2:], by_class[:, :, 1])
+
+
+def _numbers_of(thresholds: np.ndarray, distance: str) -> np.ndarray:
+    """The numbers of `Space.blocks` that stand for these distances, -1 for -inf."""
+    t = np.maximum(thresholds, 0.0)
+    numbers = {"euclidean": t**2 / 2, "squared_euclidean": t / 2, "cosine": t}[distance]
+    # A little more, because a number was rounded on its way to the threshold.
+    return np.where(thresholds >= 0, numbers * (1 + 1e-6), -1.0).astype(np.float32)
+
+
+def class_scores(
+    curve: VerificationCurve, sums: _Sums, metrics: Sequence[str]
+) -> ClassScores:
+    """What each class does to the metrics, to first order.
+
+    The influence of a class is how fast a metric changes as the weight of the class
+    grows from 1 (its pairs with another class weigh the product of the two weights). A
+    threshold that depends on the pairs moves, too: `tar@f` loses what the ROC rises for
+    the false accepts that the class adds.
+
+    Returns:
+        Scores, one for each class (all sizes are 1), whose means are the metrics.
+    """
+    total = sums.pairs.sum(axis=0) / (2, 1)
+    different, same = (sums.within / total[:, None]).transpose(1, 0, 2)
+    of_different, of_same = (sums.pairs / total).T
+    figures = curve.figures(metrics)
+    scores = {}
+    for t, metric in enumerate(metrics):
+        figure = figures[metric]
+        point = curve.operating_point(metric)
+        add_same = same[:, t] - point.recall * of_same
+        add_different = different[:, t] - point.far * of_different
+        if metric == "auc":
+            influence = sums.area / total - figure * sums.pairs / total
+            influence = influence.sum(axis=1)
+        elif metric == "accuracy":
+            right = total[1] * same[:, t] + total[0] * (of_different - different[:, t])
+            influence = (right - figure * sums.pairs.sum(axis=1)) / total.sum()
+        elif metric == "f1":
+            taken, wrong = total[1] * same[:, t], total[0] * different[:, t]
+            all_three = total[1] * (point.recall + 1) + total[0] * point.far
+            influence = 2 * taken - figure * (taken + wrong + total[1] * of_same)
+            influence = influence / all_three
+        elif metric == "eer":
+            rise = curve.rise(point.far)
+            influence = (rise * add_different - add_same) / (1 + rise)
+        else:
+            influence = add_same - curve.rise(point.far) * add_different
+        scores[metric] = figure + len(influence) * (influence - influence.mean())
+    return ClassScores(scores, np.ones(len(of_same)))
 
 
 class FoldedAccuracy(NamedTuple):
