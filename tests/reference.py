@@ -238,14 +238,14 @@ def market1501(d, persons, cameras, gallery_persons, gallery_cameras):
 
 
 def reranked_distances(d, queries, k1=20, k2=6, weight=0.3):
-    """k-reciprocal re-ranking, the equations of section 3 of Zhong et al. 2017.
+    """k-reciprocal re-ranking, the equations of Zhong et al. 2017, section by section.
 
     Args:
         d: (rows, rows) distances of queries and gallery together, 0 on the diagonal.
         queries: the rows that are queries.
 
     Returns:
-        (queries, rows) distances d* of equation 12.
+        (queries, rows) distances d* of section 3.5.
     """
     d = np.asarray(d, np.float64)
     d = d / d.max(axis=1, keepdims=True)
@@ -255,21 +255,21 @@ def reranked_distances(d, queries, k1=20, k2=6, weight=0.3):
     def near(p, k):  # N(p, k): the row itself and k others
         return order[p][: k + 1]
 
-    def reciprocal(p, k):  # R(p, k), equations 1 and 2
+    def reciprocal(p, k):  # R(p, k), section 3.2
         return {g for g in near(p, k) if p in near(g, k)}
 
     vectors = np.zeros((len(d), len(d)))
     for p in rows:
         mutual = reciprocal(p, k1)
         extended = set(mutual)
-        for q in mutual:  # equation 3
+        for q in mutual:  # R*(p, k)
             candidates = reciprocal(q, round(k1 / 2))
             if 3 * len(candidates & mutual) >= 2 * len(candidates):
                 extended |= candidates
-        for g in extended:  # equation 7
+        for g in extended:  # section 3.3
             vectors[p][g] = math.exp(-d[p][g])
         vectors[p] /= vectors[p].sum()
-    # equation 11
+    # section 3.4
     vectors = np.array([np.mean([vectors[g] for g in order[p][:k2]], 0) for p in rows])
     result = np.empty((len(queries), len(d)))
     for i, p in enumerate(queries):

@@ -49,24 +49,24 @@ def rerank(
     row p is described by its set R*(p) of such rows, and two rows are near if their
     sets agree:
 
-        R(p, k)  = the rows g with g in N(p, k) and p in N(g, k)              (1, 2)
+        R(p, k)  = the rows g with g in N(p, k) and p in N(g, k)            (3.2)
         R*(p)    = R(p, k1) and every R(q, k1/2) with q in R(p, k1), two thirds of
-                   which, or more, lie in R(p, k1)                            (3)
-        V(p, g)  = exp(-d(p, g)) if g in R*(p), else 0                        (7)
-        V(p)    <- mean of V(g) over g in N(p, k2)                            (11)
-        dJ(p, g) = 1 - sum min(V(p), V(g)) / sum max(V(p), V(g))              (10)
-        d*(p, g) = (1 - w) dJ(p, g) + w d(p, g)                               (12)
+                   which, or more, lie in R(p, k1)                          (3.2)
+        V(p, g)  = exp(-d(p, g)) if g is in R*(p), else 0                   (3.3)
+        V(p)    <- mean of V(g) over g in N(p, k2)                          (3.4)
+        dJ(p, g) = 1 - sum min(V(p), V(g)) / sum max(V(p), V(g))            (3.3)
+        d*(p, g) = (1 - w) dJ(p, g) + w d(p, g)                             (3.5)
 
-    The equations are those of the paper. Where it leaves a choice, this function does
-    as the program of its authors: neighbours are sought among gallery and queries
-    together, so that the answer to a query depends on the other queries (ask one by one
-    where this must not be); N(p, k) is p itself and its k nearest others, N(p, k2) in
-    (11) has k2 rows with p; d is the squared euclidean distance (for `"cosine"` the
-    cosine distance), divided by the largest distance of p to any row; and V(p) has the
-    sum 1.
+    The equations are those of the paper, by section. Where it leaves a choice, this
+    function does as the program of its authors: neighbours are sought among gallery and
+    queries together, so that the answer to a query depends on the other queries (ask
+    one by one where this must not be); N(p, k) is p itself and its k nearest others, but
+    for the mean, for which N(p, k2) has k2 rows with p; d is the squared euclidean
+    distance (for `"cosine"` the cosine distance), divided by the largest distance of p
+    to any row; and V(p) has the sum 1.
 
-    Only what (7) and (11) leave of each row is kept, so that the memory is linear in
-    the number of rows. The time is that of a search among all rows.
+    Of V only the numbers above 0 are kept, so that the memory is linear in the number
+    of rows. Every row is looked up among all rows, which takes most of the time.
 
     Args:
         queries: (n, dim) embeddings.
@@ -77,7 +77,7 @@ def rerank(
         k1: neighbours of a row that are asked whether they know it. Default 20. With
             fewer rows all are asked.
         k2: rows whose V are averaged, 1 for none but the own. Default 6.
-        original_weight: w of (12) in [0, 1], the lambda of the paper: 1 leaves the
+        original_weight: w in [0, 1], the lambda of the paper: 1 leaves the
             order of `search`. Default 0.3.
         distance: `"euclidean"` (default), `"squared_euclidean"` (the same, because the
             squared distance enters) or `"cosine"`.
@@ -100,7 +100,7 @@ def rerank(
 
     References:
         Zhong, Zheng, Cao, Li, "Re-ranking Person Re-identification with k-reciprocal
-        Encoding", CVPR 2017; the numbers of the equations above are those of section 3.
+        Encoding", CVPR 2017, sections 3.2 to 3.5.
     """
     rows = embeddings_array("queries", queries)
     k = _checks.integer("k", k, 1)
@@ -175,7 +175,7 @@ class Encodings(NamedTuple):
         return i, np.arange(len(i)) + (first - np.cumsum(count) + count)[i]
 
     def averaged(self, near: np.ndarray) -> Encodings:
-        """(11): the mean of V over the rows that are near to each row.
+        """The mean of V over the rows that are near to each row (section 3.4).
 
         Args:
             near: (rows, k2) numbers of rows.
@@ -185,6 +185,7 @@ class Encodings(NamedTuple):
         step = max(1, _PART * rows // (len(self.column) * k2 + 1))
         for low in range(0, rows, step):
             i, place = self.numbers_of(near[low : low + step].ravel())
+            # Row and column in one number: equal ones are added up.
             key = (low + i // k2) * rows + self.column[place]
             order = np.argsort(key, kind="stable")
             keys.append(key[order])
@@ -290,7 +291,7 @@ class Reranking(NamedTuple):
             yield span, numbers
 
     def _jaccard(self, rows: np.ndarray) -> np.ndarray:
-        """(10): (rows, m) distances dJ of some rows to the gallery.
+        """(rows, m) distances dJ of some rows to the gallery (section 3.3).
 
         A gallery row shares something with a row only in the columns where the row has
         a number; so these columns are looked through, not the gallery.
@@ -308,7 +309,7 @@ class Reranking(NamedTuple):
 def _encoded(
     space: Space, near: np.ndarray, largest: np.ndarray, half: int
 ) -> Encodings:
-    """(1) to (7): the vectors of all rows, before they are averaged.
+    """The vectors V of all rows, before they are averaged (sections 3.2 and 3.3).
 
     Args:
         space: all rows among each other.

@@ -20,6 +20,7 @@ from kerastrip.evaluation.reranking import Reranking, settings
 from kerastrip.evaluation.search import (
     Space,
     embeddings_array,
+    equal_rows,
     nearest,
     row_distances,
     shared_rows,
@@ -376,13 +377,16 @@ def _query_values(
     few = len(chosen) * len(lookup.rows) <= _EXACT
     dtype = "float64" if few else "float32"
     space = Space.of(lookup.queries[chosen], lookup.rows, distance, dtype)
-    if reranked is None:
-        blocks = space.blocks(verbose=verbose)
-    else:
+    # The product of matrices may round equal rows differently, by their columns.
+    later, first = equal_rows(space.gallery)
+    blocks = space.blocks(verbose=verbose)
+    if reranked is not None:
         parts = lookup.queries, lookup.rows, lookup.own, distance
         blocks = Reranking.of(*parts, reranked).blocks(chosen, verbose=verbose)
     for span, numbers in blocks:
         who = chosen[span]  # numbers of the queries of this block
+        if reranked is None and len(later):
+            numbers[:, later] = numbers[:, first]
         block = _Block.of(lookup, who, numbers, metrics, spare=gains is not None)
         unknown = lookup.own[who] < 0
         if unknown.any():
@@ -549,10 +553,8 @@ class _Block(NamedTuple):
         ranks = np.empty(0, np.int64)
         if not set(_WHOLE).isdisjoint(metrics):
             ranks = hit_ranks(numbers, *lookup.hits(who))
-        return cls(
-            *(numbers, codes, lookup.row_codes, positives),
-            *(rows, neighbours, hits, ranks),
-        )
+        of_queries = numbers, codes, lookup.row_codes, positives
+        return cls(*of_queries, rows, neighbours, hits, ranks)
 
     def values(self, metric: str) -> np.ndarray:
         """(n,) the value of a metric for every query; the metric is the mean of them."""

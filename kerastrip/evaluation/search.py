@@ -18,6 +18,7 @@ from kerastrip.evaluation._progress import progress
 __all__ = [
     "Space",
     "embeddings_array",
+    "equal_rows",
     "nearest",
     "row_distances",
     "search",
@@ -173,6 +174,19 @@ def embeddings_array(name: str, value: Any) -> np.ndarray:
             ),
         )
     return rows
+
+
+def equal_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that equal an earlier row, and the first row that each of them equals.
+
+    Args:
+        rows: (n, dim) floats.
+    """
+    rows = np.ascontiguousarray(rows + 0.0)  # which makes -0 positive
+    whole = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))[:, 0]
+    _, first, which = np.unique(whole, return_index=True, return_inverse=True)
+    later = np.flatnonzero(first[which] != np.arange(len(rows)))
+    return later, first[which[later]]
 
 
 def shared_rows(queries: Any, gallery: Any) -> np.ndarray | None:

@@ -15,7 +15,11 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip.distances import DISTANCES
-from kerastrip.evaluation.intervals import ClassScores
+from kerastrip.evaluation.intervals import (
+    ClassScores,
+    check_interval,
+    with_intervals,
+)
 from kerastrip.evaluation.retrieval import label_table
 from kerastrip.evaluation.search import (
     Space,
@@ -31,6 +35,7 @@ __all__ = [
     "VerificationCurve",
     "check_codes",
     "check_metrics",
+    "class_scores",
     "flags_array",
     "pair_distances",
     "pairs_array",
@@ -138,34 +143,6 @@ class VerificationCurve:
             score = self.same - self.different
         return self._point(int(score.argmax()))
 
-    def ranks(self, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Fractions of the same pairs nearer, and of the different pairs farther.
-
-        Equal distances count half.
-        """
-        at = np.searchsorted(self.thresholds, distances, side="right") - 1
-        before = np.searchsorted(self.thresholds, distances, side="left") - 1
-        nearer = (self.tar[at] + self.tar[before]) / 2
-        return nearer, 1.0 - (self.far[at] + self.far[before]) / 2
-
-    def operating_point(self, metric: str) -> OperatingPoint:
-        """The point at which a metric is taken, for `auc` the same as for `eer`."""
-        if metric in ("accuracy", "f1"):
-            return self.best(metric)
-        if metric in ("auc", "eer"):
-            return self._point(int(np.searchsorted(self.far + self.tar, 1.0)))
-        return self.at_far(float(metric.partition("@")[2]))
-
-    def rise(self, far: float) -> float:
-        """How many true accepts more the ROC has for each false accept more, around `far`.
-
-        From a quarter less to a quarter more false accepts, by at least four pairs,
-        because the ROC is a staircase.
-        """
-        step = max(far / 4, 4 / self.different[-1])
-        ends = np.clip([far - step, far + step], 0.0, 1.0)
-        return float(np.diff(np.interp(ends, self.far, self.tar))[0] / np.diff(ends)[0])
-
     def figures(self, metrics: Sequence[str] = METRICS) -> dict[str, float]:
         """The dict that `verification_metrics` returns."""
         results: dict[str, float] = {}
@@ -266,6 +243,7 @@ def verification_metrics(
     is_same: Any = None,
     metrics: Sequence[str] = METRICS,
     distance: str = "euclidean",
+    interval: float | None = None,
     verbose: bool = False,
 ) -> dict[str, float]:
     """How well a threshold on the distance tells same pairs from different pairs.
@@ -280,6 +258,11 @@ def verification_metrics(
     The thresholds, with the precision and recall at each, come from
     `verification_curve(...).best("accuracy")`, `.best("f1")` and `.at_far(f)`.
 
+    With `interval` every figure comes with the interval that it would move in if the
+    rows were of as many *other* classes: the pairs of one class, and those that share a
+    row, are no independent trials. What a class does to a figure is taken to first
+    order; `kerastrip.evaluation.intervals` has the formula.
+
     Args:
         embeddings: (n, dim) finite numbers.
         labels: (n,) integers or strings, or (n, classes) one-hot rows.
@@ -289,11 +272,14 @@ def verification_metrics(
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
             arrays do not tell which distance they were trained with: give the distance
             of the loss.
+        interval: the level of the intervals of all figures, such as 0.95; needs
+            `labels`. Default None: figures alone.
         verbose: as for `verification_curve`.
 
     Returns:
-        Dict with one float in [0, 1] per metric word, and the counts `"same_pairs"` and
-        `"different_pairs"`.
+        Dict with one float in [0, 1] per metric word, with `interval` each followed by
+        the ends of its interval as `"auc_low"` and `"auc_high"`, and the counts
+        `"same_pairs"` and `"different_pairs"`.
 
     Raises:
         TypeError, ValueError: as `verification_curve`, and for an unknown metric
@@ -307,6 +293,10 @@ def verification_metrics(
     {'auc': 1.0, 'tar@0.01': 1.0, 'same_pairs': 2, 'different_pairs': 4}
     """
     metrics = check_metrics(metrics)
+    interval = check_interval(interval)
+    if interval is not None and labels is None:
+        advice = "Without labels nobody knows which pairs share a class."
+        raise _checks.value_error("labels", "labels, for `interval`", labels, advice)
     curve = verification_curve(
         embeddings,
         labels,
@@ -315,25 +305,178 @@ def verification_metrics(
         distance=distance,
         verbose=verbose,
     )
-    return curve.figures(metrics)
+    figures = curve.figures(metrics)
+    if interval is None:
+        return figures
+    scores = _scores(curve, embeddings, labels, pairs, metrics, distance)
+    return with_intervals(figures, scores, interval)
+
+
+def class_scores(
+    embeddings: Any,
+    labels: Any,
+    *,
+    pairs: Any = None,
+    metrics: Sequence[str] = METRICS,
+    distance: str = "euclidean",
+    verbose: bool = False,
+) -> ClassScores:
+    """The figures of `verification_metrics` as sums over the classes.
+
+    Args:
+        embeddings, labels, pairs, metrics, distance, verbose: as for
+            `verification_metrics`.
+    """
+    curve = verification_curve(
+        embeddings, labels, pairs=pairs, distance=distance, verbose=verbose
+    )
+    return _scores(curve, embeddings, labels, pairs, check_metrics(metrics), distance)
+
+
+def _scores(
+    curve: VerificationCurve,
+    embeddings: Any,
+    labels: Any,
+    pairs: Any,
+    metrics: Sequence[str],
+    distance: str,
+) -> ClassScores:
+    """The scores of each class, from its influence on each metric.
+
+    The influence of a class is how fast a metric rises with the weight of the class,
+    where a same pair weighs as its class and a different pair as the product of its two
+    classes.
+    """
+    rows = embeddings_array("embeddings", embeddings)
+    codes = label_table("labels", labels, len(rows)).codes
+    points = [_operating_point(curve, metric) for metric in metrics]
+    thresholds = np.array([point.threshold for point in points])
+    if pairs is None:
+        sums = _sums_of_all(rows, codes, curve, thresholds, distance)
+    else:
+        ends = pairs_array(pairs, len(rows))
+        distances = pair_distances(rows, ends, distance=distance)
+        sums = _sums_of_pairs(distances, codes[ends], curve, thresholds)
+    sizes = sums.pairs[:, 1]
+    scores = {}
+    for t, (metric, point) in enumerate(zip(metrics, points, strict=True)):
+        influence = _influence(curve, sums, metric, point, sums.within[:, :, t])
+        figure = curve.figures(metric)[metric]
+        scores[metric] = figure * sizes + sizes.sum() * (influence - influence.mean())
+    return ClassScores(scores, sizes)
 
 
 class _Sums(NamedTuple):
-    """Sums over the pairs that each class takes part in.
+    """Sums over the different pairs of each class, then over its same pairs.
 
-    A pair of different classes counts for both of them.
+    A different pair counts for both of its classes.
 
     Attributes:
-        pairs: (classes, 2) the number of different pairs and of same pairs.
-        within: (classes, 2, t) how many of them have a distance of at most each of t
-            thresholds.
-        area: (classes, 2) for the different pairs the sum of the fractions of same pairs
-            that are nearer; for the same pairs that of different pairs that are farther.
+        pairs: (classes, 2) the number of pairs.
+        area: (classes, 2) sum over different pairs of the fraction of same pairs that
+            are nearer, sum over same pairs of that of different pairs that are farther.
+        within: (classes, 2, t) the number of pairs within each of t thresholds.
     """
 
     pairs: np.ndarray
-    within: np.ndarray
     area: np.ndarray
+    within: np.ndarray
+
+
+def _influence(
+    curve: VerificationCurve,
+    sums: _Sums,
+    metric: str,
+    point: OperatingPoint,
+    within: np.ndarray,
+) -> np.ndarray:
+    """(classes,) the influence of each class on a metric, up to a constant.
+
+    Args:
+        curve: of all pairs.
+        sums: of the classes.
+        metric: the metric word.
+        point: the point of the curve that the metric is taken at.
+        within: (classes, 2) the different and same pairs within its threshold.
+    """
+    total = np.array([curve.different[-1], curve.same[-1]])
+    figure = curve.figures(metric)[metric]
+    if metric == "auc":
+        return ((sums.area - figure * sums.pairs) / total).sum(axis=1)
+    # The threshold of "accuracy" and "f1" is at their top, where it does not matter
+    # that the threshold moves.
+    if metric == "accuracy":
+        right = within[:, 1] + sums.pairs[:, 0] - within[:, 0]
+        return (right - figure * sums.pairs.sum(axis=1)) / total.sum()
+    if metric == "f1":  # = 2 accepted same pairs / (accepted pairs + same pairs)
+        change = 2 * within[:, 1] - figure * (within.sum(axis=1) + sums.pairs[:, 1])
+        return change / (total[1] * (point.recall + 1) + total[0] * point.far)
+    rates = np.array([point.far, point.recall])
+    far, tar = ((within - rates * sums.pairs) / total).T
+    rise = _rise(curve, point.far)
+    if metric == "eer":
+        # The class moves the ROC by (far, tar), and the point where FAR + TAR = 1 moves
+        # along the ROC in return: by x with far + tar + x + rise x = 0.
+        return far - (far + tar) / (1 + rise)
+    return tar - rise * far  # the ROC moves, and the FAR of the point stays
+
+
+def _operating_point(curve: VerificationCurve, metric: str) -> OperatingPoint:
+    """The point that a metric is taken at; for `auc`, which has none, any point."""
+    if metric in ("accuracy", "f1"):
+        return curve.best(metric)
+    if metric in ("auc", "eer"):
+        return curve._point(int(np.searchsorted(curve.far + curve.tar, 1.0)))
+    return curve.at_far(float(metric.partition("@")[2]))
+
+
+def _rise(curve: VerificationCurve, far: float) -> float:
+    """The slope of the ROC at this FAR: true accepts more per false accepts more.
+
+    It is taken from a quarter fewer to a quarter more false accepts, and at least four
+    pairs away, because the ROC is a staircase.
+    """
+    step = max(far / 4, 4 / curve.different[-1])
+    ends = np.clip([far - step, far + step], 0.0, 1.0)
+    tar = np.interp(ends, curve.far, curve.tar)
+    return float((tar[1] - tar[0]) / (ends[1] - ends[0]))
+
+
+def _areas(curve: VerificationCurve, distances: np.ndarray) -> np.ndarray:
+    """(2, ...) the fractions of same pairs nearer, and of different pairs farther.
+
+    Same and different pairs at an equal distance count half.
+    """
+    within = np.searchsorted(curve.thresholds, distances, "right") - 1
+    below = np.maximum(np.searchsorted(curve.thresholds, distances, "left") - 1, 0)
+    nearer = (curve.tar[within] + curve.tar[below]) / 2
+    return np.stack([nearer, 1.0 - (curve.far[within] + curve.far[below]) / 2])
+
+
+def _sums_of_pairs(
+    distances: np.ndarray,
+    codes: np.ndarray,
+    curve: VerificationCurve,
+    thresholds: np.ndarray,
+) -> _Sums:
+    """The sums over a list of pairs.
+
+    Args:
+        distances: (pairs,) of the pairs.
+        codes: (pairs, 2) the classes of both ends.
+        curve: of the pairs.
+        thresholds: (t,) distances.
+    """
+    same = codes[:, 0] == codes[:, 1]
+    area = np.where(same, *_areas(curve, distances)[::-1])
+    found = np.column_stack(
+        [np.ones(len(same)), area, distances[:, None] <= thresholds]
+    )
+    sums = np.zeros((codes.max() + 1, 2, 2 + len(thresholds)))
+    np.add.at(sums, (codes[:, 0], same.astype(int)), found)
+    np.add.at(sums[:, 0], codes[~same, 1], found[~same])
+    sums = sums[sums[:, :, 0].any(axis=1)]  # classes without a pair are left out
+    return _Sums(sums[:, :, 0], sums[:, :, 1], sums[:, :, 2:])
 
 
 def _sums_of_all(
@@ -346,41 +489,37 @@ def _sums_of_all(
     """The sums over all pairs of rows, each pair met from both of its rows."""
     space = Space.of(rows, rows, distance)
     limits = _numbers_of(thresholds, distance)
-    # The fraction of nearer same pairs by the first 16 bits of a number: its exponent
-    # and 7 bits of its mantissa, which is enough for a sum.
+    # The fraction of nearer same pairs, by the first 16 bits of a number: its exponent
+    # and 7 bits of its mantissa, which are enough for a sum.
     cells = (np.arange(1 << 16, dtype=np.uint32) << 16 | 1 << 15).view(np.float32)
-    nearer, _ = curve.ranks(space.distances(np.abs(cells)))
-    nearer = nearer.astype(np.float32)
-    # For each row and its different pairs, its same pairs: their number, their area, and
-    # how many are within each threshold.
-    found = np.zeros((len(rows), 2, 2 + len(limits)))
+    nearer = _areas(curve, space.distances(np.abs(cells)))[0].astype(np.float32)
+    found = np.empty((len(rows), 2, 2 + len(limits)))
     for span, block in space.blocks():
         for low in range(0, len(block), _ROWS):
             part = block[low : low + _ROWS]
-            first = span.start + low
-            who = np.arange(first, first + len(part))
-            part[who - first, who] = np.inf  # the row itself, within no threshold
+            who = np.arange(len(part)) + span.start + low
+            own = np.arange(len(part)), who
+            part[own] = np.inf  # a row and itself: within no threshold
             same = codes[who, None] == codes
-            same[who - first, who] = False
+            same[own] = False
             i, j = np.nonzero(same)
-            values = part[i, j]
-            inside = [np.count_nonzero(part <= limit, axis=1) for limit in limits]
-            inside_same = [
-                np.bincount(i[values <= x], minlength=len(who)) for x in limits
-            ]
-            count = np.bincount(i, minlength=len(who))
-            cell = nearer[part.view(np.uint32) >> 16]
-            area = cell.sum(axis=1) - 1.0 - np.bincount(i, cell[i, j], len(who))
-            farther = curve.ranks(space.distances(values))[1]
-            area_same = np.bincount(i, farther, len(who))
-            of_same = np.stack([count, area_same, *inside_same])
-            of_all = np.stack([len(rows) - 1 - count, area, *inside])
-            of_all[2:] -= of_same[2:]
-            found[who] = np.stack([of_all, of_same]).T.transpose(0, 2, 1)
-    by_class = np.zeros((codes.max() + 1, *found.shape[1:]))
-    np.add.at(by_class, codes, found)
-    by_class[:, 1] /= 2  # both rows of a same pair are of the class
-    return _Sums(by_class[:, :, 0], by_class[:, :, 2:], by_class[:, :, 1])
+            values, area = part[i, j], nearer[part.view(np.uint32) >> 16]
+            farther = _areas(curve, space.distances(values))[1]
+            columns = [None, farther, area[i, j], *(values <= x for x in limits)]
+            count, *of_same = (np.bincount(i, column, len(who)) for column in columns)
+            found[who, 1] = np.column_stack([count, of_same[0], *of_same[2:]])
+            # The different pairs are all pairs without the same pairs. A row and itself
+            # are nearer than infinity: 1 in the area.
+            within = [np.count_nonzero(part <= limit, axis=1) for limit in limits]
+            found[who, 0] = np.column_stack(
+                [len(rows) - 1.0 - count, area.sum(axis=1) - 1.0, *within]
+            )
+            found[who, 0, 1:] -= np.column_stack(of_same[1:])
+    sums = np.zeros((codes.max() + 1, *found.shape[1:]))
+    np.add.at(sums, codes, found)
+    sums = sums[sums[:, :, 0].any(axis=1)]
+    sums[:, 1] /= 2  # a same pair was met twice in its class
+    return _Sums(sums[:, :, 0], sums[:, :, 1], sums[:, :, 2:])
 
 
 def _numbers_of(thresholds: np.ndarray, distance: str) -> np.ndarray:
@@ -389,49 +528,6 @@ def _numbers_of(thresholds: np.ndarray, distance: str) -> np.ndarray:
     numbers = {"euclidean": t**2 / 2, "squared_euclidean": t / 2, "cosine": t}[distance]
     # A little more, because a number was rounded on its way to the threshold.
     return np.where(thresholds >= 0, numbers * (1 + 1e-6), -1.0).astype(np.float32)
-
-
-def class_scores(
-    curve: VerificationCurve, sums: _Sums, metrics: Sequence[str]
-) -> ClassScores:
-    """What each class does to the metrics, to first order.
-
-    The influence of a class is how fast a metric changes as the weight of the class
-    grows from 1 (its pairs with another class weigh the product of the two weights). A
-    threshold that depends on the pairs moves, too: `tar@f` loses what the ROC rises for
-    the false accepts that the class adds.
-
-    Returns:
-        Scores, one for each class (all sizes are 1), whose means are the metrics.
-    """
-    total = sums.pairs.sum(axis=0) / (2, 1)
-    different, same = (sums.within / total[:, None]).transpose(1, 0, 2)
-    of_different, of_same = (sums.pairs / total).T
-    figures = curve.figures(metrics)
-    scores = {}
-    for t, metric in enumerate(metrics):
-        figure = figures[metric]
-        point = curve.operating_point(metric)
-        add_same = same[:, t] - point.recall * of_same
-        add_different = different[:, t] - point.far * of_different
-        if metric == "auc":
-            influence = sums.area / total - figure * sums.pairs / total
-            influence = influence.sum(axis=1)
-        elif metric == "accuracy":
-            right = total[1] * same[:, t] + total[0] * (of_different - different[:, t])
-            influence = (right - figure * sums.pairs.sum(axis=1)) / total.sum()
-        elif metric == "f1":
-            taken, wrong = total[1] * same[:, t], total[0] * different[:, t]
-            all_three = total[1] * (point.recall + 1) + total[0] * point.far
-            influence = 2 * taken - figure * (taken + wrong + total[1] * of_same)
-            influence = influence / all_three
-        elif metric == "eer":
-            rise = curve.rise(point.far)
-            influence = (rise * add_different - add_same) / (1 + rise)
-        else:
-            influence = add_same - curve.rise(point.far) * add_different
-        scores[metric] = figure + len(influence) * (influence - influence.mean())
-    return ClassScores(scores, np.ones(len(of_same)))
 
 
 class FoldedAccuracy(NamedTuple):

@@ -286,6 +286,23 @@ class TestGroups:
         for word in words:
             assert got[word] == pytest.approx(np.mean(values[word]), abs=1e-9), word
 
+    @pytest.mark.parametrize("exact", [0, 1 << 24])
+    @pytest.mark.parametrize(("n", "m", "dim"), [(17, 33, 512), (40, 999, 128)])
+    def test_equal_rows_stand_in_their_order(self, rng, monkeypatch, exact, n, m, dim):
+        # A product of matrices rounds some columns otherwise than others.
+        monkeypatch.setattr(retrieval, "_EXACT", exact)
+        rows = rng.normal(size=(5, dim))
+        which = rng.integers(0, len(rows), m)
+        x, y = rng.normal(size=(n, dim)), np.arange(n) % 3
+        other_y, zeros = rng.integers(0, 3, m), np.zeros(n, int)
+        d = squares(np.float32(x), np.float32(rows))[:, which]
+        found = reference.market1501(d, y, zeros, other_y, np.ones(m))
+        got = retrieval_metrics(
+            x, y, gallery=rows[which], gallery_labels=other_y, metrics=self.WORDS
+        )
+        for word, value in figures_of(found).items():
+            assert got[word] == pytest.approx(value, abs=1e-9), word
+
     @pytest.mark.filterwarnings("error")
     def test_the_same_array_as_gallery_is_no_gallery(self, rng):
         x, y, g = rng.normal(size=(40, 3)), np.arange(40) % 7, np.arange(40) % 3

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kerastrip.evaluation.search import nearest, search
+from kerastrip.evaluation.search import equal_rows, nearest, search
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine")
 
@@ -104,3 +104,14 @@ def test_nearest_orders_ties_by_column(rng, k, levels):
     block[:, ::7] *= np.float32(-0.0)  # zeros of both signs are equal
     expected = np.argsort(block, axis=1, kind="stable")[:, :k]
     np.testing.assert_array_equal(nearest(block, k), expected)
+
+
+def test_equal_rows(rng):
+    rows = np.float32(rng.integers(0, 2, (50, 4))) * rng.choice([-1.0, 1.0], (50, 1))
+    later, first = equal_rows(rows)
+    for i, row in enumerate(rows):
+        earliest = np.flatnonzero((rows == row).all(axis=1))[0]
+        assert (i in later) == (earliest < i)
+        if i in later:
+            assert first[np.flatnonzero(later == i)[0]] == earliest
+    assert len(equal_rows(rng.normal(size=(9, 2)))[0]) == 0
