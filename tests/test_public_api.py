@@ -45,7 +45,7 @@ ON_ARRAYS = {
     f"evaluation.{name}"
     for name in (
         *("search", "ranking", "reranking", "retrieval", "verification"),
-        "confusions",
+        *("confusions", "intervals", "comparison"),
     )
 }
 RUNS_MODELS = {"_outputs", "evaluation.embedding", "evaluation.recalibration"}

@@ -1,5 +1,6 @@
 """Embeddings of data sets, nearest neighbours, and metrics of the embeddings."""
 
+from kerastrip.evaluation.comparison import Comparison, Difference, compare
 from kerastrip.evaluation.embedding import embed
 from kerastrip.evaluation.recalibration import recalibrate
 from kerastrip.evaluation.reranking import rerank
@@ -16,9 +17,12 @@ from kerastrip.evaluation.verification import (
 )
 
 __all__ = [
+    "Comparison",
+    "Difference",
     "FoldedAccuracy",
     "OperatingPoint",
     "VerificationCurve",
+    "compare",
     "embed",
     "pair_distances",
     "recalibrate",

@@ -15,6 +15,7 @@ from kerastrip import _checks
 
 __all__ = [
     "ClassScores",
+    "check_classes",
     "check_interval",
     "t_distribution",
     "with_intervals",
