@@ -31,10 +31,15 @@ class ClassScores(NamedTuple):
     Attributes:
         scores: (classes,) for each metric word.
         sizes: (classes,) the queries or the same pairs of each class; some may be 0.
+        keys: (p,) pairs of classes i < j as i * classes + j, ascending.
+        shared: (p,) for each metric word, what is in the scores of both classes of a
+            pair: a hit of class i that class j prevents.
     """
 
     scores: dict[str, np.ndarray]
     sizes: np.ndarray
+    keys: np.ndarray
+    shared: dict[str, np.ndarray]
 
     @property
     def freedom(self) -> float:
@@ -56,10 +61,26 @@ class ClassScores(NamedTuple):
         return (scores - scores.sum() / total * self.sizes) / total
 
     def standard_error(self, metric: str) -> float:
-        """The standard error of a figure over sets of as many other classes."""
+        """The standard error of a figure over sets of as many other classes.
+
+        The squares of the shares of all classes are added up. What two classes share is
+        in two shares, but comes about once, so that one of its two squares is taken off
+        again: of the sum at most a half, which is there if all is shared.
+        """
         shares = self.shares(metric)
-        count = len(shares)
-        return float(np.sqrt(count / (count - 1) * (shares**2).sum()))
+        count, total = len(shares), self.sizes.sum()
+        squares = count / (count - 1) * (shares**2).sum()
+        twice = (self.shared[metric] / total) ** 2
+        return float(np.sqrt(max(squares - twice.sum(), squares / 2)))
+
+    def minus(self, others: ClassScores, metric: str) -> ClassScores:
+        """The difference of a figure, of the same classes."""
+        keys = np.concatenate([self.keys, others.keys])
+        keys, at = np.unique(keys, return_inverse=True)
+        shared = np.concatenate([self.shared[metric], -others.shared[metric]])
+        shared = np.bincount(at, shared, len(keys))
+        difference = self.scores[metric] - others.scores[metric]
+        return ClassScores({metric: difference}, self.sizes, keys, {metric: shared})
 
 
 def check_interval(value: Any) -> float | None:
@@ -92,6 +113,9 @@ def with_intervals(
         Cameron, Gelbach, Miller, "Bootstrap-Based Improvements for Inference with
         Clustered Errors", 2008 (what few clusters do to intervals).
 
+        Aronow, Samii, Assenova, "Cluster-Robust Variance Estimation for Dyadic Data",
+        2015 (what two classes share).
+
         Efron, Stein, "The Jackknife Estimate of Variance", 1981.
 
         Kish, "Survey Sampling", 1965 (the effective number).
@@ -105,7 +129,8 @@ def with_intervals(
         if metric in scores.scores:
             error = scores.standard_error(metric)
             ends = _ends(figure, error, t, scores.freedom + 1)
-            results[f"{metric}_low"], results[f"{metric}_high"] = ends
+            for word, end in zip(("low", "high"), ends, strict=True):
+                results[f"{metric}_{word}"] = end
     return results
 
 
