@@ -102,7 +102,11 @@ def with_intervals(
 
     taken back by the inverse of the logit, so that they lie between 0 and 1. A figure
     of exactly 0 or 1 has e = 0, which tells nothing: it gets Wilson's interval for as
-    many trials as there are effective classes, that from 1 / (1 + t^2 / classes) to 1.
+    many trials as there are effective classes, for 1 that from 1 / (1 + t^2 / classes).
+
+    Nothing is drawn, so there is no seed. Of bootstraps over classes the percentile, the
+    basic, the BCa and the studentised one hold the truth less often where classes are
+    few or figures are near 1 (examples/benchmarks/intervals.py).
 
     Args:
         figures: from metric words. Figures without scores stay alone.
@@ -115,6 +119,8 @@ def with_intervals(
 
         Aronow, Samii, Assenova, "Cluster-Robust Variance Estimation for Dyadic Data",
         2015 (what two classes share).
+
+        Efron, "Better Bootstrap Confidence Intervals", 1987 (BCa).
 
         Efron, Stein, "The Jackknife Estimate of Variance", 1981.
 

@@ -141,7 +141,7 @@ class TestScoresOfPairs:
             slope = np.array(slopes[metric]) - np.mean(slopes[metric])
             shares = scores.shares(metric)
             # The ROC is a staircase: where a threshold moves, slopes jump.
-            close = 0.999 if metric in ("auc", "accuracy", "f1") else 0.95
+            close = 0.999 if metric in ("auc", "accuracy", "f1") else 0.9
             assert np.corrcoef(slope, shares)[0, 1] > close, metric
             assert np.std(shares) == pytest.approx(np.std(slope), rel=0.3), metric
             total = scores.scores[metric].sum() / scores.sizes.sum()
