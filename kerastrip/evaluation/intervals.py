@@ -104,9 +104,9 @@ def with_intervals(
     of exactly 0 or 1 has e = 0, which tells nothing: it gets Wilson's interval for as
     many trials as there are effective classes, for 1 that from 1 / (1 + t^2 / classes).
 
-    Nothing is drawn, so there is no seed. Of bootstraps over classes the percentile, the
-    basic, the BCa and the studentised one hold the truth less often where classes are
-    few or figures are near 1 (examples/benchmarks/intervals.py).
+    Nothing is drawn, so there is no seed. Where classes are few or figures near 1, the
+    percentile, basic and BCa bootstraps over classes hold the truth of `auc` less often,
+    and the studentised one hardly more often (examples/benchmarks/intervals.py).
 
     Args:
         figures: from metric words. Figures without scores stay alone.
