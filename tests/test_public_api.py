@@ -46,6 +46,7 @@ ON_ARRAYS = {
     for name in (
         *("search", "ranking", "reranking", "retrieval", "verification"),
         *("confusions", "auditing", "identification", "gallery"),
+        *("intervals", "comparison"),
     )
 }
 RUNS_MODELS = {"_outputs", "evaluation.embedding", "evaluation.recalibration"}

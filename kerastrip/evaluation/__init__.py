@@ -1,6 +1,7 @@
 """Embeddings of data sets, nearest neighbours, and metrics of the embeddings."""
 
 from kerastrip.evaluation.auditing import Audit, LikeOne, LikeTwo, Misplaced, audit
+from kerastrip.evaluation.comparison import Comparison, Difference, compare
 from kerastrip.evaluation.embedding import embed
 from kerastrip.evaluation.gallery import Gallery, Identification
 from kerastrip.evaluation.identification import (
@@ -25,6 +26,8 @@ from kerastrip.evaluation.verification import (
 
 __all__ = [
     "Audit",
+    "Comparison",
+    "Difference",
     "FoldedAccuracy",
     "Gallery",
     "Identification",
@@ -36,6 +39,7 @@ __all__ = [
     "OperatingPoint",
     "VerificationCurve",
     "audit",
+    "compare",
     "embed",
     "identification_curve",
     "identification_metrics",

@@ -14,6 +14,7 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip._labels import LabelTable
+from kerastrip.evaluation.intervals import ClassScores, check_interval, with_intervals
 from kerastrip.evaluation.ranking import hit_ranks
 from kerastrip.evaluation.reranking import Reranking, settings
 from kerastrip.evaluation.search import (
@@ -29,6 +30,7 @@ __all__ = [
     "METRICS",
     "check_groups",
     "check_metrics",
+    "class_scores",
     "common_codes",
     "label_table",
     "lookup_figures",
@@ -47,9 +49,13 @@ METRICS = (
 )
 _WHOLE = ("map", "minp")  # they need the whole ranking
 _CLUSTERING = ("nmi", "ami")
+# What `_Block.gains` returns.
+_Gains = tuple[np.ndarray, dict[str, np.ndarray]]
 _WORDS = (*METRICS, "cmc@1", "knn@5", *_WHOLE, *_CLUSTERING)
 # Up to so many distances are computed in float64, more in float32.
 _EXACT = 1 << 24
+# So many more neighbours are found where it counts how they would move up.
+_SPARE = 32
 # A nearest row this much nearer than the second nearest is the query itself.
 _ITSELF = 1e-4
 
@@ -65,6 +71,7 @@ def retrieval_metrics(
     metrics: Sequence[str] = METRICS,
     distance: str = "euclidean",
     rerank: Any = False,
+    interval: float | None = None,
     seed: int = 0,
     verbose: bool = False,
 ) -> dict[str, float]:
@@ -97,6 +104,15 @@ def retrieval_metrics(
     This is the protocol of Market-1501. A query whose positives are all of its own group
     is left out of the means and counted in `lone_across_groups`.
 
+    With `interval` every figure comes with the interval that it would move in if the
+    queries were of as many *other* classes. Queries of one class are no independent
+    trials, so the classes are counted, not the queries: a class counts with all its
+    queries, and with what the queries of other classes would gain if its rows were not
+    there. (`map` and `minp` leave out the second part, as do rows behind the first
+    neighbours.) `kerastrip.evaluation.intervals` has the formula. To compare two models
+    use `kerastrip.evaluation.compare`: two intervals that overlap do not say that the
+    models are equal.
+
     A query that is in the gallery itself would find itself first. Where `gallery` is
     the same array, or a view of the same memory, every query is looked up without
     itself. Copies cannot be recognised for certain: a warning counts the queries that
@@ -121,13 +137,16 @@ def retrieval_metrics(
             of the loss, which `RetrievalEvaluation` reads from the model.
         rerank: True for the ranking by `kerastrip.rerank` in place of the distance, or
             a dict of its `k1`, `k2` and `original_weight`. Default False.
+        interval: the level of the intervals of all figures but `nmi` and `ami`, such as
+            0.95. Default None: figures alone.
         seed: seed of the k-means clustering behind `nmi` and `ami`. Default 0.
         verbose: whether to show a progress bar once it takes over two seconds.
             Default False.
 
     Returns:
         Dict with one float in [0, 1] (`ami` also below 0) per metric word, in the
-        order of `metrics`, and the counts `"queries"` (queries in the means),
+        order of `metrics`, with `interval` each followed by the ends of its interval as
+        `"recall@1_low"` and `"recall@1_high"`, and the counts `"queries"` (queries in the means),
         `"lone_queries"` (queries without another row of their label, left out of the
         means) and, with `groups`, `"lone_across_groups"` (queries all of whose positives
         are left out, and so left out of the means, too).
@@ -156,6 +175,18 @@ def retrieval_metrics(
     ... )
     {'cmc@1': 0.5, 'map': 0.75, 'queries': 2, 'lone_queries': 0, 'lone_across_groups': 0}
 
+    The figures, and where they would lie if the classes were others:
+
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> labels = np.repeat(np.arange(50), 4)
+    >>> embeddings = rng.normal(size=(50, 2))[labels] + 0.1 * rng.normal(size=(200, 2))
+    >>> figures = retrieval_metrics(
+    ...     embeddings, labels, metrics="recall@1", interval=0.95
+    ... )
+    >>> {name: round(figure, 2) for name, figure in figures.items()}
+    {'recall@1': 0.74, 'recall@1_low': 0.64, 'recall@1_high': 0.82, 'queries': 200, 'lone_queries': 0}
+
     References:
         Musgrave, Belongie, Lim, "A Metric Learning Reality Check", 2020,
         section 3.2 (R-precision and MAP@R).
@@ -182,6 +213,7 @@ def retrieval_metrics(
         metrics=metrics,
         distance=distance,
         rerank=rerank,
+        interval=interval,
         seed=seed,
         verbose=verbose,
     )
@@ -202,6 +234,7 @@ def lookup_figures(
     metrics: Sequence[str],
     distance: str,
     rerank: Any = False,
+    interval: float | None = None,
     seed: int = 0,
     verbose: bool = False,
 ) -> tuple[dict[str, float], np.ndarray]:
@@ -213,7 +246,7 @@ def lookup_figures(
             is left out of the neighbours; -1 where no such row is known. None if no
             such row is known for any query.
         groups, gallery_groups: as for `retrieval_metrics`.
-        metrics, distance, rerank, seed, verbose: as for `retrieval_metrics`.
+        metrics, distance, rerank, interval, seed, verbose: as for `retrieval_metrics`.
 
     Returns:
         The dict of `retrieval_metrics`, and the numbers of the queries that seem to be
@@ -222,6 +255,7 @@ def lookup_figures(
     """
     metrics = check_metrics(metrics)
     check_groups(gallery, groups, gallery_groups)
+    interval = check_interval(interval)
     lookup = _Lookup.of(
         embeddings,
         labels,
@@ -230,15 +264,91 @@ def lookup_figures(
         own=own,
     )
     reranked = settings(rerank)
-    values, met = _query_values(lookup, metrics, distance, reranked, verbose)
+    gains: list[_Gains] | None = None if interval is None else []
+    values, met = _query_values(
+        lookup, metrics, distance, reranked, verbose, gains=gains
+    )
     found = {metric: float(np.nanmean(each)) for metric, each in values.items()}
     if not set(_CLUSTERING).isdisjoint(metrics):
         found |= _clustering(lookup.queries, lookup.codes, metrics, seed)
+    found = {metric: found[metric] for metric in metrics}
+    if interval is not None and gains is not None:
+        scores = _class_scores(lookup, values, gains)
+        found = with_intervals(found, scores, interval)
     counts: dict[str, float] = {"queries": int((lookup.positives > 0).sum())}
     counts["lone_queries"] = int((lookup.same_label == 0).sum())
     if groups is not None:
         counts["lone_across_groups"] = len(lookup.codes) - sum(counts.values())
-    return {metric: found[metric] for metric in metrics} | counts, met
+    return found | counts, met
+
+
+def class_scores(
+    embeddings: Any,
+    labels: Any,
+    gallery: Any = None,
+    gallery_labels: Any = None,
+    *,
+    groups: Any = None,
+    gallery_groups: Any = None,
+    metrics: Sequence[str],
+    distance: str,
+    rerank: Any = False,
+    verbose: bool = False,
+) -> ClassScores:
+    """The figures of `retrieval_metrics` as sums over the classes of the queries.
+
+    Args:
+        embeddings, labels, gallery, gallery_labels: as for `retrieval_metrics`.
+        groups, gallery_groups: as for `retrieval_metrics`.
+        metrics, distance, rerank, verbose: as for `retrieval_metrics`, but for `nmi`
+            and `ami`.
+    """
+    if (gallery is None) != (gallery_labels is None):
+        raise _checks.value_error(
+            "gallery", "`gallery` and `gallery_labels` together", gallery
+        )
+    check_groups(gallery, groups, gallery_groups)
+    own = None if gallery is None else shared_rows(embeddings, gallery)
+    searched = gallery, gallery_labels, gallery_groups
+    lookup = _Lookup.of(embeddings, labels, groups, searched=searched, own=own)
+    gains: list[_Gains] = []
+    parts = metrics, distance, settings(rerank), verbose
+    values, _ = _query_values(lookup, *parts, gains=gains)
+    return _class_scores(lookup, values, gains)
+
+
+def _class_scores(
+    lookup: _Lookup, values: dict[str, np.ndarray], gains: list[_Gains]
+) -> ClassScores:
+    """What each class of the queries does to the means over the queries.
+
+    Its own queries count, and so do the queries of other classes, which would have
+    better neighbours without it. The gains of the others are counted from their mean
+    over the classes, so that the scores still add up to the sum over the queries.
+
+    Args:
+        lookup: the queries, and the rows to search in.
+        values: (n,) for each metric word, from `_query_values`.
+        gains: from `_query_values`.
+    """
+    counted = lookup.positives > 0
+    present, codes = np.unique(lookup.codes, return_inverse=True)
+    classes = len(present)
+    sizes = np.bincount(codes[counted], minlength=classes)
+    pairs = np.concatenate([pair for pair, _ in gains])
+    # A class that is in the gallery alone is not among the classes that could be others.
+    both = np.isin(pairs[:, 1], present)
+    of, gone = np.searchsorted(present, pairs[both]).T
+    keys = np.minimum(of, gone) * classes + np.maximum(of, gone)
+    keys, at = np.unique(keys, return_inverse=True)
+    scores, shared = {}, {}
+    for word, each in values.items():
+        own = np.bincount(codes[counted], each[counted], classes)
+        gain = np.concatenate([sums[word] for _, sums in gains])[both]
+        by_class = np.bincount(gone, gain, classes)
+        scores[word] = own - (by_class - by_class.mean())
+        shared[word] = np.bincount(at, -gain, len(keys))
+    return ClassScores(scores, sizes, keys, shared)
 
 
 def _query_values(
@@ -247,8 +357,15 @@ def _query_values(
     distance: str,
     reranked: dict[str, Any] | None,
     verbose: bool,
+    *,
+    gains: list[_Gains] | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The value of every metric for every query: the metrics are the means of them.
+
+    Args:
+        lookup: the queries, and the rows to search in.
+        metrics, distance, reranked, verbose: as for `lookup_figures`.
+        gains: a list, to which the `_Block.gains` of each block are added.
 
     Returns:
         (n,) float64 for each metric word but `nmi` and `ami`, NaN for a query without a
@@ -278,12 +395,16 @@ def _query_values(
         who = chosen[span]  # numbers of the queries of this block
         if reranked is None and len(later):
             numbers[:, later] = numbers[:, first]
-        block = _Block.of(lookup, who, numbers, metrics)
+        block = _Block.of(lookup, who, numbers, metrics, spare=gains is not None)
         unknown = lookup.own[who] < 0
         if unknown.any():
             met.append(who[_meets_itself(space, span, block) & unknown])
         for metric, each in values.items():
             each[who] = block.values(metric)
+        if gains is not None:
+            gains.append(
+                block.gains({word: each[who] for word, each in values.items()})
+            )
     return values, np.sort(np.concatenate(met))
 
 
@@ -423,11 +544,19 @@ class _Block(NamedTuple):
         who: np.ndarray,
         numbers: np.ndarray,
         metrics: Sequence[str],
+        *,
+        spare: bool = False,
     ) -> _Block:
-        """The block of the queries `who`; writes into the (n, m) `numbers`."""
+        """The block of the queries `who`; writes into the (n, m) `numbers`.
+
+        With `spare` there are more neighbours than the metrics look at: those that move
+        up where a class is taken away.
+        """
         codes, positives = lookup.codes[who], lookup.positives[who]
         numbers[lookup.left_out(who)] = np.inf
-        rows = nearest(numbers, _depth(metrics, positives, len(lookup.rows)))
+        depth = _depth(metrics, positives)
+        depth += spare * _SPARE
+        rows = nearest(numbers, min(depth, len(lookup.rows)))
         neighbours = lookup.row_codes[rows]
         neighbours[np.isinf(np.take_along_axis(numbers, rows, axis=1))] = -1
         hits = neighbours == codes[:, None]
@@ -463,6 +592,69 @@ class _Block(NamedTuple):
         if name == "knn":
             return _vote(self.neighbours[:, : int(k)]) == self.codes
         raise NotImplementedError(metric)
+
+    def gains(
+        self, values: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """What the queries of a class would gain if another class were not there.
+
+        Each query is looked up again without each of the other classes among its
+        neighbours. A query of class a with the neighbours
+
+            b b a c a      has recall@1 = 0, without b: a c a, recall@1 = 1, gain 1,
+                                             without c: b b a a, the same,   gain 0.
+
+        What lies behind the last neighbour counts as a miss. `map` and `minp`, which
+        look at the whole ranking, gain nothing.
+
+        Args:
+            values: (n,) for each metric word.
+
+        Returns:
+            (p, 2) codes of the queries' class and the other class, each pair once, and
+            (p,) for each metric word the sum of the gains.
+        """
+        # Behind the last hit a class takes the place of none (but it has a vote).
+        votes = any(word.startswith("knn") for word in values)
+        depth = self.hits.shape[1]
+        last = depth - self.hits[:, ::-1].argmax(axis=1) if not votes else depth
+        reach = np.where(self.hits.any(axis=1) | votes, last, 0)  # (n,)
+        other = (self.neighbours >= 0) & ~self.hits
+        i, place = np.nonzero(other & (np.arange(depth) < reach[:, None]))
+        classes = int(self.row_codes.max()) + 1
+        each = np.unique(i * classes + self.neighbours[i, place])
+        i, gone = np.divmod(each, classes)
+        keys, at = np.unique(self.codes[i] * classes + gone, return_inverse=True)
+        sums = {word: np.zeros(len(keys)) for word in values}
+        step = max(1, (1 << 22) // depth)
+        for low in range(0, len(i), step):
+            some = slice(low, low + step)
+            cut = self._without(i[some], gone[some])
+            for word in set(values).difference(_WHOLE):
+                before = values[word][i[some]]
+                if word == "mrr":
+                    rank = cut.hits.argmax(axis=1) + 1
+                    gain = np.where(cut.hits.any(axis=1), 1 / rank - before, 0.0)
+                else:
+                    gain = cut.values(word) - before
+                sums[word] += np.bincount(at[some], gain, len(keys))
+        return np.stack(np.divmod(keys, classes), axis=1), sums
+
+    def _without(self, i: np.ndarray, gone: np.ndarray) -> _Block:
+        """The block of the queries `i`, each without the neighbours of one class."""
+        neighbours = self.neighbours[i]
+        row, column = np.nonzero(neighbours != gone[:, None])
+        left = np.bincount(row, minlength=len(i))
+        place = np.arange(len(row)) - np.repeat(np.cumsum(left) - left, left)
+        moved = np.full_like(neighbours, -1)
+        moved[row, place] = neighbours[row, column]
+        codes = self.codes[i]
+        return self._replace(
+            codes=codes,
+            positives=self.positives[i],
+            neighbours=moved,
+            hits=moved == codes[:, None],
+        )
 
     def _first_rank(self) -> np.ndarray:
         """(n,) rank, from 1, of the first hit of every query among all rows."""
@@ -511,7 +703,7 @@ def _meets_itself(space: Space, span: slice, block: _Block) -> np.ndarray:
     return equal & np.take_along_axis(block.hits, first, axis=1)[:, 0]
 
 
-def _depth(metrics: Sequence[str], positives: np.ndarray, available: int) -> int:
+def _depth(metrics: Sequence[str], positives: np.ndarray) -> int:
     """How many neighbours the metrics of one block look at."""
     # `_meets_itself` looks at two.
     wanted = [
@@ -520,7 +712,7 @@ def _depth(metrics: Sequence[str], positives: np.ndarray, available: int) -> int
     ]
     if "map@r" in metrics or "r_precision" in metrics:
         wanted.append(int(positives.max()))
-    return min(max(wanted), available)
+    return max(wanted)
 
 
 def _vote(neighbours: np.ndarray) -> np.ndarray:

@@ -15,6 +15,11 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip.distances import DISTANCES
+from kerastrip.evaluation.intervals import (
+    ClassScores,
+    check_interval,
+    with_intervals,
+)
 from kerastrip.evaluation.retrieval import label_table
 from kerastrip.evaluation.search import (
     Space,
@@ -30,6 +35,7 @@ __all__ = [
     "VerificationCurve",
     "check_codes",
     "check_metrics",
+    "class_scores",
     "flags_array",
     "pair_distances",
     "pairs_array",
@@ -237,6 +243,7 @@ def verification_metrics(
     is_same: Any = None,
     metrics: Sequence[str] = METRICS,
     distance: str = "euclidean",
+    interval: float | None = None,
     verbose: bool = False,
 ) -> dict[str, float]:
     """How well a threshold on the distance tells same pairs from different pairs.
@@ -251,6 +258,11 @@ def verification_metrics(
     The thresholds, with the precision and recall at each, come from
     `verification_curve(...).best("accuracy")`, `.best("f1")` and `.at_far(f)`.
 
+    With `interval` every figure comes with the interval that it would move in if the
+    rows were of as many *other* classes: the pairs of one class, and those that share a
+    row, are no independent trials. What a class does to a figure is taken to first
+    order; `kerastrip.evaluation.intervals` has the formula.
+
     Args:
         embeddings: (n, dim) finite numbers.
         labels: (n,) integers or strings, or (n, classes) one-hot rows.
@@ -260,11 +272,14 @@ def verification_metrics(
         distance: `"euclidean"` (default), `"squared_euclidean"` or `"cosine"`. The
             arrays do not tell which distance they were trained with: give the distance
             of the loss.
+        interval: the level of the intervals of all figures, such as 0.95; needs
+            `labels`. Default None: figures alone.
         verbose: as for `verification_curve`.
 
     Returns:
-        Dict with one float in [0, 1] per metric word, and the counts `"same_pairs"` and
-        `"different_pairs"`.
+        Dict with one float in [0, 1] per metric word, with `interval` each followed by
+        the ends of its interval as `"auc_low"` and `"auc_high"`, and the counts
+        `"same_pairs"` and `"different_pairs"`.
 
     Raises:
         TypeError, ValueError: as `verification_curve`, and for an unknown metric
@@ -278,6 +293,10 @@ def verification_metrics(
     {'auc': 1.0, 'tar@0.01': 1.0, 'same_pairs': 2, 'different_pairs': 4}
     """
     metrics = check_metrics(metrics)
+    interval = check_interval(interval)
+    if interval is not None and labels is None:
+        advice = "Without labels nobody knows which pairs share a class."
+        raise _checks.value_error("labels", "labels, for `interval`", labels, advice)
     curve = verification_curve(
         embeddings,
         labels,
@@ -286,7 +305,231 @@ def verification_metrics(
         distance=distance,
         verbose=verbose,
     )
-    return curve.figures(metrics)
+    figures = curve.figures(metrics)
+    if interval is None:
+        return figures
+    scores = _scores(curve, embeddings, labels, pairs, metrics, distance)
+    return with_intervals(figures, scores, interval)
+
+
+def class_scores(
+    embeddings: Any,
+    labels: Any,
+    *,
+    pairs: Any = None,
+    metrics: Sequence[str] = METRICS,
+    distance: str = "euclidean",
+    verbose: bool = False,
+) -> ClassScores:
+    """The figures of `verification_metrics` as sums over the classes.
+
+    Args:
+        embeddings, labels, pairs, metrics, distance, verbose: as for
+            `verification_metrics`.
+    """
+    curve = verification_curve(
+        embeddings, labels, pairs=pairs, distance=distance, verbose=verbose
+    )
+    return _scores(curve, embeddings, labels, pairs, check_metrics(metrics), distance)
+
+
+def _scores(
+    curve: VerificationCurve,
+    embeddings: Any,
+    labels: Any,
+    pairs: Any,
+    metrics: Sequence[str],
+    distance: str,
+) -> ClassScores:
+    """The scores of each class, from its influence on each metric.
+
+    The influence of a class is how fast a metric rises with the weight of the class,
+    where a same pair weighs as its class and a different pair as the product of its two
+    classes.
+    """
+    rows = embeddings_array("embeddings", embeddings)
+    codes = label_table("labels", labels, len(rows)).codes
+    points = [_operating_point(curve, metric) for metric in metrics]
+    thresholds = np.array([point.threshold for point in points])
+    if pairs is None:
+        sums = _sums_of_all(rows, codes, curve, thresholds, distance)
+    else:
+        ends = pairs_array(pairs, len(rows))
+        distances = pair_distances(rows, ends, distance=distance)
+        sums = _sums_of_pairs(distances, codes[ends], curve, thresholds)
+    sizes = sums.pairs[:, 1]
+    scores = {}
+    for t, (metric, point) in enumerate(zip(metrics, points, strict=True)):
+        influence = _influence(curve, sums, metric, point, sums.within[:, :, t])
+        figure = curve.figures(metric)[metric]
+        scores[metric] = figure * sizes + sizes.sum() * (influence - influence.mean())
+    # Two classes share too little to count: their different pairs are many.
+    none = np.empty(0, np.int64)
+    return ClassScores(scores, sizes, none, dict.fromkeys(scores, none))
+
+
+class _Sums(NamedTuple):
+    """Sums over the different pairs of each class, then over its same pairs.
+
+    A different pair counts for both of its classes.
+
+    Attributes:
+        pairs: (classes, 2) the number of pairs.
+        area: (classes, 2) sum over different pairs of the fraction of same pairs that
+            are nearer, sum over same pairs of that of different pairs that are farther.
+        within: (classes, 2, t) the number of pairs within each of t thresholds.
+    """
+
+    pairs: np.ndarray
+    area: np.ndarray
+    within: np.ndarray
+
+
+def _influence(
+    curve: VerificationCurve,
+    sums: _Sums,
+    metric: str,
+    point: OperatingPoint,
+    within: np.ndarray,
+) -> np.ndarray:
+    """(classes,) the influence of each class on a metric, up to a constant.
+
+    Args:
+        curve: of all pairs.
+        sums: of the classes.
+        metric: the metric word.
+        point: the point of the curve that the metric is taken at.
+        within: (classes, 2) the different and same pairs within its threshold.
+    """
+    total = np.array([curve.different[-1], curve.same[-1]])
+    figure = curve.figures(metric)[metric]
+    if metric == "auc":
+        return ((sums.area - figure * sums.pairs) / total).sum(axis=1)
+    # The threshold of "accuracy" and "f1" is at their top, where it does not matter
+    # that the threshold moves.
+    if metric == "accuracy":
+        right = within[:, 1] + sums.pairs[:, 0] - within[:, 0]
+        return (right - figure * sums.pairs.sum(axis=1)) / total.sum()
+    if metric == "f1":  # = 2 accepted same pairs / (accepted pairs + same pairs)
+        change = 2 * within[:, 1] - figure * (within.sum(axis=1) + sums.pairs[:, 1])
+        return change / (total[1] * (point.recall + 1) + total[0] * point.far)
+    rates = np.array([point.far, point.recall])
+    far, tar = ((within - rates * sums.pairs) / total).T
+    rise = _rise(curve, point.far)
+    if metric == "eer":
+        # The class moves the ROC by (far, tar), and the point where FAR + TAR = 1 moves
+        # along the ROC in return: by x with far + tar + x + rise x = 0.
+        return far - (far + tar) / (1 + rise)
+    return tar - rise * far  # the ROC moves, and the FAR of the point stays
+
+
+def _operating_point(curve: VerificationCurve, metric: str) -> OperatingPoint:
+    """The point that a metric is taken at; for `auc`, which has none, any point."""
+    if metric in ("accuracy", "f1"):
+        return curve.best(metric)
+    if metric in ("auc", "eer"):
+        return curve._point(int(np.searchsorted(curve.far + curve.tar, 1.0)))
+    return curve.at_far(float(metric.partition("@")[2]))
+
+
+def _rise(curve: VerificationCurve, far: float) -> float:
+    """The slope of the ROC at this FAR: true accepts more per false accepts more.
+
+    It is taken from a quarter fewer to a quarter more false accepts, and at least four
+    pairs away, because the ROC is a staircase.
+    """
+    step = max(far / 4, 4 / curve.different[-1])
+    ends = np.clip([far - step, far + step], 0.0, 1.0)
+    tar = np.interp(ends, curve.far, curve.tar)
+    return float((tar[1] - tar[0]) / (ends[1] - ends[0]))
+
+
+def _areas(curve: VerificationCurve, distances: np.ndarray) -> np.ndarray:
+    """(2, ...) the fractions of same pairs nearer, and of different pairs farther.
+
+    Same and different pairs at an equal distance count half.
+    """
+    within = np.searchsorted(curve.thresholds, distances, "right") - 1
+    below = np.maximum(np.searchsorted(curve.thresholds, distances, "left") - 1, 0)
+    nearer = (curve.tar[within] + curve.tar[below]) / 2
+    return np.stack([nearer, 1.0 - (curve.far[within] + curve.far[below]) / 2])
+
+
+def _sums_of_pairs(
+    distances: np.ndarray,
+    codes: np.ndarray,
+    curve: VerificationCurve,
+    thresholds: np.ndarray,
+) -> _Sums:
+    """The sums over a list of pairs.
+
+    Args:
+        distances: (pairs,) of the pairs.
+        codes: (pairs, 2) the classes of both ends.
+        curve: of the pairs.
+        thresholds: (t,) distances.
+    """
+    same = codes[:, 0] == codes[:, 1]
+    area = np.where(same, *_areas(curve, distances)[::-1])
+    found = np.column_stack(
+        [np.ones(len(same)), area, distances[:, None] <= thresholds]
+    )
+    sums = np.zeros((codes.max() + 1, 2, 2 + len(thresholds)))
+    np.add.at(sums, (codes[:, 0], same.astype(int)), found)
+    np.add.at(sums[:, 0], codes[~same, 1], found[~same])
+    sums = sums[sums[:, :, 0].any(axis=1)]  # classes without a pair are left out
+    return _Sums(sums[:, :, 0], sums[:, :, 1], sums[:, :, 2:])
+
+
+def _sums_of_all(
+    rows: np.ndarray,
+    codes: np.ndarray,
+    curve: VerificationCurve,
+    thresholds: np.ndarray,
+    distance: str,
+) -> _Sums:
+    """The sums over all pairs of rows, each pair met from both of its rows."""
+    space = Space.of(rows, rows, distance)
+    limits = _numbers_of(thresholds, distance)
+    # The fraction of nearer same pairs, by the first 16 bits of a number: its exponent
+    # and 7 bits of its mantissa, which are enough for a sum.
+    cells = (np.arange(1 << 16, dtype=np.uint32) << 16 | 1 << 15).view(np.float32)
+    nearer = _areas(curve, space.distances(np.abs(cells)))[0].astype(np.float32)
+    found = np.empty((len(rows), 2, 2 + len(limits)))
+    for span, block in space.blocks():
+        for low in range(0, len(block), _ROWS):
+            part = block[low : low + _ROWS]
+            who = np.arange(len(part)) + span.start + low
+            own = np.arange(len(part)), who
+            part[own] = np.inf  # a row and itself: within no threshold
+            same = codes[who, None] == codes
+            same[own] = False
+            i, j = np.nonzero(same)
+            values, area = part[i, j], nearer[part.view(np.uint32) >> 16]
+            farther = _areas(curve, space.distances(values))[1]
+            columns = [None, farther, area[i, j], *(values <= x for x in limits)]
+            count, *of_same = (np.bincount(i, column, len(who)) for column in columns)
+            found[who, 1] = np.column_stack([count, of_same[0], *of_same[2:]])
+            # The different pairs are all pairs without the same pairs. A row and itself
+            # are nearer than infinity: 1 in the area.
+            within = [np.count_nonzero(part <= limit, axis=1) for limit in limits]
+            found[who, 0] = np.column_stack(
+                [len(rows) - 1.0 - count, area.sum(axis=1) - 1.0, *within]
+            )
+            found[who, 0, 1:] -= np.column_stack(of_same[1:])
+    sums = np.zeros((codes.max() + 1, *found.shape[1:]))
+    np.add.at(sums, codes, found)
+    sums = sums[sums[:, :, 0].any(axis=1)]
+    sums[:, 1] /= 2  # a same pair was met twice in its class
+    return _Sums(sums[:, :, 0], sums[:, :, 1], sums[:, :, 2:])
+
+
+def _numbers_of(thresholds: np.ndarray, distance: str) -> np.ndarray:
+    """The numbers of `Space.blocks` that stand for these distances, -1 for -inf."""
+    t = np.maximum(thresholds, 0.0)
+    numbers = {"euclidean": t**2 / 2, "squared_euclidean": t / 2, "cosine": t}[distance]
+    # A little more, because a number was rounded on its way to the threshold.
+    return np.where(thresholds >= 0, numbers * (1 + 1e-6), -1.0).astype(np.float32)
 
 
 class FoldedAccuracy(NamedTuple):
