@@ -1,6 +1,7 @@
 """The examples run, from data to files."""
 
 import csv
+import json
 import shutil
 
 import cv2
@@ -123,6 +124,68 @@ def test_image_folder_runs_on_four_classes_and_not_on_three(tmp_path):
         example.main([str(tmp_path / "photos"), *options])
 
 
+@pytest.fixture
+def seen_by_cameras(tmp_path):
+    """`table.csv` of ten identities, three cameras and two or three photographs each.
+
+    An identity is a pattern. A camera has a tint, a brightness and a noise of its own.
+    """
+    rng = np.random.default_rng(0)
+    lines = ["path,identity,camera"]
+    for identity in range(10):
+        pattern = rng.integers(0, 2, (4, 4, 1)).repeat(4, 0).repeat(4, 1)
+        for camera, tint in enumerate(np.array([(9, 9, 9), (5, 7, 9), (9, 7, 5)])):
+            for photograph in range(2 + (identity + camera) % 2):
+                image = (40 + 20 * pattern * tint) + rng.normal(0, 9, (16, 16, 3))
+                name = f"{identity}-{camera}-{photograph}.png"
+                cv2.imwrite(str(tmp_path / name), image.clip(0, 255).astype("uint8"))
+                lines.append(f"{name},id {identity},camera {camera}")
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(lines))
+    return table
+
+
+def test_reidentification_finds_identities_across_cameras(seen_by_cameras, capsys):
+    example, out = load_example("reidentification"), seen_by_cameras.parent / "out"
+    options = {"test": 0.4, "epochs": 3, "classes-per-batch": 6}
+    options = [f"--{name}={value}" for name, value in options.items()]
+    figures = example.main(
+        [str(seen_by_cameras), "--out", str(out), "--size", "16", "16", *options]
+    )
+    printed = capsys.readouterr().out
+    for name in ("by distance", "re-ranked"):
+        found = figures[name]
+        assert f"{name}  map {found['map']:.3f}" in printed
+        assert all(0 <= found[metric] <= 1 for metric in example.METRICS)
+        # Four identities, each in three cameras; by chance every fourth is right.
+        counts = ("queries", "lone_queries", "lone_across_groups")
+        assert [found[count] for count in counts] == [12, 0, 0]
+        assert found["map"] > 0.5
+    assert (out / "neighbours.png").read_bytes().startswith(b"\x89PNG")
+    model = keras.models.load_model(out / "model.keras")
+    assert model.output_shape == [(None, 6), (None, 128)]
+    rule = json.loads((out / "reading.json").read_text())
+    image = kerastrip.sources.read_image(seen_by_cameras.parent / "0-0-0.png", **rule)
+    assert image.shape == (16, 16, 3)
+
+
+def test_reidentification_names_what_a_table_lacks(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("path,identity\na.png,7\n")
+    with pytest.raises(SystemExit, match="path, identity, camera"):
+        load_example("reidentification").main([str(table), "--out", str(tmp_path)])
+
+
+def test_reidentification_asks_for_what_another_row_of_the_camera_answers():
+    split = load_example("reidentification").split_queries
+    identities = np.array(list("aaaabbbb"))
+    cameras = np.array(list("11221112"))
+    queries, gallery = split(np.array([0, 1, 2, 4, 5, 6, 7]), identities, cameras)
+    # Row 3 is not held out, so rows 2 and 7 are alone in their cameras.
+    assert queries.tolist() == [0, 4]
+    assert gallery.tolist() == [1, 2, 5, 6, 7]
+
+
 def rows_of_table(text):
     """{first cell: other cells} of Markdown tables."""
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line]
@@ -154,6 +217,28 @@ def test_scale_shows_that_hosts_share_nothing(capsys):
 def test_scale_sees_what_is_shared():
     hosts = np.array([[[1, 2], [3, 3]], [[2, 4], [5, 6]]])
     assert load_example("benchmarks/scale").shared(hosts) == 1
+
+
+def test_spread_learns_from_one_style_and_two_rows_of_others():
+    example = load_example("benchmarks/spread")
+    labels = np.repeat([3, 5, 7], 10)
+    styles = np.tile(list("aaaaabbbcc"), 3)
+    rows = example.skewed(np.arange(30)[::-1], labels, styles, fewest=3)
+    for label in (3, 5, 7):
+        _, counts = np.unique(styles[rows[labels[rows] == label]], return_counts=True)
+        assert counts.max() in (3, 5)  # all of "a" or all of "b"
+        assert counts.sum() == counts.max() + 2
+
+
+def test_spread_counts_the_cameras_of_a_batch():
+    example = load_example("benchmarks/spread")
+    labels, cameras = np.repeat([0, 1], 4), np.tile(list("xxyz"), 2)
+    options = {"classes_per_batch": 2, "samples_per_class": 3}
+    assert example.cameras_met(labels, cameras, **options, spread=cameras) == 3
+    # Without `spread` a draw misses y or z in two of four cases.
+    assert example.cameras_met(labels, cameras, **options) == pytest.approx(
+        2.5, abs=0.2
+    )
 
 
 def test_gpu_runs_on_the_processor(capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""The public list, its documentation, the layering, the import and the README."""
+"""The public list, its documentation, the layering, the import, README and guides."""
 
 import ast
 import contextlib
@@ -513,13 +513,14 @@ def test_import_is_light_silent_and_offline():
         assert re.findall("<kerastrip>(.*)</kerastrip>", stream, re.DOTALL) == [""]
 
 
-# README
+# README and guides
+
+GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
 
 
-def readme_sections():
-    """(heading, [(line, code)]) of the sections of README.md with python blocks."""
-    path = ROOT / "README.md"
-    sections: dict[str, list] = {}
+def python_blocks(path):
+    """[(heading, line, code)] of the python blocks of a Markdown file."""
+    blocks: list[tuple] = []
     heading, block = "", None
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
@@ -530,20 +531,47 @@ def readme_sections():
                 block = (number, [])
         elif line.strip() == "```":
             code = textwrap.dedent("\n".join(block[1]))
-            sections.setdefault(heading, []).append((block[0], code))
+            blocks.append((heading, block[0], code))
             block = None
         else:
             block[1].append(line)
-    return [pytest.param(blocks, id=title) for title, blocks in sections.items()]
+    return blocks
 
 
-def test_readme_links_lead_somewhere():
-    text = (ROOT / "README.md").read_text("utf-8")
-    links = re.findall(r"\[([^\]]*)\]\(([^)]*)\)", text)
-    missing = [target for _, target in links if not (ROOT / target).exists()]
-    assert not missing
+def documents():
+    """(path, [(line, code)]): the sections of README.md, and each guide as a whole.
+
+    A section of the README stands for itself, a guide is read from its beginning.
+    """
+    readme = ROOT / "README.md"
+    sections: dict[tuple, list] = {}
+    for path in (readme, *GUIDES):
+        for heading, *block in python_blocks(path):
+            part = heading if path == readme else path.stem
+            sections.setdefault((path, part), []).append(block)
+    return [
+        pytest.param(path, blocks, id=part) for (path, part), blocks in sections.items()
+    ]
+
+
+def links_of(path):
+    """[(text, target)] of the links of a Markdown file, targets without `#place`."""
+    return re.findall(r"\[([^\]]*)\]\(([^)#]*)[^)]*\)", path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *GUIDES], ids=lambda path: path.stem
+)
+def test_links_of_readme_and_guides_lead_somewhere(path):
+    targets = [target for _, target in links_of(path)]
+    assert not [target for target in targets if not (path.parent / target).exists()]
+
+
+def test_readme_leads_to_examples_guides_and_names():
+    links = links_of(ROOT / "README.md")
     examples = {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
-    assert examples <= {target for _, target in links}
+    guides = {f"examples/guides/{path.name}" for path in GUIDES}
+    assert examples | guides <= {target for _, target in links}
     names = {name.strip("`"): target for name, target in links if name[:1] == "`"}
     assert names.keys() == set(kerastrip.__all__) - {"__version__"}
     for name, target in names.items():
@@ -551,26 +579,29 @@ def test_readme_links_lead_somewhere():
         assert pathlib.Path(inspect.getfile(public)) == ROOT / target
 
 
-def test_readme_has_python_blocks():
-    assert readme_sections()
+def test_readme_and_guides_have_python_blocks():
+    assert all(python_blocks(path) for path in (ROOT / "README.md", *GUIDES))
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """The folder of class folders that the README speaks of."""
+    """The folder of class folders, and the table of it, that README and guides speak of."""
     images = np.random.default_rng(0).integers(0, 256, (6, 5, 40, 30, 3), np.uint8)
+    table = ["path,identity,camera"]
     for number, of_class in enumerate(images):
         folder = tmp_path / "photos" / f"class {number}"
         folder.mkdir(parents=True)
         for name, image in enumerate(of_class):
             cv2.imwrite(str(folder / f"{name}.jpg"), image)
+            table.append(f"photos/class {number}/{name}.jpg,{number},camera {name % 2}")
+    (tmp_path / "table.csv").write_text("\n".join(table))
 
 
-@pytest.mark.parametrize("blocks", readme_sections())
-def test_readme_blocks_run(blocks, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("path", "blocks"), documents())
+def test_blocks_of_readme_and_guides_run(path, blocks, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "readme"}
+    namespace = {"__name__": "document"}
     with contextlib.redirect_stdout(io.StringIO()):
         for line, code in blocks:
-            # Blank lines in front, so that a traceback tells the line of the README.
-            exec(compile("\n" * line + code, "README.md", "exec"), namespace)
+            # Blank lines in front, so that a traceback tells the line of the file.
+            exec(compile("\n" * line + code, path.name, "exec"), namespace)

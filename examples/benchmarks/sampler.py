@@ -2,7 +2,8 @@
 
     python examples/benchmarks/sampler.py [--full]
 
-Batches of 32 classes x 4 samples. One line for each set of labels and each sampler:
+Batches of 32 classes x 4 samples; "spread" takes the 4 from different ones of 8 cameras
+(`spread=`). One line for each set of labels and each sampler:
 
 - build: time to index the labels, and the peak of memory in bytes per label beyond
   the labels themselves;
@@ -22,6 +23,7 @@ another only.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import time
 import tracemalloc
@@ -31,7 +33,7 @@ import numpy as np
 
 from kerastrip.sampling.plan import PKPlan
 
-P, K = 32, 4
+P, K, CAMERAS = 32, 4, 8
 SETS = [(10**4, 10**2), (10**6, 10**3), (10**6, 10**5), (10**8, 10**6)]
 # Batches looked at, at most: at 10**8 labels an epoch has 781,250.
 MOST = 10**4
@@ -64,11 +66,9 @@ def repeats(batches):
     return (ordered[:, 1:] == ordered[:, :-1]).any(axis=1).mean()
 
 
-def of_plan(labels, mode):
+def of_plan(labels, **options):
     plan, build, memory = built(
-        lambda: PKPlan(
-            labels, classes_per_batch=P, samples_per_class=K, epoch_mode=mode
-        ),
+        lambda: PKPlan(labels, classes_per_batch=P, samples_per_class=K, **options),
         len(labels),
     )
     count = min(len(plan), MOST)
@@ -127,13 +127,17 @@ def main():
     if peer:
         import pytorch_metric_learning.samplers  # noqa: F401 (not part of its time)
     head = ["build s", "bytes/label", "cold us", "indices/s", "seen %", "repeats %"]
-    print(f"{'labels':>12}{'classes':>11}  {'sampler':<20}", end="")
+    print(f"{'labels':>12}{'classes':>11}  {'sampler':<25}", end="")
     print("".join(f"{word:>13}" for word in head))
     for samples, classes in SETS if full else SETS[:-1]:
         labels = random_labels(samples, classes)
+        cameras = np.arange(samples, dtype=np.int32) % CAMERAS
         contestants = {
-            "PKPlan, balanced": lambda y=labels: of_plan(y, "balanced"),
-            "PKPlan, coverage": lambda y=labels: of_plan(y, "coverage"),
+            f"PKPlan, {mode}{word}": functools.partial(
+                of_plan, labels, epoch_mode=mode, spread=spread
+            )
+            for mode in ("balanced", "coverage")
+            for word, spread in (("", None), (", spread", cameras))
         }
         if peer and samples <= 10**6:
             contestants["MPerClassSampler"] = lambda y=labels, c=classes: of_peer(y, c)
@@ -141,7 +145,7 @@ def main():
         for name, measure in contestants.items():
             figures = measure()
             rates[name] = figures["indices/s"]
-            print(f"{samples:>12,}{classes:>11,}  {name:<20}", end="")
+            print(f"{samples:>12,}{classes:>11,}  {name:<25}", end="")
             print("".join(f"{shown(word, figures[word]):>13}" for word in head))
         if "MPerClassSampler" in rates:
             base = rates.pop("MPerClassSampler")

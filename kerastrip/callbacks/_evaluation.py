@@ -34,37 +34,51 @@ from kerastrip.evaluation.embedding import (
     source_of,
 )
 from kerastrip.evaluation.recalibration import moving_averages
-from kerastrip.evaluation.retrieval import label_table
+from kerastrip.evaluation.retrieval import common_codes, label_table
 from kerastrip.evaluation.search import shared_rows, unusable_rows
 from kerastrip.sources import ArraySource, Subset
 
 
 class HeldOut:
-    """Samples to embed, and their labels.
+    """Samples to embed, their labels, and their groups if they have any.
 
     Args:
         x: samples, a sampler, or a dataset of batches, as `embed` takes them.
         y: labels, or None for those that come with x.
-        names: the names of x and y among the arguments of the callback, for errors.
+        groups: groups in the order of x, or None.
+        names: the names of x, y and the groups among the arguments of the callback, for
+            errors.
         labelled: whether missing labels are an error.
 
     Attributes:
         length: number of samples. None for a dataset, which must be read to know it.
         table: the labels. None for a dataset, and if there are no labels.
+        groups: (n,) the groups, None if there are none.
 
     A copy (`copy.deepcopy`, as tuners make it of every callback) is the object itself:
-    nothing here ever changes, and the data may be large.
+    the data may be large, and nothing here changes but the `_order` in which a dataset
+    gave its labels at the first reading, which is the same for all copies.
     """
 
     def __init__(
-        self, x: Any, y: Any, names: tuple[str, str] = ("x", "y"), labelled: bool = True
+        self,
+        x: Any,
+        y: Any,
+        *,
+        groups: Any = None,
+        names: tuple[str, str, str] = ("x", "y", "groups"),
+        labelled: bool = True,
     ):
         self.length: int | None = None
         self.table: LabelTable | None = None
+        self.groups: np.ndarray | None = None
+        self._order: np.ndarray | None = None
         self._names = names
         self._labelled = labelled
         if is_batches(x):  # its length and labels are known only after reading
             self._x = x
+            if groups is not None:
+                self.groups = _values(LabelTable(groups, name=names[2]))
             if y is not None:
                 raise _checks.value_error(
                     names[1], "None for a dataset, which has its own targets", y
@@ -78,6 +92,8 @@ class HeldOut:
             self.table = label_table(names[1], y, self.length)
         elif labelled:
             raise _checks.value_error(names[1], "one label per sample", y)
+        if groups is not None:
+            self.groups = _values(label_table(names[2], groups, self.length))
 
     def __deepcopy__(self, memo: Any) -> HeldOut:
         return self
@@ -128,7 +144,58 @@ class HeldOut:
             raise _checks.value_error(
                 self._names[0], "batches of (inputs, targets)", self._x
             )
-        return embeddings, None if table is None else table.decode(table.codes)
+        labels = None if table is None else _values(table)
+        if self.length is None and self.groups is not None:
+            self._check_order(labels)
+        return embeddings, labels
+
+    def _check_order(self, labels: Any) -> None:
+        """Raises an error if a dataset gives its labels in another order than before.
+
+        Its rows would get the groups of other rows.
+        """
+        if self._order is None:
+            self._order = labels
+        elif not np.array_equal(labels, self._order):
+            raise _checks.value_error(
+                self._names[0],
+                f"rows that come in the order of `{self._names[2]}` at every reading",
+                _checks.Told("labels in another order than at the first reading"),
+                "Do not shuffle the dataset, or give arrays or a source in its place.",
+            )
+
+
+def check_positives(queries: HeldOut, gallery: HeldOut) -> None:
+    """Raises an error if no query has a positive, as far as labels are known now.
+
+    A positive is a row of the label of the query and, where there are groups, of another
+    group. If both are the same object, the row that is the query itself is no positive.
+    """
+    if queries.table is None or gallery.table is None:
+        return
+    codes, row_codes = common_codes(queries.table, gallery.table)
+    of_label = np.bincount(row_codes, minlength=codes.max() + 1)[codes]
+    # (n,) the number of rows of the label of each query that are no positives
+    left_out = np.full(len(codes), 1 if queries is gallery else 0)
+    name, received = gallery._names[1], gallery.table.classes
+    expected = "a label that occurs twice" if queries is gallery else "a label of y"
+    if queries.groups is not None and gallery.groups is not None:
+        own, others = LabelTable(queries.groups), LabelTable(gallery.groups)
+        groups, row_groups = common_codes(own, others, "groups")
+        width = np.int64(max(groups.max(), row_groups.max()) + 1)
+        ordered, both = np.sort(row_codes * width + row_groups), codes * width + groups
+        first, after = (np.searchsorted(ordered, both, s) for s in ("left", "right"))
+        left_out = after - first  # the row that is the query itself among them
+        name, received = queries._names[2], queries.groups
+        where = "two groups" if queries is gallery else "another group of the gallery"
+        expected = f"a label that occurs in {where}"
+    if not (of_label > left_out).any():
+        raise _checks.value_error(name, expected, received)
+
+
+def _values(table: LabelTable) -> np.ndarray:
+    """(n,) the labels of a table, one for each row."""
+    return table.decode(table.codes)
 
 
 def _origin(source: Any) -> tuple[Any, np.ndarray]:

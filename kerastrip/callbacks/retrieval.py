@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 from kerastrip import _checks
 from kerastrip.callbacks._copies import without_model
 from kerastrip.callbacks._evaluation import (
     EpochEvaluation,
     HeldOut,
+    check_positives,
 )
 from kerastrip.evaluation.retrieval import (
+    check_groups,
     check_metrics,
-    common_codes,
     lookup_figures,
     self_match_warning,
 )
@@ -51,6 +51,16 @@ class RetrievalEvaluation(keras.callbacks.Callback):
     same array or source are looked up without themselves; copies cannot be recognised
     for certain, and a warning counts them.
 
+    With `groups` (the camera of each photograph, the session of each recording) the rows
+    of a query's label *and* group are left out of its ranking, neither right nor wrong:
+    the model must find the same person on another camera. This is the evaluation of
+    re-identification, whose figures are
+
+        RetrievalEvaluation(x_query, y_query, groups=query_cameras,
+                            gallery=x_gallery, gallery_labels=y_gallery,
+                            gallery_groups=gallery_cameras,
+                            metrics=("map", "cmc@1", "minp"))
+
     If the training has diverged (NaN embeddings) the figures are NaN, with a
     warning. A new `fit` begins with empty `results`; if it resumes a training with
     `initial_epoch`, it keeps the results of the earlier epochs.
@@ -66,6 +76,12 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         gallery: the data to search in; accepts the same types as `x`. Default None:
             x itself, each sample without itself.
         gallery_labels: labels of the gallery; accepts the same types as `y`.
+        groups: (n,) integers or strings, the group of each sample in the order of x; of
+            a sampler, in the order of its source (`groups=sampler.spread`). A dataset
+            with groups must not be shuffled: it is an error if its labels come in
+            another order than at the first reading. Default None: no rows are left out.
+        gallery_groups: groups of the gallery, needed if the queries have groups and
+            there is a gallery.
         metrics: metric words of `retrieval_metrics`. Default `("recall@1", "map@r")`.
         distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`. Default None:
             the `distance` of the compiled loss, `"euclidean"` if it has none.
@@ -82,11 +98,13 @@ class RetrievalEvaluation(keras.callbacks.Callback):
 
     Attributes:
         results: epoch -> the dict of `retrieval_metrics`, with the numbers of queries
-            with and without a positive.
+            with and without a positive, and with `groups` of queries whose label is in
+            their own group only (`lone_across_groups`).
 
     Raises:
         TypeError, ValueError: if x and y do not fit each other, a metric word is
-            unknown, no label occurs twice, or no label of y is in the gallery.
+            unknown, no label occurs twice (with `groups`: in two groups), or no label
+            of y is in the gallery (in another group).
 
     Example:
 
@@ -98,6 +116,14 @@ class RetrievalEvaluation(keras.callbacks.Callback):
     ...                     callbacks=[RetrievalEvaluation(x, y)])
     >>> history.history["val_recall@1"]
     [1.0]
+
+    Two cameras have taken each object twice:
+
+    >>> cross = RetrievalEvaluation(x[[0, 0, *range(6)]], [0, 0, *y],
+    ...                             groups=["c1", "c2"] * 4, metrics=("map", "cmc@1"))
+    >>> history = model.fit(x, np.zeros((6, 2)), verbose=0, callbacks=[cross])
+    >>> history.history["val_map"], cross.results[0]["queries"]
+    ([1.0], 8)
     """
 
     def __init__(
@@ -107,6 +133,8 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         *,
         gallery: Any = None,
         gallery_labels: Any = None,
+        groups: Any = None,
+        gallery_groups: Any = None,
         metrics: Sequence[str] = ("recall@1", "map@r"),
         distance: str | None = None,
         every: int = 1,
@@ -118,17 +146,9 @@ class RetrievalEvaluation(keras.callbacks.Callback):
     ):
         super().__init__()
         self._metrics = check_metrics(metrics)
-        data = [HeldOut(x, y)]
-        # x as its own gallery: then every sample is looked up without itself.
-        if gallery is x and (gallery_labels is None or gallery_labels is y):
-            gallery = gallery_labels = None
-        if gallery is not None:
-            data.append(HeldOut(gallery, gallery_labels, ("gallery", "gallery_labels")))
-        elif gallery_labels is not None:
-            raise _checks.value_error(
-                "gallery_labels", "`gallery` with it", gallery_labels
-            )
-        self._own = None if gallery is None else data[0].rows_in(data[1])
+        data = _held_out(x, y, groups, gallery, gallery_labels, gallery_groups)
+        self._own = None if len(data) == 1 else data[0].rows_in(data[1])
+        self._data = data
         self._warned = False
         self._evaluation = EpochEvaluation(
             self,
@@ -143,15 +163,6 @@ class RetrievalEvaluation(keras.callbacks.Callback):
             batch_size=batch_size,
             verbose=verbose,
         )
-        # Errors that would come after the first epoch, as far as labels are known now.
-        own, others = data[0].table, data[-1].table
-        if gallery is None:
-            if own is not None and len(np.unique(own.codes)) == len(own.codes):
-                raise _checks.value_error("y", "a label that occurs twice", y)
-        elif own is None or others is None:
-            return
-        elif not np.isin(*common_codes(own, others)).any():
-            raise _checks.value_error("gallery_labels", "a label of y", gallery_labels)
 
     def __getstate__(self) -> dict[str, Any]:
         return without_model(self)
@@ -173,6 +184,8 @@ class RetrievalEvaluation(keras.callbacks.Callback):
             gallery,
             gallery_labels,
             own=self._own,
+            groups=self._data[0].groups,
+            gallery_groups=None if gallery is None else self._data[1].groups,
             metrics=self._metrics,
             distance=distance,
             verbose=verbose,
@@ -197,3 +210,27 @@ class RetrievalEvaluation(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._evaluation.end(epoch, logs)
+
+
+def _held_out(
+    x: Any, y: Any, groups: Any, gallery: Any, gallery_labels: Any, gallery_groups: Any
+) -> list[HeldOut]:
+    """The held-out data and the gallery; without a gallery the data alone."""
+    # x as its own gallery: then every sample is looked up without itself.
+    if (
+        gallery is x
+        and (gallery_labels is None or gallery_labels is y)
+        and (gallery_groups is None or gallery_groups is groups)
+    ):
+        gallery = gallery_labels = gallery_groups = None
+    check_groups(gallery, groups, gallery_groups)
+    data = [HeldOut(x, y, groups=groups)]
+    if gallery is not None:
+        names = ("gallery", "gallery_labels", "gallery_groups")
+        data.append(
+            HeldOut(gallery, gallery_labels, groups=gallery_groups, names=names)
+        )
+    elif gallery_labels is not None:
+        raise _checks.value_error("gallery_labels", "`gallery` with it", gallery_labels)
+    check_positives(data[0], data[-1])
+    return data

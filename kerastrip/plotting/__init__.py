@@ -4,6 +4,7 @@ from kerastrip.metrics import FRACTIONS as FRACTIONS
 from kerastrip.plotting.figures import (
     COLOURS,
     DIFFERENT,
+    LEFT_OUT,
     SAME,
     plot_batch,
     plot_confusions,
@@ -18,6 +19,7 @@ __all__ = [
     "COLOURS",
     "DIFFERENT",
     "FRACTIONS",
+    "LEFT_OUT",
     "SAME",
     "plot_batch",
     "plot_confusions",

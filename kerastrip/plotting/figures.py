@@ -24,7 +24,12 @@ from kerastrip import _checks
 from kerastrip._files import readable
 from kerastrip.evaluation.confusions import confusions, nearest_others, spread_rows
 from kerastrip.evaluation.retrieval import label_table
-from kerastrip.evaluation.search import embeddings_array
+from kerastrip.evaluation.search import (
+    Space,
+    embeddings_array,
+    nearest,
+    row_distances,
+)
 from kerastrip.evaluation.verification import VerificationCurve
 from kerastrip.metrics import FRACTIONS
 from kerastrip.plotting.thumbnails import as_uint8, file_names
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COLOURS",
     "DIFFERENT",
+    "LEFT_OUT",
     "SAME",
     "plot_batch",
     "plot_confusions",
@@ -49,7 +55,7 @@ __all__ = [
 
 COLOURS = {"easy": "#cdd6de", "semi_hard": "#f2a541", "hard": "#b5371f"}
 # Blue and vermilion differ for every kind of colour vision (Okabe and Ito 2008).
-SAME, DIFFERENT = "#0072b2", "#d55e00"
+SAME, DIFFERENT, LEFT_OUT = "#0072b2", "#d55e00", "#767676"
 # Seven colours and five shapes tell 35 classes apart.
 _CLASS_COLOURS = np.array(
     ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#333333"]
@@ -62,6 +68,14 @@ _POINTS = 1000
 # A sheet of samples: the width of a sample in inches, and the least number of samples
 # that a line has room for, so that the title and the headings fit.
 _CELL, _COLUMNS = 0.77, 6
+# The colour, line and width of the frame of each kind of sample, and the sign of it.
+_FRAMES: dict[str, tuple[str, Any, float]] = {
+    "": ("#5b6675", "-", 1.0),
+    "right": (SAME, "-", 2.5),
+    "wrong": (DIFFERENT, (0, (2, 1)), 2.5),
+    "left out": (LEFT_OUT, ":", 2.5),
+}
+_SIGNS = {"right": "✓", "wrong": "✗", "left out": "⊘"}
 
 
 def plot_mining(
@@ -399,6 +413,7 @@ def plot_confusions(
     labels: Any,
     images: Any = None,
     *,
+    groups: Any = None,
     pairs: int = 5,
     examples: int = 3,
     names: Sequence[str] | None = None,
@@ -410,13 +425,17 @@ def plot_confusions(
 
     There is a line for each pair of classes. It shows samples of the first class, each
     beside its nearest neighbour, which is of the second class and has a dashed frame.
-    The sample nearest to its neighbour comes first.
+    The sample nearest to its neighbour comes first. A sample without a positive is not
+    counted.
 
     Args:
         embeddings: `(samples, dim)` finite numbers, two rows at least.
         labels: `(samples,)` integers or strings, or one-hot rows.
         images: an image of each sample: an array as for `plot_batch`, or a source of
             images. Default None: the figure shows the names of the samples only.
+        groups: `(samples,)` groups (camera, session), as for `retrieval_metrics`: rows
+            of the class and of the group of a sample are not its neighbours. Default
+            None: all other rows are.
         pairs: the largest number of pairs of classes to show. Default 5.
         examples: the largest number of samples to show of each pair. Default 3.
         names: names of the distinct labels, in sorted order; the labels themselves by
@@ -445,15 +464,16 @@ def plot_confusions(
     pairs = _checks.integer("pairs", pairs, 1)
     examples = _checks.integer("examples", examples, 1)
     rows, codes, names = _labelled(embeddings, labels, names)
+    cells = _cells(codes, groups)
     source, samples = _shown(images, samples, len(rows))
-    distances, nearest = nearest_others(rows, 1, distance)
+    fars, neighbours = _nearest_counted(rows, codes, cells, distance)
     lines = []
-    for one in confusions(codes, nearest[:, 0], distances[:, 0], pairs):
+    for one in confusions(codes, neighbours, fars, pairs):
         couples = np.c_[one.queries, one.neighbours][:examples].tolist()
         line = [
-            _Sample(row, "", right)
+            _Sample(row, "", kind)
             for a, b in couples
-            for row, right in ((a, None), (b, False))
+            for row, kind in ((a, ""), (b, "wrong"))
         ]
         heading = f"{names[one.code]} taken for {names[one.taken_for]}"
         lines.append((f"{heading}, {len(one.queries)} of {one.total}", line))
@@ -467,6 +487,7 @@ def plot_neighbours(
     labels: Any,
     images: Any = None,
     *,
+    groups: Any = None,
     queries: Any = None,
     k: int = 5,
     names: Sequence[str] | None = None,
@@ -477,16 +498,21 @@ def plot_neighbours(
     """Draw some samples and their nearest neighbours.
 
     Neighbours of the class of the sample have ✓ and a blue frame, neighbours of another
-    class ✗ and a dashed red frame.
+    class ✗ and a dashed red frame. With `groups`, neighbours of the class *and* the group
+    of the sample have ⊘, the words "left out" and a dotted grey frame: they stand where
+    they are in the ranking, but are neither right nor wrong.
 
     Args:
         embeddings: `(samples, dim)` finite numbers, two rows at least.
         labels: `(samples,)` integers or strings, or one-hot rows.
         images: an image of each sample: an array as for `plot_batch`, or a source of
             images. Default None: the figure shows the names of the samples only.
+        groups: `(samples,)` groups (camera, session), as for `retrieval_metrics`. Default
+            None: every neighbour counts.
         queries: the rows whose neighbours to show, or a number of rows, which are then
             spread over the classes. Default 6.
-        k: number of neighbours of each sample, at least 1. Default 5.
+        k: number of neighbours of each sample, those left out among them, at least 1.
+            Default 5.
         names: names of the distinct labels, in sorted order; the labels themselves by
             default.
         samples: names of the samples. Default: the names of the files that `images`
@@ -508,10 +534,41 @@ def plot_neighbours(
     Nearest neighbours by euclidean distance
     sample 1: a, 1 of 2 right
       sample 1, sample 3 ✗ b 0.1, sample 0 ✓ a 1
+
+    One camera has taken the samples 0 and 1, which are of one class:
+
+    >>> figure = plot_neighbours([[0.0], [1.0], [5.0], [1.1]], ["a", "a", "a", "b"],
+    ...                          groups=["c1", "c1", "c2", "c2"], queries=[1], k=3)
+    >>> print(figure.get_label())
+    Nearest neighbours by euclidean distance
+    sample 1: a, 1 of 2 right, 1 left out
+      sample 1, sample 3 ✗ b 0.1, sample 0 ⊘ left out 1, sample 2 ✓ a 4
     """
     k = _checks.integer("k", k, 1)
     rows, codes, names = _labelled(embeddings, labels, names)
+    cells = _cells(codes, groups)
     source, samples = _shown(images, samples, len(rows))
+    asked = _asked(queries, codes)
+    lines = []
+    looked_up = nearest_others(rows, k, distance, asked)
+    for query, fars, others in zip(asked, *looked_up, strict=True):
+        kinds = np.where(codes[others] == codes[query], "right", "wrong")
+        kinds = np.where(cells[others] == cells[query], "left out", kinds).tolist()
+        line = [_Sample(query)]
+        for row, far, kind in zip(others, fars, kinds, strict=True):
+            told = kind if kind == "left out" else names[codes[row]]
+            line.append(_Sample(row, f"{_SIGNS[kind]} {told}\n{far:.2g}", kind))
+        left_out = kinds.count("left out")
+        counted = f"{kinds.count('right')} of {len(kinds) - left_out} right"
+        more = f", {left_out} left out" if left_out else ""
+        summary = f"{names[codes[query]]}, {counted}{more}"
+        lines.append((f"{samples[query]}: {summary}", line))
+    title = f"Nearest neighbours by {distance.replace('_', ' ')} distance"
+    return _written(*_sheet(title, lines, source, samples), path)
+
+
+def _asked(queries: Any, codes: np.ndarray) -> np.ndarray:
+    """The rows that the argument `queries` of `plot_neighbours` asks for."""
     if queries is None or isinstance(queries, int):
         count = 6 if queries is None else _checks.integer("queries", queries, 1)
         asked = spread_rows(codes, count)
@@ -521,22 +578,11 @@ def plot_neighbours(
         asked.ndim != 1
         or asked.dtype.kind not in "iu"
         or not len(asked)
-        or (asked.min() < 0 or asked.max() >= len(rows))
+        or (asked.min() < 0 or asked.max() >= len(codes))
     ):
-        expected = f"rows 0 ... {len(rows) - 1}, or how many"
+        expected = f"rows 0 ... {len(codes) - 1}, or how many"
         raise _checks.value_error("queries", expected, queries)
-    lines = []
-    looked_up = nearest_others(rows, k, distance, asked)
-    for query, fars, nearest in zip(asked, *looked_up, strict=True):
-        right = codes[nearest] == codes[query]
-        neighbours = [
-            _Sample(row, f"{'✓' if ok else '✗'} {names[codes[row]]}\n{far:.2g}", ok)
-            for row, far, ok in zip(nearest, fars, right, strict=True)
-        ]
-        summary = f"{names[codes[query]]}, {right.sum()} of {len(neighbours)} right"
-        lines.append((f"{samples[query]}: {summary}", [_Sample(query), *neighbours]))
-    title = f"Nearest neighbours by {distance.replace('_', ' ')} distance"
-    return _written(*_sheet(title, lines, source, samples), path)
+    return asked
 
 
 def _labelled(
@@ -556,6 +602,50 @@ def _labelled(
     )
 
 
+def _cells(codes: np.ndarray, groups: Any) -> np.ndarray:
+    """(n,) for each row a number 0, 1, ... of its class and group.
+
+    Rows of one cell are left out of the neighbours of each other. Without groups every
+    row has a cell of its own. For two classes and two cameras:
+
+        class    0   0   0   1   1
+        group    c1  c1  c2  c1  c1
+        cell     0   0   1   2   2
+    """
+    if groups is None:
+        return np.arange(len(codes))
+    table = label_table("groups", groups, len(codes))
+    both = codes.astype(np.int64) * len(table.classes) + table.codes
+    return np.unique(both, return_inverse=True)[1]
+
+
+def _nearest_counted(
+    rows: np.ndarray, codes: np.ndarray, cells: np.ndarray, distance: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) distances and row numbers of the nearest row of another cell.
+
+    A row of a class of one cell has no positive, so that its nearest row cannot be right
+    and says nothing about confusions: it gets its own number.
+    """
+    distances = np.empty(len(rows), np.float32)
+    found = np.empty(len(rows), np.int64)
+    space = Space.of(rows, rows, distance)
+    for span, numbers in space.blocks():
+        numbers[cells[span, None] == cells] = np.inf
+        # As in `search`: of a few candidates the nearest by distances that are exact.
+        near = nearest(numbers, min(9, len(rows)))
+        far = row_distances(space.queries[span, None], space.gallery[near], distance)
+        far[cells[near] == cells[span, None]] = np.inf
+        first = np.lexsort((near, far), axis=-1)[:, :1]
+        distances[span] = np.take_along_axis(far, first, axis=1)[:, 0]
+        found[span] = np.take_along_axis(near, first, axis=1)[:, 0]
+    _, firsts = np.unique(cells, return_index=True)
+    cells_of_class = np.bincount(codes[firsts])
+    lone = np.flatnonzero(cells_of_class[codes] == 1)
+    found[lone] = lone
+    return distances, found
+
+
 def _shown(
     images: Any, samples: Sequence[str] | None, length: int
 ) -> tuple[Any, Sequence[str]]:
@@ -573,15 +663,15 @@ def _shown(
 
 
 class _Sample(NamedTuple):
-    """A sample of a sheet: its row, a text below it, and which frame it has.
+    """A sample of a sheet: its row, a text below it, and which of `_FRAMES` it has.
 
-    `right` is True for a neighbour of the right class, False for one of another class,
-    and None for a sample that is no neighbour.
+    The `kind` of a neighbour is "right" or "wrong" by its class, or "left out"; it is ""
+    for a sample that is no neighbour.
     """
 
     row: int
     text: str = ""
-    right: bool | None = None
+    kind: str = ""
 
 
 def _sheet(
@@ -633,7 +723,7 @@ def _sheet(
         top = 0.5 + height * i
         write(0.06, top + 0.2, _short(heading, 9 * columns), fontsize=9, weight="bold")
         for x, one in enumerate(line):
-            _cell(ax, x + 0.5, top + 0.88, shown[one.row], one.right, next(texts))
+            _cell(ax, x + 0.5, top + 0.88, shown[one.row], one.kind, next(texts))
         texts_of_line = (
             " ".join(f"{names[one.row]} {one.text}".split()) for one in line
         )
@@ -642,7 +732,7 @@ def _sheet(
 
 
 def _cell(
-    ax: Axes, x: float, y: float, shown: Any, right: bool | None, below: Sequence[str]
+    ax: Axes, x: float, y: float, shown: Any, kind: str, below: Sequence[str]
 ) -> None:
     """An image, or lines of text, in a frame around (x, y), and lines of text below it."""
     write = functools.partial(
@@ -656,11 +746,7 @@ def _cell(
         ax.imshow(shown, "gray", aspect="auto", vmin=0, vmax=255, extent=edges)
     else:
         write(x, y, "\n".join(shown), va="center")
-    colour, line, width = {
-        None: ("#5b6675", "-", 1.0),
-        True: (SAME, "-", 2.5),
-        False: (DIFFERENT, (0, (2, 1)), 2.5),
-    }[right]
+    colour, line, width = _FRAMES[kind]
     across, down = np.array([-1, 1, 1, -1, -1]), np.array([-1, -1, 1, 1, -1])
     ax.plot(x + wide * across, y + tall * down, color=colour, ls=line, lw=width)
     if below:

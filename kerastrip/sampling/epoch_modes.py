@@ -1,14 +1,17 @@
 """Which classes a batch draws: the two epoch modes of `PKPlan`.
 
-A *draw* takes K samples of one class; a batch is P draws of distinct classes of
-one group (without `groups=` there is one group). Both modes have a method
-`draws(epoch, steps, columns)`. `steps` (n,) are numbers of batches, and `columns`
+A *draw* takes K samples of one class; a batch is P draws of distinct classes. The
+batch has C *shares* of P / C draws each, and the classes of a share are of one group,
+each share of another group (C is `groups_per_batch=`, 1 by default; without `groups=`
+there is one group). Both modes have a method `draws(epoch, steps, columns)`. `steps` (n,) are numbers of batches, and `columns`
 (m,) are places in a batch, 0..P-1. For each pair of a batch and a place it returns
 two numbers: the class that is drawn there, and how many draws of that class came
 before this draw. Both arrays are (n, m) int64. Classes are numbered group by group.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -23,6 +26,8 @@ __all__ = [
 # Parts of a coverage table. Classes that stand in one row of a part never meet in a batch
 # of this part; in another part they mostly stand in different rows, and meet there.
 _PARTS = 3
+# Orders of the groups that take turns where several groups share a batch (`_shared_turns`).
+_ORDERS = 8
 
 
 class Balanced:
@@ -51,46 +56,64 @@ class Balanced:
     seam at which a batch ends too have the same order. The classes stand on a circle,
     as it were, and P neighbours on a circle of C >= P classes are distinct.
 
-    Batches go to groups in proportion to their classes, evenly interleaved.
+    The shares of batches go to groups in proportion to their classes, as far as a group
+    can have one share of a batch only. After the batches of one table of turns
+    (`_single_turns`, `_shared_turns`) the proportion is exact, and the table begins anew.
 
     Args:
-        group_sizes: `(groups,)` classes of each group, all >= P.
+        group_sizes: `(groups,)` classes of each group, all >= P / C.
         classes_per_batch: P.
         batches: L, batches in an epoch.
         key: 64-bit integer.
+        shares: C, shares of a batch, at most as many as groups. Default 1.
     """
 
     def __init__(
-        self, group_sizes: np.ndarray, classes_per_batch: int, batches: int, key: int
+        self,
+        group_sizes: np.ndarray,
+        classes_per_batch: int,
+        batches: int,
+        key: int,
+        shares: int = 1,
     ) -> None:
         self.batches = batches
         self._sizes = group_sizes
         self._first = np.cumsum(group_sizes) - group_sizes
-        self._p = classes_per_batch
+        self._p = classes_per_batch // shares
         self._key = key
-        # Which group each of C_total consecutive batches goes to: the i-th turn
-        # of a group of C_g stands at (i + 1/2) / C_g of the way.
+        turns = (
+            _single_turns(group_sizes)
+            if shares == 1
+            else _shared_turns(group_sizes, shares, mix(key, 0))
+        )
+        self._turns = turns  # (batches of a table, shares) groups
+        # Group g in batch b is the number g * len(turns) + b.
+        places = turns * len(turns) + np.arange(len(turns))[:, None]
+        self._places = np.sort(places, axis=None)
+        self._turns_of_group = np.bincount(turns.ravel(), minlength=len(group_sizes))
+        self._first_turn = np.cumsum(self._turns_of_group) - self._turns_of_group
+        # The class at each place of the one keyed order of its group.
         group = np.repeat(np.arange(len(group_sizes)), group_sizes)
         turn = np.arange(len(group)) - self._first[group]
-        size = group_sizes[group]
-        way = (turn + 0.5) / size
-        self._turns = group[np.argsort(way, kind="stable")]
-        self._places = np.sort(self._turns * len(group) + np.arange(len(group)))
-        # The class at each place of the one keyed order of its group.
-        self._classes = self._first[group] + permute(turn, size, mix(key, group))
+        order = permute(turn, group_sizes[group], mix(key, group))
+        self._classes = self._first[group] + order
 
     def _turns_before(self, batch: np.ndarray | int, group: np.ndarray) -> np.ndarray:
-        """How many of the batches 0..batch-1 go to `group`."""
+        """How many of the batches 0..batch-1 have a share of `group`."""
         cycles, rest = np.divmod(batch, len(self._turns))
         counted = np.searchsorted(self._places, group * len(self._turns) + rest)
-        return cycles * self._sizes[group] + counted - self._first[group]
+        counted -= self._first_turn[group]
+        return cycles * self._turns_of_group[group] + counted
 
     def draws(
         self, epoch: int, steps: np.ndarray, columns: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The classes and draw numbers of some batches (module docstring)."""
         start, steps = epoch * self.batches, steps[:, None]
-        group = self._turns[(start + steps) % len(self._turns)]
+        group = self._turns[(start + steps[:, 0]) % len(self._turns)]
+        if group.shape[1] > 1:
+            group = group[:, columns // self._p]
+        columns = columns % self._p
         p, size = self._p, self._sizes[group]
         past = self._turns_before(start, group) * p
         slots = self._turns_before(start + self.batches, group) * p - past
@@ -161,11 +184,17 @@ class Coverage:
     2. In each row of a part the draws are shuffled. A class that runs across the end of
        a row is restricted to columns in which the next row does not hold it (`_Part`).
 
+    With groups, each group has a table of its own, and a column of it is the share that
+    the group has in a batch. Where C > 1 groups share a batch, one more table deals the
+    shares to the batches: it has C rows, and what the tables above are to the draws of
+    classes, this one is to the shares of groups.
+
     Args:
         group_sizes: `(groups,)` classes of each group, all >= P.
         needed: `(classes,)` draws that each class needs, >= 1.
         classes_per_batch: P.
         key: 64-bit integer.
+        shares: C, shares of a batch, at most as many as groups. Default 1.
     """
 
     def __init__(
@@ -174,8 +203,10 @@ class Coverage:
         needed: np.ndarray,
         classes_per_batch: int,
         key: int,
+        shares: int = 1,
     ) -> None:
-        self._p = classes_per_batch
+        self._p = classes_per_batch // shares
+        self._shares = shares
         self._key = key
         ends = np.cumsum(group_sizes)
         self._needed = np.split(needed, ends[:-1])
@@ -184,49 +215,61 @@ class Coverage:
             max(-(-int(of_group.sum()) // self._p), int(of_group.max()))
             for of_group in self._needed
         ]
-        self._levels = [
-            _fill_level(of_group, length * self._p)
-            for of_group, length in zip(self._needed, lengths, strict=True)
-        ]
         self._lengths = np.array(lengths, np.int64)
         self._ends = np.cumsum(self._lengths)
         self.batches = int(self._ends[-1])
+        if shares > 1:
+            self.batches = max(-(-self.batches // shares), max(lengths))
         self._tables: dict[tuple[int, int], _Table] = {}
 
     def draws(
         self, epoch: int, steps: np.ndarray, columns: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The classes and draw numbers of some batches (module docstring)."""
+        group, column = self._groups_of(epoch, steps)
+        # The shares and the rows of tables that the columns are in, as a grid.
+        share, at_share = np.unique(columns // self._p, return_inverse=True)
+        row, at_row = np.unique(columns % self._p, return_inverse=True)
+        group, column = group[:, share], column[:, share]
+        class_ = np.empty((*group.shape, len(row)), np.int64)
+        draw = np.empty_like(class_)
+        for g in np.unique(group):
+            inside = group == g
+            table = self._table(epoch, int(g))
+            class_[inside], draw[inside] = table.draws(column[inside], row)
+            class_[inside] += self._first[g]
+        return class_[:, at_share, at_row], draw[:, at_share, at_row]
+
+    def _groups_of(
+        self, epoch: int, steps: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`(steps, shares)` group of each share, and its column in the group's table."""
+        if self._shares > 1:
+            return self._table(epoch, -1).draws(steps, np.arange(self._shares))
         batch = steps
         if len(self._lengths) > 1:
             batch = permute(steps, self.batches, mix(self._key, epoch, 0))
         group = np.searchsorted(self._ends, batch, "right")
-        batch = batch - (self._ends - self._lengths)[group]
-        class_ = np.empty((len(steps), len(columns)), np.int64)
-        draw = np.empty_like(class_)
-        for g in np.unique(group):
-            rows = group == g
-            table = self._table(epoch, int(g))
-            class_[rows], draw[rows] = table.draws(batch[rows], columns)
-            class_[rows] += self._first[g]
-        return class_, draw
+        column = batch - (self._ends - self._lengths)[group]
+        return group[:, None], column[:, None]
 
     def _table(self, epoch: int, group: int) -> _Table:
-        """The table of a group in an epoch; the tables of the last epoch are kept."""
+        """The table of a group in an epoch, of all groups for -1; the last are kept."""
         tables = self._tables
         table = tables.get((epoch, group))
         if table is None:
-            needed, spare_level = self._needed[group], self._levels[group]
-            table = _Table(
-                needed,
-                spare_level,
-                self._p,
-                int(self._lengths[group]),
-                mix(self._key, epoch, 1, group),
-            )
+            if group < 0:
+                needed, p, length = self._lengths, self._shares, self.batches
+                key = mix(self._key, epoch, 0)
+            else:
+                needed, p, length = self._needed[group], self._p, self._lengths[group]
+                if self._shares > 1:
+                    length = self._table(epoch, -1).counts[group]
+                key = mix(self._key, epoch, 1, group)
+            table = _Table(needed, p, int(length), key)
             # The dict is replaced, not changed, so no lock is needed: at worst another
             # thread makes the same table once more.
-            kept = {key: other for key, other in tables.items() if key[0] == epoch}
+            kept = {k: other for k, other in self._tables.items() if k[0] == epoch}
             self._tables = {**kept, (epoch, group): table}
         return table
 
@@ -237,14 +280,23 @@ class Coverage:
 
 
 class _Table:
-    """The P x L table of one group in one epoch (see `Coverage`)."""
+    """The P x L table of one group in one epoch (see `Coverage`).
 
-    def __init__(
-        self, needed: np.ndarray, level: int, p: int, length: int, key: int
-    ) -> None:
+    Args:
+        needed: `(classes,)` draws that each class needs; L at most.
+        p: P, rows.
+        length: L, columns.
+        key: 64-bit integer.
+
+    Attributes:
+        counts: `(classes,)` draws of each class.
+    """
+
+    def __init__(self, needed: np.ndarray, p: int, length: int, key: int) -> None:
         self._length, self._key = length, key
         classes = len(needed)
         order = permute(np.arange(classes), classes, mix(key, 0))
+        level = _fill_level(needed, length * p)
         draws = np.maximum(needed[order], level)
         # Fewer slots are left than there are classes at the level. The first such classes
         # of the order get one draw more.
@@ -388,3 +440,66 @@ def _fill_level(needed: np.ndarray, slots: int) -> int:
     # The first i for which the next class is not below the level it would get.
     following = np.append(ordered[1:], np.iinfo(np.int64).max)
     return int(level[np.argmax(level < following)])
+
+
+def _single_turns(group_sizes: np.ndarray) -> np.ndarray:
+    """`(classes, 1)` the group of each batch, evenly interleaved.
+
+    A group of C_g classes has C_g turns; the i-th stands at (i + 1/2) / C_g of the way.
+    """
+    group = np.repeat(np.arange(len(group_sizes)), group_sizes)
+    turn = np.arange(len(group)) - np.repeat(
+        np.cumsum(group_sizes) - group_sizes, group_sizes
+    )
+    way = (turn + 0.5) / group_sizes[group]
+    return group[np.argsort(way, kind="stable")][:, None]
+
+
+def _shared_turns(group_sizes: np.ndarray, shares: int, key: int) -> np.ndarray:
+    """`(batches, shares)` the groups of each batch, distinct, in proportion to their size.
+
+    A group can have one share of a batch only. A group so large that its proportion is
+    more is in every batch; the others have the rest of the shares. For 2 shares and groups
+    of 6, 2, 1 and 1 classes, group 0 is in all of 4 batches, and the others have 2, 1 and
+    1 turns. The turns of the groups are laid side by side and cut into rows; each column
+    is a batch. No group is longer than a row, so no batch has a group twice:
+
+        0 0 0 0
+        1 1 2 3
+
+    Batches take the columns in steps of about 0.618 of a row, which spreads a group
+    evenly over time (Kronecker's sequence). In one such table a group meets the same
+    few groups again and again. So several tables, each with a keyed order of the groups,
+    take turns.
+    """
+    turns = _turns_in_proportion(group_sizes, shares)
+    groups, length = len(turns), int(turns.sum()) // shares
+    step = next(
+        step
+        for step in range(max(round(0.618 * length), 1), 2 * length + 1)
+        if math.gcd(step, length) == 1
+    )
+    column = np.arange(length) * step % length
+    cells = np.add.outer(column, np.arange(shares) * length)
+    tables = []
+    for number in range(_ORDERS):
+        order = permute(np.arange(groups), groups, mix(key, number))
+        ends = np.cumsum(turns[order])
+        tables.append(order[np.searchsorted(ends, cells, "right")])
+    return np.stack(tables, axis=1).reshape(-1, shares)
+
+
+def _turns_in_proportion(group_sizes: np.ndarray, shares: int) -> np.ndarray:
+    """`(groups,)` turns of each group in a table of `_shared_turns`."""
+    left, classes = shares, int(group_sizes.sum())
+    always = []  # the groups that are in every batch
+    for group in np.argsort(-group_sizes, kind="stable"):
+        size = int(group_sizes[group])
+        if not left or size * left < classes:
+            break
+        always.append(group)
+        left, classes = left - 1, classes - size
+    common = math.gcd(left, classes) or 1
+    turns = group_sizes * (left // common)
+    turns[always] = max(classes // common, 1)
+    return turns

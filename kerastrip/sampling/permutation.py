@@ -16,8 +16,10 @@ __all__ = [
     "cycle",
     "deal",
     "mix",
+    "numbered_cycle",
     "permute",
     "split_permute",
+    "stream",
 ]
 
 _MASK = (1 << 64) - 1
@@ -262,9 +264,42 @@ def cycle(draw: np.ndarray, row: np.ndarray, n: Any, k: Any, key: Any) -> np.nda
     Returns:
         int64 items, of the broadcast shape.
     """
+    return numbered_cycle(draw, row, n, k, key)[1]
+
+
+def numbered_cycle(
+    draw: np.ndarray, row: np.ndarray, n: Any, k: Any, key: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """The number of the cycle that a row of a draw is in, and the item of `cycle`."""
     number, place, head, tail = deal(draw, row, n, k)
     roomy = n >= 2 * (k - 1)
     order = np.where(roomy, number, number // (k // np.gcd(n, k)))
     guard = np.where(roomy, head, 0), np.where(roomy, tail, 0)
     key = mix(np.asarray(key, np.uint64), order)
-    return arrange(place, n, *guard, (n + 1) // 2, key)
+    return number, arrange(place, n, *guard, (n + 1) // 2, key)
+
+
+def stream(place: np.ndarray, n: Any, window: Any, key: Any) -> np.ndarray:
+    """The item at a place of an endless stream of shuffled cycles of 0..n-1.
+
+    Each n places hold every item once, and any `window` places in a row hold distinct
+    items. So a draw may take any number of items up to `window`, another number than
+    the draw before. `cycle`, whose draws all take k, guards only the seams that a draw
+    runs across; here the last `window` - 1 places of every cycle hold items of one half,
+    and the first places of the next cycle hold items of the other half. Fewer than
+    2 (`window` - 1) items come in the same order in all cycles.
+
+    Args:
+        place: int64, >= 0.
+        n: number of items, >= 1; broadcast with place, as are the following.
+        window: 1 <= window <= n.
+        key: 64-bit integer(s) from `mix`.
+
+    Returns:
+        int64 items, of the broadcast shape.
+    """
+    number, place = np.divmod(place, n)
+    roomy = n >= 2 * (window - 1)
+    guard = np.where(roomy, window - 1, 0)
+    key = mix(np.asarray(key, np.uint64), np.where(roomy, number, 0))
+    return arrange(place, n, guard, guard, (n + 1) // 2, key)

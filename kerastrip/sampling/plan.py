@@ -15,6 +15,7 @@ import numpy as np
 from kerastrip import _checks, _labels
 from kerastrip.sampling import epoch_modes, permutation
 from kerastrip.sampling.permutation import mix
+from kerastrip.sampling.spread import Cover, Spread, camera_order
 
 __all__ = [
     "EPOCH_MODES",
@@ -26,9 +27,9 @@ EPOCH_MODES = ("balanced", "coverage")
 _SMALL_CLASSES = ("repeat", "drop", "error")
 
 # About this many indices are planned at once when steps are asked for in order.
-_BLOCK = 1 << 15
+_BLOCK = 1 << 16
 # The streams of keys that one seed is split into. (Stream 3 belongs to `splits`.)
-_SAMPLES, _CLASSES, _LIMIT, _SUBSTITUTES = 0, 1, 2, 4
+_SAMPLES, _CLASSES, _LIMIT, _SUBSTITUTES, _SPREAD = 0, 1, 2, 4, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,8 @@ class SamplingReport:
         repeats_per_epoch: rows whose sample has come before in the epoch.
         least_drawn: label and draws of the class drawn least.
         most_drawn: label and draws of the class drawn most.
+        classes_not_spread: classes whose samples all have one word of `spread=` (one
+            camera), so that their rows cannot be spread. None without `spread=`.
         samples_broken: how many samples could not be read so far; other samples of
             their class are drawn instead. Only a sampler counts them; 0 from a plan.
     """
@@ -65,6 +68,7 @@ class SamplingReport:
     repeats_per_epoch: int
     least_drawn: tuple[Any, int]
     most_drawn: tuple[Any, int]
+    classes_not_spread: int | None = None
     samples_broken: int = 0
 
     def __str__(self) -> str:
@@ -80,6 +84,8 @@ class SamplingReport:
     def _lines(self) -> Iterator[tuple[str, str]]:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if value is None:
+                continue
             if isinstance(value, tuple):
                 value = f"{value[0]} ({value[1]} times)"
             elif isinstance(value, float):
@@ -98,13 +104,32 @@ class PKPlan:
     Two kinds of epoch:
 
     - `"balanced"`: every class is drawn equally often. In each epoch, and over all
-      epochs, the draws of any two classes differ by at most 1. Inside a class the
-      samples come in shuffled cycles, which continue from epoch to epoch: after every
-      batch the numbers of uses of any two samples of a class differ by at most 1.
+      epochs, the draws of any two classes (with `groups`: of one group) differ by at
+      most 1. Inside a class the samples come in shuffled cycles, which continue from
+      epoch to epoch: after every batch the numbers of uses of any two samples of a class
+      (with `spread`: of one camera of it) differ by at most 1.
     - `"coverage"`: every kept sample is drawn at least once per epoch, in the fewest
       batches that P distinct classes x K rows allow. That is the larger of
       `ceil(sum(D) / P)` and `max(D)`, where `D = ceil(samples / K)` for each
       class. Spare places go to the classes drawn least in the epoch.
+
+    `spread` keeps the rows of a class apart: in a *balanced* batch the K rows of a class
+    come from `min(K, cameras of the class)` different cameras, and from each as evenly as
+    its samples allow. For K = 4 a class with 1, 5 and 9 samples from three cameras gives
+    1 + 1 + 2 or 1 + 2 + 1. Over the epochs its cameras are drawn equally often, as far
+    as they have samples, so a sample is drawn more often where its camera has few. An epoch
+    of *coverage* must show every sample in the same number of batches as without `spread`;
+    each camera is spread over the draws of its class as evenly as possible, and spare rows
+    go to cameras that are missing. A class with samples from one camera only is drawn from
+    that camera; `report()` counts such classes. A class of fewer than K samples gives
+    all of them and then repeats samples, whatever their camera.
+
+    `groups_per_batch=C` takes P / C classes from each of C groups. Groups share the batches
+    in proportion to their classes, but a group is in a batch once only: a group with
+    more than 1 / C of the classes is in every batch, and its classes are drawn less often
+    than those of other groups. A coverage epoch takes the fewest batches that this
+    allows: `max(ceil(sum(M) / C), max(M))`, where M is the fewest shares of P / C classes
+    in which a group can be covered.
 
     Corner cases:
 
@@ -131,10 +156,15 @@ class PKPlan:
         min_class_size: the least samples of a class that is drawn, default 2.
         max_per_class: with coverage, the most samples of a class in an epoch;
             the next epoch takes the next samples. No limit by default.
-        groups: `(samples,)` or `(distinct labels,)` group labels (a camera, a
-            category, an alphabet): the P classes of a batch come from one group,
-            and groups get batches in proportion to their classes. If `groups` has an
-            entry for each sample, a class gives only its samples of the batch's group.
+        groups: `(samples,)` or `(distinct labels,)` group labels (a category, an
+            alphabet, a site): the P classes of a batch come from one group, or from
+            `groups_per_batch` groups, and groups get batches in proportion to their
+            classes. If `groups` has an entry for each sample, a class gives only its
+            samples of the batch's group.
+        groups_per_batch: C, groups in a batch; it divides P. Default 1. With 2 or more
+            all samples of a class must be of one group.
+        spread: `(samples,)` one word per sample: its camera, session, typeface (integers
+            or strings). The rows of a class come from different cameras. Default None.
         shard: `(index, count)`: this host's `P / count` classes of each batch.
         seed: any integer.
 
@@ -158,6 +188,14 @@ class PKPlan:
     array([[1, 1],
            [0, 0]], dtype=int32)
 
+    Two cameras have seen two people; each pair of rows is of both cameras:
+
+    >>> plan = PKPlan(["a", "a", "a", "b", "b"], classes_per_batch=2, samples_per_class=2,
+    ...               spread=["north", "south", "south", "north", "south"])
+    >>> rows = plan.indices(epoch=0, step=0).reshape(2, 2)  # samples 0 and 3 see north
+    >>> [bool(0 in row or 3 in row) for row in rows]
+    [True, True]
+
     References:
         - Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person
           Re-Identification", 2017, section 2 (P x K batches).
@@ -178,6 +216,8 @@ class PKPlan:
         min_class_size: int = 2,
         max_per_class: int | None = None,
         groups: Any = None,
+        groups_per_batch: int = 1,
+        spread: Any = None,
         shard: tuple[int, int] = (0, 1),
         seed: int = 0,
     ) -> None:
@@ -203,6 +243,9 @@ class PKPlan:
         if batches_per_epoch is not None:
             check("batches_per_epoch", batches_per_epoch, 1)
         self.max_per_class = max_per_class
+        self.groups_per_batch = _checked_shares(
+            groups_per_batch, groups, self.classes_per_batch
+        )
         self.shard = _checked_shard(shard, self.classes_per_batch)
         self.seed = check("seed", seed)
         for name, what, lacking in (
@@ -218,13 +261,15 @@ class PKPlan:
         table = _labels.LabelTable(labels, classes)
         self._table = table
         self.classes_, self.codes = table.classes, table.codes
-        self._index(_group_codes(groups, table))
+        words = None if spread is None else _word_codes(spread, len(table.codes))
+        self._index(_group_codes(groups, table), words)
         self._batches = self._schedule_epochs(batches_per_epoch)
         # (epoch, first step, rows): a block planned ahead, replaced as a whole.
         self._block: tuple[int, int, np.ndarray] = (0, 0, np.empty((0, 0), np.int64))
         self._next: tuple[int, int] = (0, 0)
+        self._covered: tuple[int, Cover] | None = None
 
-    def _index(self, groups: np.ndarray | None) -> None:
+    def _index(self, groups: np.ndarray | None, words: np.ndarray | None) -> None:
         """Sort the samples by (group, class) and keep the classes to draw from.
 
         What is drawn as a class is a *stratum*: the samples of one class, or with groups
@@ -239,17 +284,25 @@ class PKPlan:
         # Class 2 has a single sample and is left out: `order` stays as it is, and the
         # last entry of `sizes` and of `starts` goes.
         strata = self.codes if groups is None else _paired(groups, self.codes)
-        order, sizes = _labels.sorted_by(strata)
+        cameras = None
+        if words is None:
+            order, sizes = _labels.sorted_by(strata)
+        else:
+            order, cameras = camera_order(strata, words)
+            sizes = cameras.sums(cameras.sizes)
         starts = np.cumsum(sizes) - sizes
         code = self.codes[order[starts]]
         fewest = self._fewest_samples(sizes, code)
         kept = sizes >= fewest
         self._order, self._starts, self._sizes = order, starts[kept], sizes[kept]
+        self._cameras = None if cameras is None else cameras.of_strata(kept)
         self._codes_of_strata = code[kept]
         self._left_out = int((~kept).sum()), int(sizes[~kept].sum())
         self._group_sizes = np.array([kept.sum()])
         if groups is not None:
-            self._group_sizes = self._classes_of_groups(groups[order[self._starts]])
+            self._group_sizes = self._classes_of_groups(
+                groups[order[self._starts]], self._codes_of_strata
+            )
         self._check_usable(code)
         notes = []
         if not kept.all():
@@ -280,18 +333,41 @@ class PKPlan:
         dropped = self.small_classes == "drop"
         return max(self.min_class_size, k) if dropped else self.min_class_size
 
-    def _classes_of_groups(self, group_of_class: np.ndarray) -> np.ndarray:
-        """How many classes each group has; at least P."""
-        names, sizes = np.unique(group_of_class, return_counts=True)
-        poor = names[sizes < self.classes_per_batch]
+    def _classes_of_groups(self, groups: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        """`(groups,)` how many classes each group has, if batches can be made of them.
+
+        Args:
+            groups: `(strata,)` group of each stratum.
+            classes: `(strata,)` class of each stratum.
+        """
+        p, shares = self.classes_per_batch, self.groups_per_batch
+        names, sizes = np.unique(groups, return_counts=True)
+        poor = names[sizes < p // shares]
         if poor.size:
+            rule = f"classes_per_batch={p}"
+            if shares > 1:
+                rule = f"classes_per_batch / groups_per_batch = {p // shares}"
             raise _checks.value_error(
                 "groups",
-                f"at least classes_per_batch={self.classes_per_batch} usable "
-                "classes in every group",
+                f"at least {rule} usable classes in every group",
                 _checks.Told(f"{sizes.min()} in group number {poor[0]}"),
                 f"{len(poor)} of {len(names)} groups are too small: leave "
                 "them out or draw fewer classes per batch.",
+            )
+        if shares > len(names):
+            expected = f"at most {len(names)}, the groups with usable classes"
+            raise _checks.value_error("groups_per_batch", expected, shares)
+        several = np.flatnonzero(np.bincount(classes) > 1)
+        if shares > 1 and several.size:
+            received = _checks.Told(
+                f"{len(several)} classes in several groups: {self._named(several)}"
+            )
+            raise _checks.value_error(
+                "groups",
+                f"one group for all samples of a class, with groups_per_batch={shares}",
+                received,
+                "A batch could hold such a class twice. If the groups are cameras or "
+                "sessions, `spread=` is what takes them.",
             )
         return sizes
 
@@ -327,21 +403,31 @@ class PKPlan:
     def _schedule_epochs(self, batches_per_epoch: int | None) -> int:
         """Sets up the epoch mode and returns the number of batches in an epoch."""
         p, k = self.classes_per_batch, self.samples_per_class
+        shares = self.groups_per_batch
         kept = int(self._sizes.sum())
         key = mix(self.seed, _CLASSES)
         # The samples of each class that an epoch of coverage goes through.
         self._limits = self._sizes
         if self.max_per_class is not None:
             self._limits = np.minimum(self._sizes, self.max_per_class)
+        self._spread: Spread | None = None
+        if self._cameras is not None:
+            at_once = self._limits if self.epoch_mode == "coverage" else k
+            at_once = np.minimum(at_once, self._sizes)
+            self._spread = Spread(self._cameras, at_once, mix(self.seed, _SPREAD))
         self._mode: epoch_modes.Balanced | epoch_modes.Coverage
         if self.epoch_mode == "balanced":
             self._mode = epoch_modes.Balanced(
-                self._group_sizes, p, batches_per_epoch or -(-kept // (p * k)), key
+                self._group_sizes,
+                p,
+                batches_per_epoch or -(-kept // (p * k)),
+                key,
+                shares,
             )
             return self._mode.batches
         seen = self._limits
         needed = -(-seen // k)
-        self._mode = epoch_modes.Coverage(self._group_sizes, needed, p, key)
+        self._mode = epoch_modes.Coverage(self._group_sizes, needed, p, key, shares)
         rows = self._mode.batches * p * k
         if rows > 2 * seen.sum():
             most = self.classes_[self._codes_of_strata[np.argmax(seen)]]
@@ -404,6 +490,26 @@ class PKPlan:
         columns = np.arange(index * share, (index + 1) * share)
         stratum, draw = self._mode.draws(epoch, steps, columns)
         stratum, draw = stratum[..., None], draw[..., None]
+        rows = self._order[self._places(epoch, stratum, draw)]
+        return rows.reshape(len(steps), -1).astype(np.int64)
+
+    def _places(self, epoch: int, stratum: np.ndarray, draw: np.ndarray) -> np.ndarray:
+        """`(..., K)` places in the index of the samples of `(..., 1)` draws."""
+        if self._spread is not None:
+            return self._spread_places(self._spread, epoch, stratum, draw)
+        size = self._limits[stratum]
+        item = self._items(epoch, stratum, draw)
+        if self.max_per_class is not None:
+            # Each epoch takes the next `size` samples of the class from cycles over all
+            # of its samples; so far `item` is a position among these `size` samples.
+            key = mix(self.seed, _LIMIT, stratum)
+            item = permutation.cycle(
+                np.full_like(stratum, epoch), item, self._sizes[stratum], size, key
+            )
+        return self._starts[stratum] + item
+
+    def _items(self, epoch: int, stratum: np.ndarray, draw: np.ndarray) -> np.ndarray:
+        """`(..., K)` positions among the samples that the epoch takes of each class."""
         size = self._limits[stratum]
         # Balanced cycles run on over the epochs; coverage begins new cycles in each epoch,
         # so its key holds the epoch.
@@ -426,16 +532,32 @@ class PKPlan:
             np.maximum(cycled, 1),
             key,
         )
-        item = np.where(whole, row % size, item)
-        if self.max_per_class is not None:
-            # Each epoch takes the next `size` samples of the class from cycles over all
-            # of its samples; so far `item` is a position among these `size` samples.
-            key = mix(self.seed, _LIMIT, stratum)
-            item = permutation.cycle(
-                np.full_like(stratum, epoch), item, self._sizes[stratum], size, key
-            )
-        rows = self._order[self._starts[stratum] + item]
-        return rows.reshape(len(steps), -1).astype(np.int64)
+        return np.where(whole, row % size, item)
+
+    def _spread_places(
+        self, spread: Spread, epoch: int, stratum: np.ndarray, draw: np.ndarray
+    ) -> np.ndarray:
+        """`_places`, if the rows of a class are spread."""
+        k = self.samples_per_class
+        row = np.tile(np.arange(k), (*draw.shape[:-1], 1))
+        # A class too small for K rows gives all its samples first: its positions are rows.
+        small = (self._limits[stratum] < k)[..., 0]
+        if small.any():
+            row[small] = self._items(epoch, stratum[small], draw[small])
+        if self.epoch_mode == "coverage":
+            return self._cover(spread, epoch).places(stratum, draw, row)
+        return spread.places(stratum, draw, row)
+
+    def _cover(self, spread: Spread, epoch: int) -> Cover:
+        """The samples of a spread epoch of coverage; the last epoch's are kept."""
+        covered = self._covered
+        if covered is None or covered[0] != epoch:
+            limits, k = self._limits, self.samples_per_class
+            draws, key = -(-limits // k), mix(self.seed, _SPREAD, 1)
+            covered = epoch, Cover(epoch, spread, draws, np.minimum(limits, k), key)
+            # Replaced as a whole, so no lock is needed (see `_block`).
+            self._covered = covered
+        return covered[1]
 
     def substitutes(self, epoch: int, step: int, position: int) -> Iterator[int]:
         """Every sample that could stand at one position of a batch, shuffled.
@@ -447,21 +569,33 @@ class PKPlan:
 
         Yields:
             The samples of its class (with `groups` for samples: of its class and
-            group), each once, in an order keyed by (seed, epoch, step, position).
+            group), each once, in an order keyed by (seed, epoch, step, position). With
+            `spread` the samples with the word of the planned sample come first.
         """
         index, count = self.shard
-        column = index * (self.classes_per_batch // count)
-        column += position // self.samples_per_class
-        drawn, _ = self._mode.draws(epoch, np.array([step]), np.array([column]))
+        column, row = divmod(position, self.samples_per_class)
+        column += index * (self.classes_per_batch // count)
+        drawn, draw = self._mode.draws(epoch, np.array([step]), np.array([column]))
         stratum = int(drawn.item())
         start, size = int(self._starts[stratum]), int(self._sizes[stratum])
+        spans = [(start, size)]
+        if self._cameras is not None:
+            place = int(self._places(epoch, drawn, draw)[0, row])
+            first, alike = self._cameras.span(place)
+            after = first + alike
+            spans = [
+                (first, alike),
+                (start, first - start),
+                (after, start + size - after),
+            ]
         # With the position in the global batch, so that all shards agree. Few substitutes
         # are ever needed, therefore they are shuffled in pieces of 64.
         key = mix(self.seed, _SUBSTITUTES, epoch, step, self.first_row + position)
-        for first in range(0, size, 64):
-            places = np.arange(first, min(first + 64, size))
-            places = permutation.permute(places, size, key)
-            yield from self._order[start + places].tolist()
+        for start, size in spans:
+            for piece in range(0, size, 64):
+                places = np.arange(piece, min(piece + 64, size))
+                places = permutation.permute(places, size, key)
+                yield from self._order[start + places].tolist()
 
     def encode(self, labels: Any) -> np.ndarray:
         """The int32 codes of `labels`; ValueError names an unknown label."""
@@ -478,9 +612,15 @@ class PKPlan:
     def report(self) -> SamplingReport:
         """What the plan keeps, leaves out and repeats: a table when printed."""
         draws = self._mode.draws_per_class(0)
-        # Epoch 0 begins at the start of a cycle: no sample of a class comes twice before
-        # all samples of the class have come once.
+        # Epoch 0 begins at the start of a cycle: no sample of a class (with `spread`: of a
+        # class and a camera) comes twice before all of them have come once.
         seen = int(np.minimum(self._limits, draws * self.samples_per_class).sum())
+        not_spread = None
+        if self._spread is not None:
+            cameras = self._spread.cameras
+            not_spread = int((cameras.counts == 1).sum())
+            if self.epoch_mode == "balanced":
+                seen = int(np.minimum(self._spread.uses(draws), cameras.sizes).sum())
         rows = len(self) * self.classes_per_batch * self.samples_per_class
         least, most = int(draws.argmin()), int(draws.argmax())
         label = [
@@ -498,6 +638,7 @@ class PKPlan:
             repeats_per_epoch=rows - seen,
             least_drawn=(label[0], int(draws[least])),
             most_drawn=(label[1], int(draws[most])),
+            classes_not_spread=not_spread,
         )
 
 
@@ -512,15 +653,29 @@ def _checked_shard(shard: Any, classes_per_batch: int) -> tuple[int, int]:
         raise _checks.value_error(
             "shard", f"an index in 0..{count - 1}", (index, count)
         )
+    _check_divides("shard", "a count", count, classes_per_batch)
+    return index, count
+
+
+def _checked_shares(shares: Any, groups: Any, classes_per_batch: int) -> int:
+    """`groups_per_batch`, if it divides P and there are groups."""
+    shares = _checks.integer("groups_per_batch", shares, 1)
+    if shares > 1 and groups is None:
+        raise _checks.value_error("groups_per_batch", "1 without `groups`", shares)
+    _check_divides("groups_per_batch", "a number", shares, classes_per_batch)
+    return shares
+
+
+def _check_divides(name: str, what: str, count: int, classes_per_batch: int) -> None:
+    """ValueError if `count` does not divide P; it names the nearest P that works."""
     if classes_per_batch % count:
         nearest = max(round(classes_per_batch / count), 1) * count
         raise _checks.value_error(
-            "shard",
-            f"a count that divides classes_per_batch={classes_per_batch}",
-            (index, count),
+            name,
+            f"{what} that divides classes_per_batch={classes_per_batch}",
+            count,
             f"classes_per_batch={nearest} would do.",
         )
-    return index, count
 
 
 def _group_codes(groups: Any, table: _labels.LabelTable) -> np.ndarray | None:
@@ -538,6 +693,16 @@ def _group_codes(groups: Any, table: _labels.LabelTable) -> np.ndarray | None:
         f"{len(table.classes)} classes",
         _checks.Told(f"{len(codes)} groups"),
     )
+
+
+def _word_codes(spread: Any, samples: int) -> np.ndarray:
+    """(samples,) codes of the words of `spread`."""
+    codes = _labels.LabelTable(spread, name="spread").codes
+    if len(codes) != samples:
+        expected = f"one word for each of {samples} samples"
+        received = _checks.Told(f"{len(codes)} words")
+        raise _checks.value_error("spread", expected, received)
+    return codes
 
 
 def _paired(groups: np.ndarray, codes: np.ndarray) -> np.ndarray:

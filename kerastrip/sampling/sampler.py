@@ -56,7 +56,12 @@ class PKSampler(keras.utils.PyDataset):
         min_class_size: classes with fewer samples are left out. Default 2.
         max_per_class: the most samples that an epoch takes from a class ("coverage"
             only); the next epoch takes other samples.
-        groups: one group per sample or class; all classes of a batch are of one group.
+        groups: one group per sample or class (category, alphabet, site); all classes of
+            a batch are of one group, or of `groups_per_batch` groups.
+        groups_per_batch: C, groups in a batch; P / C classes come from each. Default 1.
+        spread: one word per sample (camera, session, typeface): the K rows of a class
+            come from as many different cameras as the class has. `sampler.spread` keeps the
+            words, for `RetrievalEvaluation(groups=)` among others. Default None.
         sample_weight: (samples,) weights for all outputs, or a tuple of one array per
             output; for a model whose outputs are a dict a dict by output name. Use
             ones for an output without weights.
@@ -145,6 +150,8 @@ class PKSampler(keras.utils.PyDataset):
         min_class_size: int = 2,
         max_per_class: int | None = None,
         groups: Any = None,
+        groups_per_batch: int = 1,
+        spread: Any = None,
         sample_weight: Any = None,
         augment: Any = None,
         fixed: bool = False,
@@ -167,10 +174,13 @@ class PKSampler(keras.utils.PyDataset):
             min_class_size=min_class_size,
             max_per_class=max_per_class,
             groups=groups,
+            groups_per_batch=groups_per_batch,
+            spread=spread,
             shard=shard,
             seed=_checks.integer64("seed", seed),
         )
         self.labels = self.plan.codes
+        self.spread = None if spread is None else np.asarray(spread)
         self.classes_ = self.plan.classes_
         if len(self.source) != len(self.labels):
             expected = f"{len(self.labels)} samples, as many as labels"

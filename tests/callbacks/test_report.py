@@ -171,6 +171,55 @@ def test_the_figures_are_those_of_the_model(model, data, tmp_path):
         assert f"sample {row}: {names[row]}, {right} of 3 right" in words
 
 
+def test_rows_of_the_class_and_group_are_left_out(model, data, tmp_path):
+    x, y = data
+    cameras = np.array(["door", "gate"])[np.arange(24) // 4 % 2]
+    cameras[y == 2] = "gate"  # a class of one camera
+    y = np.where(np.arange(24) == 11, 7, y)  # and a sample that is alone in its class
+    path = tmp_path / "report.html"
+    report = TrainingReport(path, x, y, groups=cameras, k=6)
+    run(report, model, LOSSES[:1])
+    words, embeddings = Page(path).words(), embed(model, x)
+    expected = retrieval_metrics(
+        embeddings,
+        y,
+        groups=cameras,
+        metrics=("recall@1", "map@r", "map", "cmc@1", "minp"),
+        distance="cosine",
+    )
+    plain = retrieval_metrics(embeddings, y, distance="cosine")
+    assert expected["recall@1"] < plain["recall@1"]
+    for name in ("recall@1", "map@r", "map", "cmc@1", "minp"):
+        value = f"{expected[name]:.3g}"
+        assert f"{name} {value} {value} (1) {value}" in words
+    told = (
+        "17 queries, and 1 without a positive and 6 with positives of their own group "
+        "only, left out"
+    )
+    assert told in words
+    assert f"map {expected['map']:.3g} " in words[: words.index("Held-out data")]
+    assert f"{expected['recall@1']:.1%} have a nearest neighbour of their own " in words
+    assert report._evaluation.results[0].items() >= expected.items()
+
+    near = plotting.plot_neighbours(
+        embeddings, y, groups=cameras, k=6, distance="cosine"
+    )
+    confused = plotting.plot_confusions(
+        embeddings, y, groups=cameras, pairs=6, distance="cosine"
+    )
+    for figure in (near, confused):
+        assert " ".join(figure.get_label().split()[5:]) in words
+    assert near.get_label().count("⊘ left out") > 3
+    assert "⊘ left out (dotted): of the class and group of the sample" in words
+
+    run(TrainingReport(path, x, y, k=1, queries=1, pairs=1), model, LOSSES[:1])
+    words = Page(path).words()
+    assert "24 queries" not in words
+    assert "23 queries, and 1 without a positive, left out" in words
+    for absent in ("⊘", "left out (dotted)", "minp", "group"):
+        assert absent not in words
+
+
 def test_thumbnails_show_the_samples(model, data, tmp_path):
     x, y = data
     np.testing.assert_array_equal(thumbnails_of(x, None).take([3, 0]), x[[3, 0]])
@@ -422,6 +471,9 @@ def test_bad_arguments(data, tmp_path):
     for arguments, error, words in (
         ({"y": y}, ValueError, "`y`.*`x` with it"),
         ({"images": x}, ValueError, "`images`.*`x` with it"),
+        ({"groups": y}, ValueError, "`groups`.*`x` with it"),
+        ({"x": x, "y": y, "groups": y[:9]}, ValueError, "`groups`.*24 groups"),
+        ({"x": x, "y": y, "groups": y}, ValueError, "`groups`.*two groups"),
         ({"x": x}, ValueError, "`y`"),
         ({"x": x, "y": np.arange(24)}, ValueError, "`y`.*0 same"),
         ({"x": x, "y": y, "images": x[:4]}, ValueError, "`images`.*24 images"),

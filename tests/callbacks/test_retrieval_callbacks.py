@@ -617,3 +617,151 @@ def test_masked_data_are_refused(data, kind):
         kind(x, np.ma.array(y, mask=np.arange(24) == 3))
     with pytest.raises(ValueError, match=r"`x`.*masked.*position 2, 1"):
         kind(np.ma.array(x, mask=np.arange(120).reshape(24, 5) == 11), y)
+
+
+ACROSS = ("map", "cmc@1", "minp", "recall@1", "map@r")
+
+
+@pytest.fixture
+def cameras():
+    """Of the 24 rows of `data`; one camera alone has seen the class 3."""
+    names = np.array(["door", "gate", "yard"])[np.arange(24) // 4 % 3]
+    names[3::4] = "gate"
+    return names
+
+
+def test_groups_are_left_out_of_the_figures_of_every_epoch(data, cameras):
+    x, y = data
+    recorder = Recorder(
+        lambda model: retrieval_metrics(
+            embed(model, x), y, groups=cameras, metrics=ACROSS
+        )
+    )
+    callback = RetrievalEvaluation(x, y, groups=cameras, metrics=ACROSS)
+    plain = RetrievalEvaluation(x, y, prefix="plain_", metrics=ACROSS)
+    history = fit(small_model(), data, [callback, plain, recorder])
+    for word in ACROSS:
+        expected = [figures[word] for figures in recorder.measured]
+        assert history[f"val_{word}"] == pytest.approx(expected)
+        assert history[f"val_{word}"] != history[f"plain_{word}"]
+    counts = {"queries": 18, "lone_queries": 0, "lone_across_groups": 6}
+    assert counts.items() <= callback.results[2].items()
+    assert "lone_across_groups" not in plain.results[2]
+
+
+def test_groups_of_queries_and_gallery(data, cameras):
+    x, y = data
+    near = {"gallery": x[8:], "gallery_labels": y[8:], "gallery_groups": cameras[8:]}
+    callback = RetrievalEvaluation(
+        x[:8], y[:8], groups=cameras[:8], metrics=ACROSS, **near
+    )
+    expected = retrieval_metrics(
+        x[:8], y[:8], groups=cameras[:8], metrics=ACROSS, **near
+    )
+    assert expected["lone_across_groups"] == 2
+    logs = measure_once([callback])
+    assert {word: logs[f"val_{word}"] for word in ACROSS} == pytest.approx(
+        {word: expected[word] for word in ACROSS}
+    )
+    assert callback.results[0] == pytest.approx(expected)
+    # The same samples in the gallery, by another array: each is looked up without itself.
+    turned = RetrievalEvaluation(
+        x, y, groups=cameras, gallery=x[::-1], gallery_labels=y[::-1],
+        gallery_groups=cameras[::-1], metrics=ACROSS,
+    )  # fmt: skip
+    itself = RetrievalEvaluation(
+        x, y, groups=cameras, gallery=x, gallery_groups=cameras, metrics=ACROSS,
+        prefix="b_",
+    )  # fmt: skip
+    logs = measure_once([turned, itself])
+    assert logs["b_map"] == pytest.approx(logs["val_map"])
+    plain = retrieval_metrics(x, y, groups=cameras, metrics=ACROSS)
+    assert itself.results[0] == pytest.approx(plain)
+
+
+def test_groups_beside_a_sampler_and_a_dataset_are_in_their_order(data, cameras):
+    x, y = data
+    sampler = PKSampler(x, y, classes_per_batch=2, samples_per_class=2, workers=0)
+    rows = tf.data.Dataset.from_tensor_slices((x, y)).batch(10)
+    callbacks = [
+        RetrievalEvaluation(*given, groups=cameras, metrics=ACROSS, prefix=prefix)
+        for prefix, given in (("a_", (x, y)), ("b_", (sampler,)), ("c_", (rows,)))
+    ]
+    logs = measure_once(callbacks, epochs=2)
+    for word in ACROSS:
+        assert logs[f"a_{word}"] == logs[f"b_{word}"] == logs[f"c_{word}"]
+    assert [one.results[1]["queries"] for one in callbacks] == [18] * 3
+
+
+def test_groups_that_are_not_those_of_the_rows_of_a_dataset(data, cameras):
+    x, y = data
+    rows = tf.data.Dataset.from_tensor_slices((x, y))
+    queries = {"groups": cameras, "gallery_groups": cameras[:9]}
+    for callback, expected in (
+        (RetrievalEvaluation(rows.batch(9), groups=cameras[:9]), "`groups`.*24 groups"),
+        (
+            RetrievalEvaluation(x, y, gallery=rows.batch(9), **queries),
+            "`gallery_groups`.*24 groups",
+        ),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            measure_once([callback])
+    mixed = rows.shuffle(24, seed=3).batch(9)
+    # The figures of one reading cannot be told from those of a dataset in this order.
+    for copied in (lambda one: one, copy.deepcopy):
+        callback = RetrievalEvaluation(mixed, groups=cameras)
+        measure_once([callback])
+        with pytest.raises(ValueError, match=r"`x`.*`groups`.*another order.*shuffle"):
+            measure_once([copied(callback)])
+    measure_once([RetrievalEvaluation(mixed)], epochs=2)  # no groups, no order
+
+
+def test_a_diverged_model_has_no_figures_across_groups(data, cameras):
+    model = still_model()
+    model.set_weights([np.full((5, 5), np.nan)])
+    callback = RetrievalEvaluation(*data, groups=cameras, metrics=ACROSS)
+    with pytest.warns(UserWarning, match="24 of 24 embeddings"):
+        logs = model.fit(
+            np.ones((2, 5)), np.ones((2, 5)), verbose=0, callbacks=[callback]
+        ).history
+    assert np.isnan([logs[f"val_{word}"] for word in ACROSS]).all()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))]
+)
+def test_a_copy_has_the_groups(data, cameras, copied):
+    callback = RetrievalEvaluation(*data, groups=cameras, metrics=ACROSS)
+    clone = copied(callback)
+    assert measure_once([clone]) == measure_once([callback])
+    assert clone.results == callback.results
+
+
+def test_bad_groups(data, cameras):
+    x, y = data
+    missing = cameras.astype(object)
+    missing[5] = None
+    near = {"gallery": x[8:], "gallery_labels": y[8:]}
+    near_groups = {**near, "gallery_groups": cameras[8:]}
+    alone = np.array(["door", "gate", "yard", "roof"])[y]
+    for options, error, expected in (
+        ({"groups": cameras[:9]}, ValueError, "`groups`.*24 groups.*9 groups"),
+        ({"groups": missing}, ValueError, "`groups`.*position 5"),
+        ({"groups": ["door", 1] * 12}, TypeError, "`groups`.*one kind"),
+        ({"groups": alone}, ValueError, "`groups`.*two groups"),
+        ({"groups": np.arange(24) % 4}, ValueError, "`groups`.*two groups"),
+        ({"gallery_groups": cameras}, ValueError, "`gallery_groups`.*`gallery`"),
+        ({"groups": cameras, **near}, ValueError, "`gallery_groups`"),
+        (near_groups, ValueError, "`gallery_groups`.*`groups`"),
+        ({"groups": alone, **near, "gallery_groups": alone[8:]}, ValueError,
+         "`groups`.*another group of the gallery"),
+        ({"groups": cameras, **near, "gallery_groups": cameras}, ValueError,
+         "`gallery_groups`.*16 groups.*24 groups"),
+        ({"groups": np.arange(24), **near_groups}, TypeError,
+         "`gallery_groups`.*same kind as `groups`"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=expected):
+            RetrievalEvaluation(x, y, **options)
+    # One row of a label in another group is enough.
+    alone[0] = "gate"
+    assert RetrievalEvaluation(x, y, groups=alone)

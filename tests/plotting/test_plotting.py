@@ -271,6 +271,59 @@ def test_neighbours_are_the_nearest_and_framed_by_their_class(rows, tmp_path):
     assert len(plotting.plot_neighbours(*rows, queries=3).get_label().splitlines()) == 7
 
 
+LEFT_OUT = (plotting.LEFT_OUT, ":")
+
+
+def test_neighbours_of_the_class_and_group_are_shown_as_left_out(rows):
+    embeddings, codes = rows
+    cameras = np.array(["left", "right"])[np.arange(40) % 3 % 2]
+    figure = plotting.plot_neighbours(
+        embeddings, codes, numbered(40), groups=cameras, queries=[7, 30, 11], k=9
+    )
+    distances = brute_force(embeddings)
+    np.fill_diagonal(distances, np.inf)
+    _, *lines = figure.get_label().splitlines()
+    shown, left_out = iter(samples_of(figure)), 0
+    for i, query in enumerate((7, 30, 11)):
+        assert next(shown)[0] == query
+        told, counts = [f"sample {query}"], {RIGHT: 0, WRONG: 0, LEFT_OUT: 0}
+        for row in distances[query].argsort()[:9]:  # where it is in the ranking
+            frame, words = WRONG, f"✗ {codes[row]}"
+            if codes[row] == codes[query]:
+                frame, words = RIGHT, f"✓ {codes[row]}"
+                if cameras[row] == cameras[query]:
+                    frame, words = LEFT_OUT, "⊘ left out"
+            assert next(shown) == (row, frame)
+            counts[frame] += 1
+            told.append(f"sample {row} {words} {distances[query, row]:.2g}")
+        assert lines[2 * i + 1] == "  " + ", ".join(told)
+        right, wrong, out = counts.values()
+        counted = f"{right} of {right + wrong} right, {out} left out"
+        assert lines[2 * i] == f"sample {query}: {codes[query]}, {counted}"
+        left_out += out
+    assert left_out > 3
+    plain = plotting.plot_neighbours(*rows, queries=[7, 30, 11], k=9).get_label()
+    assert "left out" not in plain
+    # Where no two samples have one camera, no neighbour is left out.
+    alone = plotting.plot_neighbours(
+        *rows, groups=np.arange(40), queries=[7, 30, 11], k=9
+    )
+    assert alone.get_label() == plain
+
+
+def test_a_line_without_a_neighbour_that_counts():
+    figure = plotting.plot_neighbours(
+        np.eye(4), [0, 0, 0, 1], groups=[5, 5, 5, 5], queries=[0], k=2
+    )
+    assert "sample 0: 0, 0 of 0 right, 2 left out" in figure.get_label()
+
+
+def test_grey_is_grey_and_can_be_read():
+    red, green, blue = (int(plotting.LEFT_OUT[i : i + 2], 16) for i in (1, 3, 5))
+    assert red == green == blue
+    assert lightness(plotting.LEFT_OUT)[0] < 55  # text on white
+
+
 def test_confusions_are_counted_and_shown(rows, tmp_path):
     embeddings, codes = rows
     distances = brute_force(embeddings)
@@ -297,6 +350,50 @@ def test_confusions_are_counted_and_shown(rows, tmp_path):
         assert frame == WRONG
         assert lines[2 * i + 1] == f"  sample {query}, sample {neighbour}"
     assert (tmp_path / "confusions.png").exists()
+
+
+def test_confusions_leave_out_the_class_and_group_of_the_sample(rows):
+    embeddings, codes = rows
+    cameras = np.arange(40) % 3 % 2
+    cameras[codes == 2] = 1  # a class of one camera: its samples have no positive
+    distances, nearest, wrong = brute_force(embeddings), {}, {}
+    for query in range(40):
+        others = [
+            row
+            for row in distances[query].argsort()
+            if (codes[row], cameras[row]) != (codes[query], cameras[query])
+        ]
+        if codes[others[0]] != codes[query] != 2:
+            pair = codes[query], codes[others[0]]
+            wrong.setdefault(pair, []).append(query)
+            nearest[query] = others[0]
+    plain = plotting.plot_confusions(*rows, pairs=99, examples=99).get_label()
+    figure = plotting.plot_confusions(
+        embeddings, codes, groups=cameras, pairs=99, examples=99
+    )
+    _, *lines = figure.get_label().splitlines()
+    assert len(lines) == 2 * len(wrong) > 4
+    for heading, samples in zip(lines[::2], lines[1::2], strict=True):
+        told = re.fullmatch(r"(\d) taken for (\d), (\d+) of 10", heading)
+        queries = wrong[int(told[1]), int(told[2])]
+        assert int(told[3]) == len(queries)
+        couples = re.findall(r"sample (\d+), sample (\d+)", samples)
+        assert {int(a): int(b) for a, b in couples} == {q: nearest[q] for q in queries}
+    assert figure.get_label() != plain
+    one = plotting.plot_confusions(*rows, groups=[0] * 40).get_label()
+    assert one.startswith("No confused classes")
+    own = plotting.plot_confusions(*rows, groups=np.arange(40), pairs=99, examples=99)
+    assert own.get_label() == plain
+
+
+def test_confusions_look_beyond_many_rows_of_one_camera():
+    rows = np.float32([[0, 0]] * 40 + [[9, 0], [1, 0], [1, 5]])
+    codes, cameras = [0] * 41 + [1, 1], [0] * 40 + [1, 0, 1]
+    figure = plotting.plot_confusions(rows, codes, groups=cameras, examples=99)
+    title, heading, samples, *_ = figure.get_label().splitlines()
+    assert title.startswith("Confused classes")
+    assert heading == "0 taken for 1, 41 of 41"
+    assert samples.count("sample 41") == 41
 
 
 def test_samples_are_called_by_their_files(rows, tmp_path):
@@ -354,6 +451,10 @@ def looked_up(**options):
     plotting.plot_neighbours(np.eye(4), [0, 0, 1, 1], **options)
 
 
+def confused(**options):
+    plotting.plot_confusions(np.eye(4), [0, 0, 1, 1], **options)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -368,6 +469,9 @@ def looked_up(**options):
         (lambda: looked_up(queries=[0.5]), "`queries`"),
         (lambda: looked_up(queries=0), "`queries`"),
         (lambda: looked_up(samples=["one"]), "`samples`.*4 names"),
+        (lambda: looked_up(groups=["one"]), "`groups`.*4 "),
+        (lambda: looked_up(groups=["one", "two", None, "two"]), "`groups`.*position 2"),
+        (lambda: confused(groups=[1, 2, 3]), "`groups`.*4 "),
         (lambda: looked_up(k=0), "`k`"),
         (lambda: looked_up(names=["one"]), "`names`.*2 names"),
     ],

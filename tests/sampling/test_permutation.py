@@ -15,6 +15,7 @@ from kerastrip.sampling.permutation import (
     mix,
     permute,
     split_permute,
+    stream,
 )
 
 KEYS = st.integers(0, 2**64 - 1)
@@ -177,6 +178,17 @@ def test_cycle_deals_every_item_before_any_comes_again(data, n, key):
     flat = items.ravel()
     for start in range(0, len(flat) - n + 1, n):
         assert sorted(flat[start : start + n].tolist()) == list(range(n))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), n=st.integers(1, 25), key=KEYS)
+def test_any_window_of_a_stream_holds_distinct_items(data, n, key):
+    window = data.draw(st.integers(1, n))
+    items = stream(np.arange(4 * n), n, window, key).tolist()
+    for start in range(4 * n - window + 1):
+        assert len(set(items[start : start + window])) == window
+    for start in range(0, 4 * n, n):
+        assert sorted(items[start : start + n]) == list(range(n))
 
 
 def test_cycles_differ_from_one_another():

@@ -15,7 +15,7 @@ from kerastrip import _checks
 from kerastrip._files import refuse_devices, write_whole
 from kerastrip._outputs import embedding_output
 from kerastrip.callbacks._copies import without_model
-from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
+from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut, check_positives
 from kerastrip.callbacks.collapse import CollapseGuard
 from kerastrip.callbacks.report import page, sections
 from kerastrip.evaluation.verification import check_codes
@@ -42,7 +42,10 @@ class TrainingReport(keras.callbacks.Callback):
       latest), and the charts of `kerastrip.plotting`: the distances of positives and
       negatives with the margin, the embeddings in their principal plane, the classes
       that nearest neighbours confuse most, and the neighbours of some samples (a
-      sample has the name of its file where the source knows it);
+      sample has the name of its file where the source knows it). With `groups`, rows of
+      the class and group of a sample are left out of the retrieval metrics and of the
+      confusions, and have a grey frame among the neighbours; the distances are those of
+      all pairs;
     - every value of the logs as a small curve.
 
     The file is replaced in one step, so that it is complete whenever it is opened and
@@ -58,6 +61,8 @@ class TrainingReport(keras.callbacks.Callback):
             report shows the logs only. All pairs of samples are compared, so give some
             thousands of samples.
         y: labels, as for `RetrievalEvaluation`.
+        groups: (n,) groups of the samples, as for `RetrievalEvaluation`. The page then
+            shows `map`, `cmc@1` and `minp`, too. Default None: no rows are left out.
         images: an image for each sample, as an array `(n, height, width)` or
             `(n, height, width, 1 or 3)`, or a source of such images; integers in 0..255, or
             floats, drawn between their least and greatest value when they leave 0..1.
@@ -98,6 +103,7 @@ class TrainingReport(keras.callbacks.Callback):
         x: Any = None,
         y: Any = None,
         *,
+        groups: Any = None,
         images: Any = None,
         guard: CollapseGuard | None = None,
         title: str = "Training report",
@@ -121,16 +127,19 @@ class TrainingReport(keras.callbacks.Callback):
         counts = {"pairs": pairs, "queries": queries, "k": k}
         self._counts = {n: _checks.integer(n, value, 1) for n, value in counts.items()}
         self._output = output
-        self._images = None
+        self._images = self._groups = None
         self._evaluation: EpochEvaluation | None = None
         if x is None:
-            for name, value in (("y", y), ("images", images)):
+            given = {"y": y, "groups": groups, "images": images}
+            for name, value in given.items():
                 if value is not None:
                     raise _checks.value_error(name, "`x` with it", value)
         else:
-            data = HeldOut(x, y)
+            data = HeldOut(x, y, groups=groups)
             if data.table is not None:
                 check_codes("y", data.table.codes)
+            check_positives(data, data)
+            self._groups = data.groups
             self._images = thumbnails_of(x, images)
             self._evaluation = EpochEvaluation(
                 self,
@@ -194,6 +203,7 @@ class TrainingReport(keras.callbacks.Callback):
         self._latest = sections.look(
             embeddings,
             labels,
+            groups=self._groups,
             distance=distance,
             margin=margin if isinstance(margin, float) and margin > 0 else None,
             images=self._images,

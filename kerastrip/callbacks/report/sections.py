@@ -31,9 +31,12 @@ __all__ = [
 ]
 
 _RETRIEVAL = ("recall@1", "recall@5", "precision@5", "r_precision", "map@r", "mrr")
+# Where there are groups, these figures and this count come with them.
+_OF_GROUPS, _ACROSS = ("map", "cmc@1", "minp"), "lone_across_groups"
 # The attributes of a loss that the page names.
 _SETTINGS = ("margin", "mining", "distance", "gamma")
 _TILES = ("loss", "val_loss", "easy", "hard")
+_HELD_OUT_TILES = ("recall@1", "map@r", "map", "eer")
 
 # key -> a value for each epoch, NaN for an epoch whose logs lack the key.
 _History = Mapping[str, Sequence[float]]
@@ -59,6 +62,7 @@ def look(
     embeddings: np.ndarray,
     labels: Any,
     *,
+    groups: Any,
     distance: str,
     margin: float | None,
     images: Thumbnails | None,
@@ -69,7 +73,12 @@ def look(
 ) -> Look:
     """Measures and draws the embeddings of held-out data."""
     figures = retrieval_metrics(
-        embeddings, labels, metrics=_RETRIEVAL, distance=distance, verbose=verbose
+        embeddings,
+        labels,
+        groups=groups,
+        metrics=_RETRIEVAL if groups is None else (*_RETRIEVAL, *_OF_GROUPS),
+        distance=distance,
+        verbose=verbose,
     )
     curve = verification_curve(embeddings, labels, distance=distance, verbose=verbose)
     figures |= {"auc": curve.auc, "eer": curve.eer}
@@ -81,7 +90,20 @@ def look(
     ]
     if embeddings.shape[1] > 1:  # a plane needs two dimensions
         charts.append(_chart(plotting.plot_embeddings(embeddings, labels)))
-    by: dict[str, Any] = {"images": images, "distance": distance}
+    by: dict[str, Any] = {"images": images, "groups": groups, "distance": distance}
+    samples, worst = _samples(embeddings, labels, pairs, queries, k, by)
+    return Look(figures, page.charts(charts), samples, worst)
+
+
+def _samples(
+    embeddings: np.ndarray,
+    labels: Any,
+    pairs: int,
+    queries: int,
+    k: int,
+    by: Mapping[str, Any],
+) -> tuple[str, str]:
+    """The section on confusions and neighbours, and the most frequent confusion."""
     confused = plotting.plot_confusions(embeddings, labels, pairs=pairs, **by)
     near = plotting.plot_neighbours(embeddings, labels, queries=queries, k=k, **by)
     of_pairs = (
@@ -90,12 +112,14 @@ def look(
     of_near = (
         "The nearest others, ✓ right or ✗ wrong (dashed), with class and distance."
     )
-    photos = images is not None
+    if by["groups"] is not None:
+        of_pairs += " Rows of the class and group of a sample are no neighbours."
+        of_near += " ⊘ left out (dotted): of the class and group of the sample."
+    photos = by["images"] is not None
     sheets = [_chart(confused, of_pairs, photos), _chart(near, of_near, photos)]
-    samples = page.section("Samples", "", page.charts(sheets))
     # The label of the chart is its title, then the heading of the first confusion, if any.
     worst = f"{confused.get_label()}\n".split("\n")[1]
-    return Look(figures, page.charts(charts), samples, worst)
+    return page.section("Samples", "", page.charts(sheets)), worst
 
 
 def settings(model: Any, params: Mapping[str, Any]) -> str:
@@ -162,9 +186,11 @@ def lead(
     measured = [figures for figures in results.values() if figures]
     if measured and latest is not None:
         first, last = measured[0], measured[-1]
+        # Rows of the class and group of a sample are no neighbours.
+        apart = " in another group" if _has_groups(last) else ""
         sentences.append(
             f"Of {last['queries']} held-out samples {last['recall@1']:.1%} have a nearest "
-            f"neighbour of their own class (first: {first['recall@1']:.1%})"
+            f"neighbour of their own class{apart} (first: {first['recall@1']:.1%})"
             + (f"; most often {latest.worst}." if latest.worst else ".")
         )
     return " ".join(sentences)
@@ -181,7 +207,7 @@ def tiles(
         name.replace("_", " "): history[name][-1] for name in _TILES if name in history
     }
     for figures in filter(None, results.values()):
-        values |= {name: figures[name] for name in ("recall@1", "map@r", "eer")}
+        values |= {name: figures[name] for name in _HELD_OUT_TILES if name in figures}
     shown = [(name, page.digits(value)) for name, value in values.items()]
     if best is not None:
         shown.append(("best epoch", str(best[0] + 1)))
@@ -200,13 +226,15 @@ def held_out_section(latest: Look | None, results: Mapping[int, Any]) -> str:
         )
     if latest is None:
         return page.section(heading, broken, "")
-    hint = (
-        "Every sample is looked up among all others, and all pairs are compared by "
-        "their distance; the epoch of the best value is in brackets."
-    )
     epochs = sorted(measured)
+    counts = measured[epochs[-1]]
     rows = []
-    for name in (*_RETRIEVAL, "auc", "eer"):
+    for name in (
+        *_RETRIEVAL,
+        *(_OF_GROUPS if _has_groups(counts) else ()),
+        "auc",
+        "eer",
+    ):
         values = {epoch: measured[epoch][name] for epoch in epochs}
         choose = min if name == "eer" else max
         best = choose(epochs, key=values.__getitem__)
@@ -223,11 +251,32 @@ def held_out_section(latest: Look | None, results: Mapping[int, Any]) -> str:
         )
     columns = ["figure", "curve", f"epoch {epochs[0] + 1}", "best"]
     table = page.table([*columns, f"epoch {epochs[-1] + 1}"], rows)
-    counts = measured[epochs[-1]]
-    hint += f" {counts['queries']} queries"
-    if counts["lone_queries"]:
-        hint += f", and {counts['lone_queries']} without a positive, left out"
-    return page.section(heading, f"{hint}. {broken}", f"{table}<br>\n{latest.charts}")
+    hint = f"{_how_measured(counts)}. {broken}"
+    return page.section(heading, hint, f"{table}<br>\n{latest.charts}")
+
+
+def _how_measured(counts: Mapping[str, float]) -> str:
+    """How the held-out samples are looked up and compared, and how many are left out."""
+    apart, pairs = "", "all pairs"
+    if _has_groups(counts):
+        apart = " without the rows of its own class and group"
+        pairs = "all pairs, within the groups and across them,"
+    words = (
+        f"Every sample is looked up among all others{apart}, and {pairs} are compared by "
+        "their distance; the epoch of the best value is in brackets."
+        f" {counts['queries']} queries"
+    )
+    lone = {
+        "without a positive": counts["lone_queries"],
+        "with positives of their own group only": counts.get(_ACROSS, 0),
+    }
+    told = [f"{count} {why}" for why, count in lone.items() if count]
+    return f"{words}, and {' and '.join(told)}, left out" if told else words
+
+
+def _has_groups(figures: Mapping[str, float]) -> bool:
+    """Whether rows of the class and group of a query were left out of these figures."""
+    return _ACROSS in figures
 
 
 def mining_section(epochs: Sequence[int], history: _History) -> str:
