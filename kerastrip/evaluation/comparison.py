@@ -112,7 +112,9 @@ class Comparison:
         return f"<table>{table}</table><p>{changes}</p>"
 
     def _rows(self) -> list[tuple[str, ...]]:
-        rows = [("", "a", "b", "b - a", f"{self.interval:.4g} interval", "p")]
+        rows: list[tuple[str, ...]] = [
+            ("", "a", "b", "b - a", f"{self.interval:.4g} interval", "p")
+        ]
         for metric, one in self.figures.items():
             ends = f"{one.low:+.4f} {one.high:+.4f}"
             p = f"{one.p_value:.4f}" if one.p_value >= 1e-4 else "<0.0001"
@@ -290,8 +292,8 @@ def _difference(
     a: ClassScores, b: ClassScores, metric: str, level: float
 ) -> Difference:
     """The difference of one figure."""
-    added = (b.scores[metric] - a.scores[metric]) / a.sizes.sum()
-    both = ClassScores({metric: added * a.sizes.sum()}, a.sizes)
+    both = b.minus(a, metric)
+    added = both.scores[metric] / both.sizes.sum()
     difference, error = float(added.sum()), both.standard_error(metric)
     values, below = t_distribution(both.freedom)
     reach = float(np.interp((1 + level) / 2, below, values)) * error

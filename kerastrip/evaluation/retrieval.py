@@ -49,6 +49,8 @@ METRICS = (
 )
 _WHOLE = ("map", "minp")  # they need the whole ranking
 _CLUSTERING = ("nmi", "ami")
+# What `_Block.gains` returns.
+_Gains = tuple[np.ndarray, dict[str, np.ndarray]]
 _WORDS = (*METRICS, "cmc@1", "knn@5", *_WHOLE, *_CLUSTERING)
 # Up to so many distances are computed in float64, more in float32.
 _EXACT = 1 << 24
@@ -262,7 +264,7 @@ def lookup_figures(
         own=own,
     )
     reranked = settings(rerank)
-    gains = None if interval is None else _no_gains(lookup, metrics)
+    gains: list[_Gains] | None = None if interval is None else []
     values, met = _query_values(
         lookup, metrics, distance, reranked, verbose, gains=gains
     )
@@ -301,24 +303,22 @@ def class_scores(
         metrics, distance, rerank, verbose: as for `retrieval_metrics`, but for `nmi`
             and `ami`.
     """
-    own = None if gallery is None else shared_rows(embeddings, gallery)
+    if (gallery is None) != (gallery_labels is None):
+        raise _checks.value_error(
+            "gallery", "`gallery` and `gallery_labels` together", gallery
+        )
     check_groups(gallery, groups, gallery_groups)
+    own = None if gallery is None else shared_rows(embeddings, gallery)
     searched = gallery, gallery_labels, gallery_groups
     lookup = _Lookup.of(embeddings, labels, groups, searched=searched, own=own)
-    gains = _no_gains(lookup, metrics)
+    gains: list[_Gains] = []
     parts = metrics, distance, settings(rerank), verbose
     values, _ = _query_values(lookup, *parts, gains=gains)
     return _class_scores(lookup, values, gains)
 
 
-def _no_gains(lookup: _Lookup, metrics: Sequence[str]) -> dict[str, np.ndarray]:
-    """Zeros for each class of the queries and the rows."""
-    classes = max(lookup.codes.max(), lookup.row_codes.max()) + 1
-    return {word: np.zeros(classes) for word in metrics if word not in _CLUSTERING}
-
-
 def _class_scores(
-    lookup: _Lookup, values: dict[str, np.ndarray], gains: dict[str, np.ndarray]
+    lookup: _Lookup, values: dict[str, np.ndarray], gains: list[_Gains]
 ) -> ClassScores:
     """What each class of the queries does to the means over the queries.
 
@@ -329,18 +329,26 @@ def _class_scores(
     Args:
         lookup: the queries, and the rows to search in.
         values: (n,) for each metric word, from `_query_values`.
-        gains: (classes,) for each metric word, from `_query_values`.
+        gains: from `_query_values`.
     """
     counted = lookup.positives > 0
-    codes = lookup.codes[counted]
-    present = np.unique(lookup.codes)
-    sizes = np.bincount(codes, minlength=present[-1] + 1)[present]
-    scores = {}
+    present, codes = np.unique(lookup.codes, return_inverse=True)
+    classes = len(present)
+    sizes = np.bincount(codes[counted], minlength=classes)
+    pairs = np.concatenate([pair for pair, _ in gains])
+    # A class that is in the gallery alone is not among the classes that could be others.
+    both = np.isin(pairs[:, 1], present)
+    of, gone = np.searchsorted(present, pairs[both]).T
+    keys = np.minimum(of, gone) * classes + np.maximum(of, gone)
+    keys, at = np.unique(keys, return_inverse=True)
+    scores, shared = {}, {}
     for word, each in values.items():
-        own = np.bincount(codes, each[counted], present[-1] + 1)[present]
-        gain = gains[word][present]
-        scores[word] = own - (gain - gain.mean())
-    return ClassScores(scores, sizes)
+        own = np.bincount(codes[counted], each[counted], classes)
+        gain = np.concatenate([sums[word] for _, sums in gains])[both]
+        by_class = np.bincount(gone, gain, classes)
+        scores[word] = own - (by_class - by_class.mean())
+        shared[word] = np.bincount(at, -gain, len(keys))
+    return ClassScores(scores, sizes, keys, shared)
 
 
 def _query_values(
@@ -350,14 +358,14 @@ def _query_values(
     reranked: dict[str, Any] | None,
     verbose: bool,
     *,
-    gains: dict[str, np.ndarray] | None = None,
+    gains: list[_Gains] | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The value of every metric for every query: the metrics are the means of them.
 
     Args:
         lookup: the queries, and the rows to search in.
         metrics, distance, reranked, verbose: as for `lookup_figures`.
-        gains: (classes,) zeros for each metric word, to which `_Block.gains` is added.
+        gains: a list, to which the `_Block.gains` of each block are added.
 
     Returns:
         (n,) float64 for each metric word but `nmi` and `ami`, NaN for a query without a
@@ -394,7 +402,9 @@ def _query_values(
         for metric, each in values.items():
             each[who] = block.values(metric)
         if gains is not None:
-            block.add_gains(gains, {word: each[who] for word, each in values.items()})
+            gains.append(
+                block.gains({word: each[who] for word, each in values.items()})
+            )
     return values, np.sort(np.concatenate(met))
 
 
@@ -583,26 +593,29 @@ class _Block(NamedTuple):
             return _vote(self.neighbours[:, : int(k)]) == self.codes
         raise NotImplementedError(metric)
 
-    def add_gains(
-        self, gains: dict[str, np.ndarray], values: dict[str, np.ndarray]
-    ) -> None:
-        """Adds what the queries would gain if a class were not among the rows.
+    def gains(
+        self, values: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """What the queries of a class would gain if another class were not there.
 
-        Each query counts for each other class among its neighbours: its value without
-        the class, less its value. A query of class a with the neighbours
+        Each query is looked up again without each of the other classes among its
+        neighbours. A query of class a with the neighbours
 
             b b a c a      has recall@1 = 0, without b: a c a, recall@1 = 1, gain 1,
-                                             without c: b b a a, the same,   gain 0
+                                             without c: b b a a, the same,   gain 0.
 
-        so that b gains 1. What lies behind the last neighbour counts as a miss. `map`
-        and `minp`, which look at the whole ranking, gain nothing.
+        What lies behind the last neighbour counts as a miss. `map` and `minp`, which
+        look at the whole ranking, gain nothing.
 
         Args:
-            gains: (classes,) for each metric word, written to.
             values: (n,) for each metric word.
+
+        Returns:
+            (p, 2) codes of the queries' class and the other class, each pair once, and
+            (p,) for each metric word the sum of the gains.
         """
         # Behind the last hit a class takes the place of none (but it has a vote).
-        votes = any(word.startswith("knn") for word in gains)
+        votes = any(word.startswith("knn") for word in values)
         depth = self.hits.shape[1]
         last = depth - self.hits[:, ::-1].argmax(axis=1) if not votes else depth
         reach = np.where(self.hits.any(axis=1) | votes, last, 0)  # (n,)
@@ -610,21 +623,22 @@ class _Block(NamedTuple):
         i, place = np.nonzero(other & (np.arange(depth) < reach[:, None]))
         classes = int(self.row_codes.max()) + 1
         each = np.unique(i * classes + self.neighbours[i, place])
-        i, code = np.divmod(each, classes)
+        i, gone = np.divmod(each, classes)
+        keys, at = np.unique(self.codes[i] * classes + gone, return_inverse=True)
+        sums = {word: np.zeros(len(keys)) for word in values}
         step = max(1, (1 << 22) // depth)
         for low in range(0, len(i), step):
-            some, gone = i[low : low + step], code[low : low + step]
-            cut = self._without(some, gone)
-            for word, sums in gains.items():
-                if word in _WHOLE:
-                    continue
-                before = values[word][some]
-                if word != "mrr":
-                    gain = cut.values(word) - before
+            some = slice(low, low + step)
+            cut = self._without(i[some], gone[some])
+            for word in set(values).difference(_WHOLE):
+                before = values[word][i[some]]
+                if word == "mrr":
+                    rank = cut.hits.argmax(axis=1) + 1
+                    gain = np.where(cut.hits.any(axis=1), 1 / rank - before, 0.0)
                 else:
-                    seen = cut.hits.any(axis=1)
-                    gain = np.where(seen, 1 / (cut.hits.argmax(axis=1) + 1) - before, 0)
-                sums += np.bincount(gone, gain, len(sums))
+                    gain = cut.values(word) - before
+                sums[word] += np.bincount(at[some], gain, len(keys))
+        return np.stack(np.divmod(keys, classes), axis=1), sums
 
     def _without(self, i: np.ndarray, gone: np.ndarray) -> _Block:
         """The block of the queries `i`, each without the neighbours of one class."""

@@ -363,7 +363,9 @@ def _scores(
         influence = _influence(curve, sums, metric, point, sums.within[:, :, t])
         figure = curve.figures(metric)[metric]
         scores[metric] = figure * sizes + sizes.sum() * (influence - influence.mean())
-    return ClassScores(scores, sizes)
+    # Two classes share too little to count: their different pairs are many.
+    none = np.empty(0, np.int64)
+    return ClassScores(scores, sizes, none, dict.fromkeys(scores, none))
 
 
 class _Sums(NamedTuple):
