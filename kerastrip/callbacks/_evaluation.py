@@ -419,7 +419,8 @@ class EpochEvaluation:
         quiet = (
             without_word_of_few_classes if self._told_of_few else contextlib.nullcontext
         )
-        with quiet():
+        # The sums behind an interval look up all floats, infinity and NaN among them.
+        with quiet(), np.errstate(over="ignore", invalid="ignore"):
             figures = self._measure(
                 *arguments,
                 distance=self._used_distance,
@@ -468,7 +469,7 @@ def _log_keys(
         raise _checks.type_error("names", "a dict from metrics to names", names)
     for word in names:
         _checks.one_of("names", word, metrics)
-    keys = {}
+    keys: dict[str, str] = {}
     for word in metrics:
         name = names.get(word, word)
         ends = [f"_{end}" for end in _ENDS] if word in with_ends else []

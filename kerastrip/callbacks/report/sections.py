@@ -15,7 +15,7 @@ from kerastrip._labels import LabelTable
 from kerastrip.callbacks._evaluation import without_word_of_few_classes
 from kerastrip.callbacks.collapse import Alarm
 from kerastrip.callbacks.report import page
-from kerastrip.evaluation.intervals import ClassScores, with_intervals
+from kerastrip.evaluation.intervals import with_intervals
 from kerastrip.evaluation.retrieval import retrieval_metrics
 from kerastrip.evaluation.verification import class_scores, verification_curve
 from kerastrip.plotting.thumbnails import Thumbnails
@@ -122,7 +122,7 @@ def _effective_classes(labels: Any, groups: Any) -> float:
     cells = np.arange(len(codes)) if groups is None else LabelTable(groups).codes
     of_class = np.unique(np.stack([codes, cells]), axis=1)[0]
     sizes = np.bincount(codes)[np.bincount(of_class) > 1]
-    return ClassScores({}, sizes).freedom + 1 if len(sizes) > 1 else 0.0
+    return float(sizes.sum() ** 2 / (sizes**2).sum()) if len(sizes) > 1 else 0.0
 
 
 def _samples(
