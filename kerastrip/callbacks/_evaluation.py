@@ -10,7 +10,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -37,6 +40,9 @@ from kerastrip.evaluation.recalibration import moving_averages
 from kerastrip.evaluation.retrieval import common_codes, label_table
 from kerastrip.evaluation.search import shared_rows, unusable_rows
 from kerastrip.sources import ArraySource, Subset
+
+# The ends of an interval, behind the word of a figure and "_".
+_ENDS = ("low", "high")
 
 
 class HeldOut:
@@ -165,8 +171,12 @@ class HeldOut:
             )
 
 
-def check_positives(queries: HeldOut, gallery: HeldOut) -> None:
+def check_positives(
+    queries: HeldOut, gallery: HeldOut, interval: float | None = None
+) -> None:
     """Raises an error if no query has a positive, as far as labels are known now.
+
+    With `interval` the queries with a positive must be of two classes or more.
 
     A positive is a row of the label of the query and, where there are groups, of another
     group. If both are the same object, the row that is the query itself is no positive.
@@ -189,8 +199,31 @@ def check_positives(queries: HeldOut, gallery: HeldOut) -> None:
         name, received = queries._names[2], queries.groups
         where = "two groups" if queries is gallery else "another group of the gallery"
         expected = f"a label that occurs in {where}"
-    if not (of_label > left_out).any():
+    found = of_label > left_out
+    if not found.any():
         raise _checks.value_error(name, expected, received)
+    if interval is not None:
+        check_interval_classes(interval, codes[found])
+
+
+def check_interval_classes(interval: float, codes: np.ndarray) -> None:
+    """Raises an error if the classes that count in the figures are fewer than two."""
+    classes = len(np.unique(codes))
+    if classes < 2:
+        raise _checks.value_error(
+            "interval",
+            "None for samples of which fewer than two classes have pairs",
+            _checks.Told(f"{interval:g} with {classes} such class"),
+            "An interval tells what other classes would change.",
+        )
+
+
+@contextlib.contextmanager
+def without_word_of_few_classes() -> Iterator[None]:
+    """Keeps the warning back that an interval rests on few classes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The intervals rest on")
+        yield
 
 
 def _values(table: LabelTable) -> np.ndarray:
@@ -214,6 +247,7 @@ class EpochEvaluation:
         callback: the Keras callback that delegates to this object.
         data: the sets of samples to embed.
         keys: the figures to log, in order.
+        with_ends: those of them that `measure` returns with the ends of their intervals.
         measure: called with the embeddings and labels of each set in turn, and with
             `distance=` and `verbose=`; returns a dict with at least these figures.
         every, prefix, names, distance, output, batch_size, verbose: as the arguments of
@@ -229,6 +263,7 @@ class EpochEvaluation:
         data: Sequence[HeldOut],
         *,
         keys: Sequence[str],
+        with_ends: Sequence[str] = (),
         measure: Callable[..., dict[str, float]],
         every: int,
         prefix: str = "",
@@ -244,7 +279,10 @@ class EpochEvaluation:
         self._watch = AveragesWatch()
         self._callback = callback
         self._data = data
-        self._keys = _log_keys(keys, prefix, names)
+        self._keys = _log_keys(keys, with_ends, prefix, names)
+        ends = [f"{word}_{end}" for word in with_ends for end in _ENDS]
+        self._only_in_logs = {self._keys[end] for end in ends}
+        self._told_of_few = False
         self._measure = measure
         if distance is not None:
             _checks.one_of("distance", distance, DISTANCES)
@@ -261,8 +299,21 @@ class EpochEvaluation:
         """Finds the embedding and its distance, so that errors come before the training."""
         self._latest = None
         self._begun = self._warned_of_nan = self._warned_of_keys = False
+        self._told_of_few = False
+        history = getattr(self._callback.model, "history", None)
+        if self._only_in_logs and history is not None:
+            hook = functools.partial(
+                _then_hide, history.on_epoch_end, self._only_in_logs
+            )
+            history.on_epoch_end = hook
         self._watch = watch_of(self._callback.model, self._output)
         self._used_distance = self._distance_to_use()
+
+    def end_fit(self) -> None:
+        """Gives the `History` its hook back."""
+        history = getattr(self._callback.model, "history", None)
+        if self._only_in_logs and history is not None:
+            vars(history).pop("on_epoch_end", None)
 
     def begin_epoch(self, epoch: int) -> None:
         """In the first epoch of a `fit`, forgets results that the `fit` will make anew."""
@@ -364,11 +415,32 @@ class EpochEvaluation:
                     )
                 return dict.fromkeys(self._keys, float("nan"))
             arguments += [embeddings, labels]
-        return self._measure(
-            *arguments,
-            distance=self._used_distance,
-            verbose=verbose,
+        # The first measurement of a `fit` may warn of few classes, the others not again.
+        quiet = (
+            without_word_of_few_classes if self._told_of_few else contextlib.nullcontext
         )
+        # The sums behind an interval look up all floats, infinity and NaN among them.
+        with quiet(), np.errstate(over="ignore", invalid="ignore"):
+            figures = self._measure(
+                *arguments,
+                distance=self._used_distance,
+                verbose=verbose,
+            )
+        self._told_of_few = True
+        return figures
+
+
+def _then_hide(hook: Any, hidden: set[str], epoch: int, logs: Any = None) -> None:
+    """The `on_epoch_end` of a `History`, and then logs without the keys `hidden`.
+
+    The progress bar, which comes last, would be flooded with them:
+
+        callbacks of the user --> History --> (hide) --> progress bar
+            with the ends         with the ends          without the ends
+    """
+    hook(epoch, logs)
+    for key in hidden.intersection(logs or {}):
+        del logs[key]
 
 
 def _is_known(loss: Any) -> bool:
@@ -378,9 +450,18 @@ def _is_known(loss: Any) -> bool:
 
 
 def _log_keys(
-    metrics: Sequence[str], prefix: str, names: Mapping[str, str] | None
+    metrics: Sequence[str],
+    with_ends: Sequence[str],
+    prefix: str,
+    names: Mapping[str, str] | None,
 ) -> dict[str, str]:
-    """Figure -> its key in the logs."""
+    """Figure -> its key in the logs, each with the ends of its interval behind it.
+
+    For "recall@1" with ends, the prefix "val_" and the name "r1":
+
+        recall@1         recall@1_low    recall@1_high
+        val_r1           val_r1_low      val_r1_high
+    """
     names = {} if names is None else names
     if not isinstance(names, Mapping) or not all(
         isinstance(name, str) and name for name in names.values()
@@ -388,10 +469,15 @@ def _log_keys(
         raise _checks.type_error("names", "a dict from metrics to names", names)
     for word in names:
         _checks.one_of("names", word, metrics)
-    keys = {word: f"{prefix}{names.get(word, word)}" for word in metrics}
-    for word, key in keys.items():
-        if list(keys.values()).count(key) > 1:
-            raise _checks.value_error(
-                "names", "a name of its own for every metric", names.get(word, word)
-            )
+    keys: dict[str, str] = {}
+    for word in metrics:
+        name = names.get(word, word)
+        ends = [f"_{end}" for end in _ENDS] if word in with_ends else []
+        for end in ("", *ends):
+            key = f"{prefix}{name}{end}"
+            if key in keys.values() and f"{word}{end}" not in keys:
+                raise _checks.value_error(
+                    "names", "a name of its own for every metric", f"{name}{end}"
+                )
+            keys[f"{word}{end}"] = key
     return keys

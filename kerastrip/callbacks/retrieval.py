@@ -14,6 +14,7 @@ from kerastrip.callbacks._evaluation import (
     HeldOut,
     check_positives,
 )
+from kerastrip.evaluation.intervals import check_interval
 from kerastrip.evaluation.retrieval import (
     check_groups,
     check_metrics,
@@ -24,6 +25,9 @@ from kerastrip.evaluation.retrieval import (
 __all__ = [
     "RetrievalEvaluation",
 ]
+
+# These figures are no means over queries and get no interval.
+_CLUSTERING = ("nmi", "ami")
 
 
 class RetrievalEvaluation(keras.callbacks.Callback):
@@ -90,6 +94,11 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         names: metric word -> another name for the logs, behind the prefix, for use where
             `@` is not allowed (file names of `ModelCheckpoint`, some experiment
             trackers). Default None: the metric words.
+        interval: level of the intervals of the figures over classes, such as 0.95: each
+            key but those of `nmi` and `ami` then comes with `..._low` and `..._high` (`val_recall@1_low`),
+            for the logs and `results`; the progress bar shows the figures alone. With
+            fewer than 20 classes a warning, once in a `fit`, says that the ends are
+            rough. Default None: figures alone.
         output: name or position of the embedding among the outputs of the model.
             None takes the output whose loss has a `distance`, or the only output.
         batch_size: rows per call of the model. Default 128.
@@ -104,7 +113,8 @@ class RetrievalEvaluation(keras.callbacks.Callback):
     Raises:
         TypeError, ValueError: if x and y do not fit each other, a metric word is
             unknown, no label occurs twice (with `groups`: in two groups), or no label
-            of y is in the gallery (in another group).
+            of y is in the gallery (in another group); with `interval` if such labels
+            are fewer than two.
 
     Example:
 
@@ -140,13 +150,16 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         every: int = 1,
         prefix: str = "val_",
         names: Mapping[str, str] | None = None,
+        interval: float | None = None,
         output: int | str | None = None,
         batch_size: int = 128,
         verbose: bool | None = None,
     ):
         super().__init__()
         self._metrics = check_metrics(metrics)
+        self._interval = check_interval(interval)
         data = _held_out(x, y, groups, gallery, gallery_labels, gallery_groups)
+        check_positives(data[0], data[-1], interval)
         self._own = None if len(data) == 1 else data[0].rows_in(data[1])
         self._data = data
         self._warned = False
@@ -154,6 +167,9 @@ class RetrievalEvaluation(keras.callbacks.Callback):
             self,
             data,
             keys=self._metrics,
+            with_ends=()
+            if interval is None
+            else [word for word in self._metrics if word not in _CLUSTERING],
             measure=self._measure,
             every=every,
             prefix=prefix,
@@ -188,6 +204,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
             gallery_groups=None if gallery is None else self._data[1].groups,
             metrics=self._metrics,
             distance=distance,
+            interval=self._interval,
             verbose=verbose,
         )
         if len(met) and not self._warned:
@@ -211,6 +228,9 @@ class RetrievalEvaluation(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._evaluation.end(epoch, logs)
 
+    def on_train_end(self, logs: Any = None) -> None:
+        self._evaluation.end_fit()
+
 
 def _held_out(
     x: Any, y: Any, groups: Any, gallery: Any, gallery_labels: Any, gallery_groups: Any
@@ -232,5 +252,4 @@ def _held_out(
         )
     elif gallery_labels is not None:
         raise _checks.value_error("gallery_labels", "`gallery` with it", gallery_labels)
-    check_positives(data[0], data[-1])
     return data

@@ -6,14 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from kerastrip import _checks
 from kerastrip.callbacks._copies import without_model
-from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut
+from kerastrip.callbacks._evaluation import (
+    EpochEvaluation,
+    HeldOut,
+    check_interval_classes,
+)
+from kerastrip.evaluation.intervals import check_interval, with_intervals
 from kerastrip.evaluation.verification import (
     VerificationCurve,
     check_codes,
     check_metrics,
+    class_scores,
     flags_array,
     pairs_array,
     verification_curve,
@@ -46,6 +53,9 @@ class VerificationEvaluation(keras.callbacks.Callback):
         prefix: text before each key. Default `"val_"`.
         names: other names for the logs, as for `RetrievalEvaluation`:
             `{"tar@0.01": "tar_1e-2"}` logs `val_tar_1e-2`. Default None.
+        interval: level of the intervals, as for `RetrievalEvaluation`; needs labels. With
+            the name above the ends are `val_tar_1e-2_low` and `val_tar_1e-2_high`.
+            Default None: figures alone.
         output: name or position of the embedding among the outputs of the model.
             None takes the output whose loss has a `distance`, or the only output.
         batch_size: rows per call of the model. Default 128.
@@ -58,7 +68,8 @@ class VerificationEvaluation(keras.callbacks.Callback):
 
     Raises:
         TypeError, ValueError: if the arrays do not fit each other, a metric word is
-            unknown, or there are no same or no different pairs.
+            unknown, or there are no same or no different pairs; with `interval` if
+            there are no labels, or same pairs of fewer than two classes.
 
     Example:
 
@@ -84,6 +95,7 @@ class VerificationEvaluation(keras.callbacks.Callback):
         every: int = 1,
         prefix: str = "val_",
         names: Mapping[str, str] | None = None,
+        interval: float | None = None,
         output: int | str | None = None,
         batch_size: int = 128,
         verbose: bool | None = None,
@@ -94,6 +106,15 @@ class VerificationEvaluation(keras.callbacks.Callback):
             raise _checks.value_error(
                 "is_same", "`pairs` with it, and y=None in its place", is_same
             )
+        self._interval = check_interval(interval)
+        if interval is not None and is_same is not None:
+            raise _checks.value_error(
+                "interval",
+                "None with `is_same`",
+                interval,
+                "Give labels as y in its place: without labels nobody knows which pairs "
+                "share a class.",
+            )
         data = HeldOut(x, y, labelled=is_same is None)
         if pairs is None:
             if data.table is not None:
@@ -103,12 +124,15 @@ class VerificationEvaluation(keras.callbacks.Callback):
                 pairs = pairs_array(pairs, data.length)
             if is_same is not None:
                 is_same = flags_array(is_same, len(pairs))
+        if interval is not None and data.table is not None:
+            check_interval_classes(interval, _classes_of_pairs(data.table.codes, pairs))
         self._pairs, self._is_same = pairs, is_same
         self.curve: VerificationCurve | None = None
         self._evaluation = EpochEvaluation(
             self,
             [data],
             keys=self._metrics,
+            with_ends=() if interval is None else self._metrics,
             measure=self._measure,
             every=every,
             prefix=prefix,
@@ -133,7 +157,18 @@ class VerificationEvaluation(keras.callbacks.Callback):
             distance=distance,
             verbose=verbose,
         )
-        return self.curve.figures(self._metrics)
+        figures = self.curve.figures(self._metrics)
+        if self._interval is None:
+            return figures
+        scores = class_scores(
+            embeddings,
+            labels,
+            pairs=self._pairs,
+            metrics=self._metrics,
+            distance=distance,
+            verbose=verbose,
+        )
+        return with_intervals(figures, scores, self._interval)
 
     @property
     def results(self) -> dict[int, dict[str, float]]:
@@ -148,3 +183,14 @@ class VerificationEvaluation(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._evaluation.end(epoch, logs)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self._evaluation.end_fit()
+
+
+def _classes_of_pairs(codes: np.ndarray, pairs: np.ndarray | None) -> np.ndarray:
+    """The codes of the classes that have same pairs."""
+    if pairs is None:
+        return np.flatnonzero(np.bincount(codes) > 1)
+    first, second = codes[pairs.T]
+    return first[first == second]

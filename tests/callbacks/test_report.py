@@ -26,7 +26,7 @@ from kerastrip.callbacks.report import sections
 from kerastrip.evaluation.embedding import embed
 from kerastrip.evaluation.retrieval import retrieval_metrics
 from kerastrip.evaluation.search import search
-from kerastrip.evaluation.verification import verification_curve
+from kerastrip.evaluation.verification import verification_curve, verification_metrics
 from kerastrip.losses import TripletLoss
 from kerastrip.plotting.thumbnails import thumbnails_of
 
@@ -602,3 +602,74 @@ def test_labels_that_look_wrong_have_a_section(rng, tmp_path):
     noise = rng.normal(size=x.shape)
     run(TrainingReport(path, noise, y), flat, LOSSES[:1])
     assert "Labels to look at" not in Page(path).words()
+
+
+def areas(source, kind):
+    """The corners (n, 2) of each band of a kind in the order of the page."""
+    paths = re.findall(f'<path class="band {kind}" d="M(.*?)Z"/>', source)
+    return [
+        np.array([point.split() for point in path.split("L")], float) for path in paths
+    ]
+
+
+def test_logs_with_ends_are_bands_around_their_curve(model, tmp_path):
+    path = tmp_path / "report.html"
+    logs = [
+        {
+            "loss": 1.0,
+            "val_recall@1": 0.5 + n / 10,
+            "val_recall@1_low": 0.4 + n / 10,
+            "val_recall@1_high": 0.8,
+            "other_low": 3.0,  # the end of nothing
+        }
+        for n in range(3)
+    ]
+    run(TrainingReport(path), model, logs)
+    page = Page(path)
+    (area,) = areas(page.source, "held")
+    assert not areas(page.source, "train")
+    # From 0.4 (y = 22) to 0.8 (y = 2): the lower ends, and the upper ones backwards.
+    np.testing.assert_allclose(area[:, 0], [0, 50, 100, 100, 50, 0])
+    np.testing.assert_allclose(area[:, 1], [22, 17, 12, 2, 2, 2])
+    words = page.words()
+    assert "recall@1 0.7 (0.6 – 0.8)" in words
+    assert "with their intervals (shade, note)" in words
+    assert "other_ low 3 3" in words
+    assert "recall@1_ low" not in words
+
+    logs[1]["val_recall@1_low"] = math.nan  # a gap parts the band
+    run(TrainingReport(path), model, logs)
+    (shape,) = re.findall(r'<path class="band held" d="(.*?)"/>', Page(path).source)
+    assert shape.count("M") == shape.count("Z") == 2
+
+
+def test_the_figures_of_the_report_have_intervals(model, data, tmp_path):
+    x, y = np.tile(data[0], (5, 1, 1)), np.arange(120) % 60
+    path = tmp_path / "report.html"
+    report = TrainingReport(path, x, y, interval=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(report, model, LOSSES[:2])
+    words, embeddings = Page(path).words(), embed(model, x)
+    of_rows = retrieval_metrics(embeddings, y, distance="cosine", interval=0.9)
+    of_pairs = verification_metrics(embeddings, y, distance="cosine", interval=0.9)
+    for figures, name in ((of_rows, "map@r"), (of_pairs, "eer"), (of_pairs, "auc")):
+        value = f"{figures[name]:.3g}"
+        low, high = (f"{figures[f'{name}_{end}']:.3g}" for end in ("low", "high"))
+        assert f"{name} {value} {value} (1) {value} ({low} – {high})" in words
+    assert len(areas(Page(path).source, "train")) == 8
+    assert "the 90 % interval, within which" in words
+    assert "rough" not in words
+
+    # 4 classes: the page says it, and no warning does. One class with a pair: none.
+    for labels, told in ((data[1], "worth 4.0 classes"), ([0, 0, *range(1, 23)], "")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run(TrainingReport(path, data[0], labels), model, LOSSES[:1])
+        page = Page(path)
+        assert ("is rough: the classes are" in page.words()) == bool(told)
+        assert told in page.words()
+        assert bool(areas(page.source, "train")) == bool(told)
+    run(TrainingReport(path, *data, interval=None), model, LOSSES[:1])
+    assert not areas(Page(path).source, "train")
+    assert "interval" not in Page(path).words()

@@ -13,7 +13,9 @@ import tensorflow as tf
 from harness import tensorflow_only, tiny_model
 
 from kerastrip.callbacks import (
+    MiningStats,
     RetrievalEvaluation,
+    TrainingReport,
     VerificationEvaluation,
 )
 from kerastrip.evaluation import _progress
@@ -619,6 +621,7 @@ def test_masked_data_are_refused(data, kind):
         kind(np.ma.array(x, mask=np.arange(120).reshape(24, 5) == 11), y)
 
 
+WORDS = ("recall@1", "map@r")
 ACROSS = ("map", "cmc@1", "minp", "recall@1", "map@r")
 
 
@@ -765,3 +768,145 @@ def test_bad_groups(data, cameras):
     # One row of a label in another group is enough.
     alone[0] = "gate"
     assert RetrievalEvaluation(x, y, groups=alone)
+
+
+@pytest.fixture
+def many(rng):
+    """25 classes of 4 rows, enough for intervals, and no class apart from all others."""
+    y = np.arange(100) % 25
+    return np.float32(rng.normal(size=(100, 5)) + rng.normal(size=(25, 5))[y]), y
+
+
+def with_ends(*words):
+    return [f"{word}{end}" for word in words for end in ("", "_low", "_high")]
+
+
+@both
+def test_intervals_in_the_logs_are_those_of_the_function(many, kind, tmp_path, capsys):
+    x, y = many
+    words = {
+        RetrievalEvaluation: ("recall@1", "nmi", "map@r"),
+        VerificationEvaluation: ("auc", "tar@0.01"),
+    }[kind]
+    measure = {
+        RetrievalEvaluation: retrieval_metrics,
+        VerificationEvaluation: verification_metrics,
+    }[kind]
+    callback = kind(
+        x, y, metrics=words, interval=0.9, names={words[-1]: "last"}, every=2
+    )
+    columns = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        history = still_model().fit(
+            x, x, verbose=2, epochs=3, callbacks=[callback, columns]
+        )
+    expected = measure(x, y, metrics=words, interval=0.9)
+    assert callback.results[0] == pytest.approx(expected)
+    logged = [word for word in expected if word.partition("_")[0] in words]
+    keys = [f"val_{word.replace(words[-1], 'last')}" for word in logged]
+    assert [key for key in history.history if key != "loss"] == keys
+    assert set(keys) >= {"val_last", "val_last_low", "val_last_high"}
+    for word, key in zip(logged, keys, strict=True):
+        assert history.history[key] == pytest.approx([expected[word]] * 3)
+        low, high = (history.history.get(f"{key}_{end}") for end in ("low", "high"))
+        assert (low is None) == (word == "nmi" or word.endswith(("_low", "_high")))
+        assert low is None or low[0] < history.history[key][0] < high[0]
+    with open(tmp_path / "log.csv") as file:
+        assert next(csv.reader(file)) == ["epoch", *sorted(["loss", *keys])]
+    # The progress bar has the figures alone, and the next training its own `History`.
+    out = capsys.readouterr().out
+    assert "val_last:" in out
+    assert "_low" not in out
+    assert "_high" not in out
+    assert "on_epoch_end" not in vars(history)
+
+
+def test_the_bar_of_mining_stats_leaves_the_ends_out_as_well(many, capsys):
+    x, y = many
+    model = tiny_model(unit_length=True, loss=TripletLoss())
+    callbacks = [
+        RetrievalEvaluation(x, y, interval=0.95),
+        MiningStats(show=["easy"]),
+        VerificationEvaluation(x, y, interval=0.95),
+    ]
+    history = model.fit(x, y, verbose=2, epochs=2, callbacks=callbacks)
+    out = capsys.readouterr().out
+    keys = [
+        part.split(":")[0] for part in out.strip().splitlines()[-1].split(" - ")[3:]
+    ]
+    figures = ["recall@1", "map@r", "auc", "eer", "tar@0.01"]
+    assert keys == ["easy", "loss", *(f"val_{figure}" for figure in figures)]
+    for key in with_ends(*figures):
+        assert len(history.history[f"val_{key}"]) == 2
+    assert "hard" in history.history
+
+
+@both
+def test_few_classes_are_told_once_in_a_training(data, kind):
+    callback = kind(*data, interval=0.95)
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            logs = measure_once([callback], epochs=3)
+        told = [w for w in caught if "4 classes" in str(w.message)]
+        assert [w.filename for w in told] == [__file__]
+        assert sum(key.endswith("_low") for key in logs) >= 2
+
+
+@both
+def test_a_diverged_model_has_intervals_of_nan(many, kind):
+    model = still_model()
+    model.set_weights([np.full((5, 5), np.nan)])
+    with pytest.warns(UserWarning, match="100 of 100 embeddings"):
+        logs = model.fit(
+            np.ones((2, 5)), np.ones((2, 5)), verbose=0,
+            callbacks=[kind(*many, interval=0.95)],
+        ).history  # fmt: skip
+    key = kind_key(kind)
+    assert np.isnan([logs[f"val_{word}"] for word in with_ends(key)]).all()
+
+
+def test_intervals_of_queries_and_gallery_of_a_list_of_pairs_and_of_a_dataset(many):
+    x, y = many
+    near = {"gallery": x[50:], "gallery_labels": y[50:], "interval": 0.95}
+    queries = RetrievalEvaluation(x[:50], y[:50], **near)
+    pairs = np.random.default_rng(1).integers(0, 100, size=(900, 2))
+    pairs = np.concatenate([pairs, [[row, row + 25] for row in range(75)]])
+    listed = VerificationEvaluation(x, y, pairs=pairs, interval=0.95)
+    rows = tf.data.Dataset.from_tensor_slices((x, y)).batch(30)
+    read = RetrievalEvaluation(rows, interval=0.95, prefix="read_")
+    measure_once([queries, listed, read])
+    for callback, expected in (
+        (queries, retrieval_metrics(x[:50], y[:50], metrics=WORDS, **near)),
+        (listed, verification_metrics(x, y, pairs=pairs, interval=0.95)),
+        (read, retrieval_metrics(x, y, metrics=WORDS, interval=0.95)),
+    ):
+        found = callback.results[0]
+        assert sum(key.endswith("_low") for key in found) >= 2
+        assert found == pytest.approx({key: expected[key] for key in found})
+
+
+def test_bad_intervals(data):
+    x, y = data
+    one, flags = np.array([0, 0, *range(1, 23)]), [True, False]
+    pairs = [[0, 4], [0, 1]]
+    for make, error, expected in (
+        (lambda: RetrievalEvaluation(x, y, interval=95), ValueError, "interval.*< 1"),
+        (lambda: VerificationEvaluation(x, y, interval=True), TypeError, "interval"),
+        (lambda: TrainingReport("x.html", x, y, interval=0.0), ValueError, "interval"),
+        (lambda: RetrievalEvaluation(x, one, interval=0.9), ValueError,
+         "interval.*two classes.*0.9 with 1"),
+        (lambda: VerificationEvaluation(x, one, interval=0.9), ValueError,
+         "interval.*two classes"),
+        (lambda: VerificationEvaluation(x, y, pairs=pairs, interval=0.9), ValueError,
+         "interval.*two classes"),
+        (lambda: VerificationEvaluation(x, pairs=pairs, is_same=flags, interval=0.9),
+         ValueError, "interval.*is_same.*labels as y"),
+        (lambda: RetrievalEvaluation(x, y, interval=0.9, names={"map@r": "recall@1_low"}),
+         ValueError, "names.*of its own.*'recall@1_low'"),
+        (lambda: RetrievalEvaluation(x, y, interval=0.9, names={"recall@1_low": "a"}),
+         ValueError, "names"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=expected):
+            make()

@@ -18,6 +18,7 @@ from kerastrip.callbacks._copies import without_model
 from kerastrip.callbacks._evaluation import EpochEvaluation, HeldOut, check_positives
 from kerastrip.callbacks.collapse import CollapseGuard
 from kerastrip.callbacks.report import page, sections
+from kerastrip.evaluation.intervals import check_interval
 from kerastrip.evaluation.verification import check_codes
 from kerastrip.plotting.thumbnails import thumbnails_of
 
@@ -48,7 +49,8 @@ class TrainingReport(keras.callbacks.Callback):
       all pairs;
     - what an audit of the labels found (`kerastrip.evaluation.audit`), if it found any:
       samples that look mislabelled, classes that look like one or like two;
-    - every value of the logs as a small curve.
+    - every value of the logs as a small curve. The ends of an interval, `..._low` and
+      `..._high`, are the band around the curve of their figure.
 
     The file is replaced in one step, so that it is complete whenever it is opened and
     after an interrupted training. If the file cannot be written there is a warning, and
@@ -76,6 +78,9 @@ class TrainingReport(keras.callbacks.Callback):
         queries: number of samples whose neighbours to show, spread over the classes.
             Default 6.
         k: number of neighbours of each sample. Default 5.
+        interval: level of the intervals of the retrieval and verification metrics over
+            classes, which the page shows as bands; with few classes it says that they are
+            rough. Default 0.95. None for figures alone, which take less time.
         distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`. Default None:
             the `distance` of the compiled loss, `"euclidean"` if it has none.
         output: name or position of the embedding among the outputs of the model.
@@ -113,6 +118,7 @@ class TrainingReport(keras.callbacks.Callback):
         pairs: int = 6,
         queries: int = 6,
         k: int = 5,
+        interval: float | None = 0.95,
         distance: str | None = None,
         output: int | str | None = None,
         batch_size: int = 128,
@@ -128,6 +134,7 @@ class TrainingReport(keras.callbacks.Callback):
         self._title = str(title)
         counts = {"pairs": pairs, "queries": queries, "k": k}
         self._counts = {n: _checks.integer(n, value, 1) for n, value in counts.items()}
+        self._interval = check_interval(interval)
         self._output = output
         self._images = self._groups = None
         self._evaluation: EpochEvaluation | None = None
@@ -208,6 +215,7 @@ class TrainingReport(keras.callbacks.Callback):
             groups=self._groups,
             distance=distance,
             margin=margin if isinstance(margin, float) and margin > 0 else None,
+            interval=self._interval,
             images=self._images,
             verbose=verbose,
             **self._counts,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -86,6 +86,8 @@ svg.spark { width: 110px; height: 24px; display: block; margin-left: auto; }
 .spark path { fill: none; stroke: var(--soft); stroke-width: 1.5;
   vector-effect: non-scaling-stroke; }
 .spark .held { stroke: var(--held); stroke-dasharray: 4 2; }
+.spark .band { stroke: none; fill: var(--soft); fill-opacity: .25; }
+.spark .band.held { fill: var(--held); }
 @media (max-width: 480px) {
   main { padding: 16px 10px 32px; } section { padding: 14px 12px; }
   .tiles { grid-template-columns: repeat(3, 1fr); gap: 6px; }
@@ -183,27 +185,72 @@ def digits(value: float) -> str:
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
-def spark(name: str, train: Sequence[float], held: Sequence[float] = ()) -> str:
-    """A cell of a table: two curves over the epochs, on one scale (NaN: a gap)."""
+def spark(
+    name: str,
+    train: Sequence[float],
+    held: Sequence[float] = (),
+    *,
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+) -> str:
+    """A cell of a table: two curves over the epochs, on one scale (NaN: a gap).
+
+    Args:
+        name: of the figure.
+        train: a value for each epoch, drawn in grey.
+        held: a value for each epoch, drawn in blue and dashed.
+        bands: "train" or "held" -> the lower and upper ends around this curve, drawn as
+            a shade behind it.
+    """
+    curves, bands = {"train": train, "held": held}, bands or {}
     finite = [value for value in (*train, *held) if math.isfinite(value)]
     if not finite:
         return ""
-    low, high = min(finite), max(finite)
-    paths = []
-    for kind, values in (("train", train), ("held", held)):
+    ends = [value for pair in bands.values() for end in pair for value in end]
+    spread = [*finite, *(value for value in ends if math.isfinite(value))]
+    low, high = min(spread), max(spread)
+
+    def points(values: Sequence[float]) -> np.ndarray:
         # A single value is drawn from edge to edge.
         line = np.repeat(values, 2 if len(values) == 1 else 1)
         # From 22 (the lowest value) up to 2; equal values lie in the middle.
         y = 22 - 20 * ((line - low) / (high - low) if high > low else 0 * line + 0.5)
-        finite_line = np.isfinite(line)
-        # M moves the pen without drawing: at the beginning and behind a gap.
-        pens = np.where(np.r_[False, finite_line][:-1], "L", "M")
-        steps = zip(pens, np.linspace(0, 100, len(line)), y, strict=True)
-        path = [f"{pen}{x:.1f} {y:.1f}" for pen, x, y in steps if math.isfinite(y)]
+        return np.stack([np.linspace(0, 100, len(line)), y], axis=1)
+
+    paths = [
+        f'<path class="band {kind}" d="{_band(*map(points, pair))}"/>'
+        for kind, pair in bands.items()
+    ]
+    for kind, values in curves.items():
+        path = _line(points(values))
         if path:
-            paths.append(f'<path class="{kind}" d="{"".join(path)}"/>')
-    label = f"{name}: between {digits(low)} and {digits(high)}"
+            paths.append(f'<path class="{kind}" d="{path}"/>')
+    label = f"{name}: between {digits(min(finite))} and {digits(max(finite))}"
     return (
         '<svg class="spark" viewBox="0 0 100 24" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(label)}">{"".join(paths)}</svg>'
     )
+
+
+def _line(points: np.ndarray) -> str:
+    """The path through (n, 2) points; where y is NaN there is a gap."""
+    known = np.isfinite(points[:, 1])
+    # M moves the pen without drawing: at the beginning and behind a gap.
+    pens = np.where(np.r_[False, known][:-1], "L", "M")
+    steps = zip(pens, points, strict=True)
+    return "".join(f"{pen}{x:.1f} {y:.1f}" for pen, (x, y) in steps if math.isfinite(y))
+
+
+def _band(low: np.ndarray, high: np.ndarray) -> str:
+    """The path around the area between two lines of (n, 2) points.
+
+    Each run without a gap is walked along its lower end and back along its upper end:
+
+        high   <---<---<         <---<
+               |       |    NaN  |   |
+        low    >--->--->         >--->
+    """
+    known = np.isfinite(low[:, 1]) & np.isfinite(high[:, 1])
+    cuts = np.flatnonzero(np.diff(known)) + 1
+    runs = [run for run in np.split(np.arange(len(low)), cuts) if known[run].all()]
+    around = [np.concatenate([low[run], high[run[::-1]]]) for run in runs]
+    return "".join(f"{_line(one)}Z" for one in around if len(one))

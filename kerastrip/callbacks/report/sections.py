@@ -12,11 +12,14 @@ import keras
 import numpy as np
 
 from kerastrip import plotting
+from kerastrip._labels import LabelTable
+from kerastrip.callbacks._evaluation import without_word_of_few_classes
 from kerastrip.callbacks.collapse import Alarm
 from kerastrip.callbacks.report import page
 from kerastrip.evaluation.auditing import audit
+from kerastrip.evaluation.intervals import with_intervals
 from kerastrip.evaluation.retrieval import retrieval_metrics
-from kerastrip.evaluation.verification import verification_curve
+from kerastrip.evaluation.verification import class_scores, verification_curve
 from kerastrip.plotting.thumbnails import Thumbnails
 
 __all__ = [
@@ -42,6 +45,9 @@ _SETTINGS = ("margin", "mining", "distance", "gamma")
 _CLEAR, _JUDGES = 0.3, 0.5
 _TILES = ("loss", "val_loss", "easy", "hard")
 _HELD_OUT_TILES = ("recall@1", "map@r", "map", "eer")
+
+# With so many effective classes the ends of intervals are no longer rough.
+_ENOUGH = 20
 
 # key -> a value for each epoch, NaN for an epoch whose logs lack the key.
 _History = Mapping[str, Sequence[float]]
@@ -72,6 +78,7 @@ def look(
     groups: Any,
     distance: str,
     margin: float | None,
+    interval: float | None,
     images: Thumbnails | None,
     verbose: bool,
     pairs: int,
@@ -79,16 +86,26 @@ def look(
     k: int,
 ) -> Look:
     """Measures and draws the embeddings of held-out data."""
-    figures = retrieval_metrics(
-        embeddings,
-        labels,
-        groups=groups,
-        metrics=_RETRIEVAL if groups is None else (*_RETRIEVAL, *_OF_GROUPS),
-        distance=distance,
-        verbose=verbose,
-    )
-    curve = verification_curve(embeddings, labels, distance=distance, verbose=verbose)
-    figures |= {"auc": curve.auc, "eer": curve.eer}
+    classes = _effective_classes(labels, groups)
+    if classes < 2:  # nobody knows how much classes differ
+        interval = None
+    how: dict[str, Any] = {"distance": distance, "verbose": verbose}
+    curve = verification_curve(embeddings, labels, **how)
+    pairs_of = {"auc": curve.auc, "eer": curve.eer}
+    with without_word_of_few_classes():  # the page has it
+        figures = retrieval_metrics(
+            embeddings,
+            labels,
+            groups=groups,
+            metrics=_RETRIEVAL if groups is None else (*_RETRIEVAL, *_OF_GROUPS),
+            interval=interval,
+            **how,
+        )
+        if interval is not None:
+            scores = class_scores(embeddings, labels, metrics=[*pairs_of], **how)
+            pairs_of = with_intervals(pairs_of, scores, interval)
+            figures |= {"interval": interval, "classes": classes}
+    figures |= pairs_of
     charts = [
         _chart(
             plotting.plot_distances(curve, margin=margin, distance=distance),
@@ -124,6 +141,19 @@ def _audit(
         "own. Mixing is 0 for classes apart, and 1 for random parts of one class."
     )
     return page.section("Labels to look at", hint, page.charts([chart]))
+
+
+def _effective_classes(labels: Any, groups: Any) -> float:
+    """The number of classes of equal size that would tell as much; 0 below two classes.
+
+    Rows count that have a positive: a row of their class and, where there are groups, of
+    another group.
+    """
+    codes = LabelTable(labels).codes
+    cells = np.arange(len(codes)) if groups is None else LabelTable(groups).codes
+    of_class = np.unique(np.stack([codes, cells]), axis=1)[0]
+    sizes = np.bincount(codes)[np.bincount(of_class) > 1]
+    return float(sizes.sum() ** 2 / (sizes**2).sum()) if len(sizes) > 1 else 0.0
 
 
 def _samples(
@@ -269,14 +299,20 @@ def held_out_section(latest: Look | None, results: Mapping[int, Any]) -> str:
         values = {epoch: measured[epoch][name] for epoch in epochs}
         choose = min if name == "eer" else max
         best = choose(epochs, key=values.__getitem__)
+        figures = {
+            key: [measured[epoch].get(key, math.nan) for epoch in epochs]
+            for key in (name, *_ends_of(name))
+        }
         rows.append(
             (
                 name,
                 [
-                    page.spark(name, list(values.values())),
+                    page.spark(
+                        name, list(values.values()), bands=_bands(name, figures)
+                    ),
                     page.number(values[epochs[0]]),
                     page.number(values[best], f"({best + 1})"),
-                    page.number(values[epochs[-1]]),
+                    page.number(values[epochs[-1]], _between(name, figures)),
                 ],
             )
         )
@@ -295,7 +331,7 @@ def _how_measured(counts: Mapping[str, float]) -> str:
     words = (
         f"Every sample is looked up among all others{apart}, and {pairs} are compared by "
         "their distance; the epoch of the best value is in brackets."
-        f" {counts['queries']} queries"
+        f"{_interval_told(counts)} {counts['queries']} queries"
     )
     lone = {
         "without a positive": counts["lone_queries"],
@@ -303,6 +339,23 @@ def _how_measured(counts: Mapping[str, float]) -> str:
     }
     told = [f"{count} {why}" for why, count in lone.items() if count]
     return f"{words}, and {' and '.join(told)}, left out" if told else words
+
+
+def _interval_told(counts: Mapping[str, float]) -> str:
+    """What the shade and the notes of the latest values are; "" without intervals."""
+    if "interval" not in counts:
+        return ""
+    level, classes = counts["interval"], counts["classes"]
+    words = (
+        f" Shade and note of the latest value: the {100 * level:.4g} % interval, within "
+        "which the figure would move if the classes were others."
+    )
+    if classes >= _ENOUGH:
+        return words
+    return (
+        f"{words} It is rough: the classes are worth {classes:.1f} classes of equal size, "
+        f"and how much classes differ is hardly known from fewer than {_ENOUGH}."
+    )
 
 
 def _has_groups(figures: Mapping[str, float]) -> bool:
@@ -344,25 +397,56 @@ def alarms_section(alarms: Sequence[Alarm] | None) -> str:
 def logs_section(history: _History) -> str:
     """Every key of the logs: curve, first and latest value, latest of the validation."""
     rows = []
-    names = dict.fromkeys(key.removeprefix("val_") for key in history)
+    ends = {end for key in history if _has_ends(key, history) for end in _ends_of(key)}
+    names = dict.fromkeys(
+        key.removeprefix("val_") for key in history if key not in ends
+    )
     # The loss comes first, the others stay in the order of the logs.
     for name in sorted(names, key="loss".__ne__):
         train, held = history.get(name, ()), history.get(f"val_{name}", ())
+        bands = {**_bands(name, history), **_bands(f"val_{name}", history, "held")}
         rows.append(
             (
                 name,
                 [
-                    page.spark(name, train, held),
-                    *(page.number(one) for one in _ends(train)),
-                    page.number(_ends(held)[1]),
+                    page.spark(name, train, held, bands=bands),
+                    page.number(_ends(train)[0]),
+                    page.number(_ends(train)[1], _between(name, history)),
+                    page.number(_ends(held)[1], _between(f"val_{name}", history)),
                 ],
             )
         )
     return page.section(
         "All figures of the logs",
-        "Curves and latest values of training (grey) and validation (blue, dashed).",
+        "Curves and latest values of training (grey) and validation (blue, dashed)"
+        f"{', with their intervals (shade, note)' if ends else ''}.",
         page.table(["figure", "curve", "first", "latest", "validation"], rows),
     )
+
+
+def _ends_of(key: str) -> tuple[str, str]:
+    """The keys of the ends of the interval of a figure."""
+    return f"{key}_low", f"{key}_high"
+
+
+def _has_ends(key: str, history: _History) -> bool:
+    """Whether the history has a figure and both ends of its interval."""
+    return {key, *_ends_of(key)} <= set(history)
+
+
+def _bands(
+    key: str, history: _History, kind: str = "train"
+) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
+    """Kind of the curve -> the lower and upper ends of its intervals; {} without them."""
+    low, high = _ends_of(key)
+    return {kind: (history[low], history[high])} if _has_ends(key, history) else {}
+
+
+def _between(key: str, history: _History) -> str:
+    """The interval of the latest value as a note; "" if it is not known."""
+    ends = [_ends(history[end])[1] for end in _ends_of(key) if _has_ends(key, history)]
+    known = [page.digits(end) for end in ends if end is not None]
+    return f"({' – '.join(known)})" if len(known) == 2 else ""
 
 
 def _ends(values: Sequence[float]) -> tuple[float | None, float | None]:
