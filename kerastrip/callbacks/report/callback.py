@@ -34,7 +34,7 @@ class TrainingReport(keras.callbacks.Callback):
     screen and a phone. It shows:
 
     - the settings of the training, and the best epoch so far: by `map@r` of the
-      held-out data, or by the loss if there are none;
+      held-out data (with `groups` by `map`), or by the loss if there are none;
     - the fractions of easy, semi-hard and hard triplets stacked over the epochs, with
       the loss (with `MiningStats`, for training and validation);
     - the alarms of a `CollapseGuard`, and an alarm if moving averages of

@@ -207,20 +207,21 @@ def best_epoch(
 ) -> tuple[int, str] | None:
     """The epoch of the highest `map@r`, or else of the least loss; and a sentence on it.
 
-    None if there are fewer than two epochs to compare.
+    With groups `map` takes the place of `map@r`: it is what is asked across groups. None if there are fewer than two epochs to compare.
     """
     kinds: dict[str, dict[int, float]] = {
         name: dict(zip(epochs, history[name], strict=True))
         for name in ("val_loss", "loss")
         if name in history
     }
-    held_out = {epoch: one.get("map@r", math.nan) for epoch, one in results.items()}
+    word = "map" if any("map" in one for one in results.values()) else "map@r"
+    held_out = {epoch: one.get(word, math.nan) for epoch, one in results.items()}
     # The first of these metrics that two epochs have decides.
-    for name, values in {"map@r": held_out, **kinds}.items():
+    for name, values in {word: held_out, **kinds}.items():
         finite = {epoch: one for epoch, one in values.items() if math.isfinite(one)}
         if len(values) < 2 or not finite:
             continue
-        choose = max if name == "map@r" else min
+        choose = max if name == word else min
         best, last = choose(finite, key=finite.__getitem__), max(values)
         value, end = page.digits(finite[best]), page.digits(values[last])
         if values[last] == finite[best]:
