@@ -42,7 +42,7 @@ from kerastrip.evaluation.search import shared_rows, unusable_rows
 from kerastrip.sources import ArraySource, Subset
 
 # The ends of an interval, behind the word of a figure and "_".
-_ENDS = ("low", "high")
+ENDS = ("low", "high")
 
 
 class HeldOut:
@@ -280,7 +280,7 @@ class EpochEvaluation:
         self._callback = callback
         self._data = data
         self._keys = _log_keys(keys, with_ends, prefix, names)
-        ends = [f"{word}_{end}" for word in with_ends for end in _ENDS]
+        ends = [f"{word}_{end}" for word in with_ends for end in ENDS]
         self._only_in_logs = {self._keys[end] for end in ends}
         self._told_of_few = False
         self._measure = measure
@@ -472,7 +472,7 @@ def _log_keys(
     keys: dict[str, str] = {}
     for word in metrics:
         name = names.get(word, word)
-        ends = [f"_{end}" for end in _ENDS] if word in with_ends else []
+        ends = [f"_{end}" for end in ENDS] if word in with_ends else []
         for end in ("", *ends):
             key = f"{prefix}{name}{end}"
             if key in keys.values() and f"{word}{end}" not in keys:

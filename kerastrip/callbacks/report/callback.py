@@ -80,7 +80,7 @@ class TrainingReport(keras.callbacks.Callback):
         k: number of neighbours of each sample. Default 5.
         interval: level of the intervals of the retrieval and verification metrics over
             classes, which the page shows as bands; with few classes it says that they are
-            rough. Default 0.95. None for figures alone, which take less time.
+            rough. Default 0.95. None for figures alone.
         distance: `"euclidean"`, `"squared_euclidean"` or `"cosine"`. Default None:
             the `distance` of the compiled loss, `"euclidean"` if it has none.
         output: name or position of the embedding among the outputs of the model.

@@ -13,7 +13,7 @@ import numpy as np
 
 from kerastrip import plotting
 from kerastrip._labels import LabelTable
-from kerastrip.callbacks._evaluation import without_word_of_few_classes
+from kerastrip.callbacks._evaluation import ENDS, without_word_of_few_classes
 from kerastrip.callbacks.collapse import Alarm
 from kerastrip.callbacks.report import page
 from kerastrip.evaluation.auditing import audit
@@ -425,9 +425,9 @@ def logs_section(history: _History) -> str:
     )
 
 
-def _ends_of(key: str) -> tuple[str, str]:
+def _ends_of(key: str) -> list[str]:
     """The keys of the ends of the interval of a figure."""
-    return f"{key}_low", f"{key}_high"
+    return [f"{key}_{end}" for end in ENDS]
 
 
 def _has_ends(key: str, history: _History) -> bool:
