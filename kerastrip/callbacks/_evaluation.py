@@ -419,8 +419,7 @@ class EpochEvaluation:
         quiet = (
             without_word_of_few_classes if self._told_of_few else contextlib.nullcontext
         )
-        # The sums behind an interval look up all floats, infinity and NaN among them.
-        with quiet(), np.errstate(over="ignore", invalid="ignore"):
+        with quiet():
             figures = self._measure(
                 *arguments,
                 distance=self._used_distance,

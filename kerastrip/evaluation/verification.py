@@ -494,7 +494,8 @@ def _sums_of_all(
     # The fraction of nearer same pairs, by the first 16 bits of a number: its exponent
     # and 7 bits of its mantissa, which are enough for a sum.
     cells = (np.arange(1 << 16, dtype=np.uint32) << 16 | 1 << 15).view(np.float32)
-    nearer = _areas(curve, space.distances(np.abs(cells)))[0].astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN among them
+        nearer = _areas(curve, space.distances(np.abs(cells)))[0].astype(np.float32)
     found = np.empty((len(rows), 2, 2 + len(limits)))
     for span, block in space.blocks():
         for low in range(0, len(block), _ROWS):

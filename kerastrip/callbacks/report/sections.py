@@ -19,7 +19,11 @@ from kerastrip.callbacks.report import page
 from kerastrip.evaluation.auditing import audit
 from kerastrip.evaluation.intervals import with_intervals
 from kerastrip.evaluation.retrieval import retrieval_metrics
-from kerastrip.evaluation.verification import class_scores, verification_curve
+from kerastrip.evaluation.verification import (
+    VerificationCurve,
+    class_scores,
+    verification_curve,
+)
 from kerastrip.plotting.thumbnails import Thumbnails
 
 __all__ = [
@@ -86,26 +90,9 @@ def look(
     k: int,
 ) -> Look:
     """Measures and draws the embeddings of held-out data."""
-    classes = _effective_classes(labels, groups)
-    if classes < 2:  # nobody knows how much classes differ
-        interval = None
     how: dict[str, Any] = {"distance": distance, "verbose": verbose}
     curve = verification_curve(embeddings, labels, **how)
-    pairs_of = {"auc": curve.auc, "eer": curve.eer}
-    with without_word_of_few_classes():  # the page has it
-        figures = retrieval_metrics(
-            embeddings,
-            labels,
-            groups=groups,
-            metrics=_RETRIEVAL if groups is None else (*_RETRIEVAL, *_OF_GROUPS),
-            interval=interval,
-            **how,
-        )
-        if interval is not None:
-            scores = class_scores(embeddings, labels, metrics=[*pairs_of], **how)
-            pairs_of = with_intervals(pairs_of, scores, interval)
-            figures |= {"interval": interval, "classes": classes}
-    figures |= pairs_of
+    figures = _figures(embeddings, labels, groups, curve, interval, how)
     charts = [
         _chart(
             plotting.plot_distances(curve, margin=margin, distance=distance),
@@ -120,6 +107,41 @@ def look(
     judges = figures["recall@1"] >= _JUDGES
     wrong = _audit(embeddings, labels, images, distance) if judges else ""
     return Look(figures, page.charts(charts), samples, worst, wrong)
+
+
+def _figures(
+    embeddings: np.ndarray,
+    labels: Any,
+    groups: Any,
+    curve: VerificationCurve,
+    interval: float | None,
+    how: dict[str, Any],
+) -> dict[str, float]:
+    """The values of all metrics, with their intervals if there are two classes.
+
+    Args:
+        embeddings, labels, groups, interval: as for `look`.
+        curve: the verification curve of the embeddings.
+        how: the keywords `distance` and `verbose` of the metrics.
+    """
+    classes = _effective_classes(labels, groups)
+    if classes < 2:  # nobody knows how much classes differ
+        interval = None
+    of_pairs = {"auc": curve.auc, "eer": curve.eer}
+    with without_word_of_few_classes():  # the page has it
+        figures = retrieval_metrics(
+            embeddings,
+            labels,
+            groups=groups,
+            metrics=_RETRIEVAL if groups is None else (*_RETRIEVAL, *_OF_GROUPS),
+            interval=interval,
+            **how,
+        )
+        if interval is not None:
+            scores = class_scores(embeddings, labels, metrics=[*of_pairs], **how)
+            of_pairs = with_intervals(of_pairs, scores, interval)
+            figures |= {"interval": interval, "classes": classes}
+    return figures | of_pairs
 
 
 def _audit(
