@@ -51,6 +51,11 @@ class LabelTable:
             )
         self.codes = self._codes(values, name)
 
+    @property
+    def kind(self) -> str:
+        """What the labels are: "integers", "strings" or "bytes"."""
+        return _family(self.classes)
+
     def encode(self, labels: Any, name: str = "labels") -> np.ndarray:
         """The int32 codes of `labels`; ValueError names an unknown label."""
         return self._codes(_label_values(labels, name)[0], name)
@@ -292,10 +297,10 @@ def _no_label(name: str, value: Any, position: int) -> str:
 
 
 def _family(values: np.ndarray) -> str:
-    """ "integer", "string" or "bytes": labels of one family can be compared."""
+    """ "integers", "strings" or "bytes": labels of one family can be compared."""
     if values.dtype.kind != "O":
-        return {"U": "string", "S": "bytes"}.get(values.dtype.kind, "integer")
-    return "bytes" if isinstance(values[0], bytes) else "integer"
+        return {"U": "strings", "S": "bytes"}.get(values.dtype.kind, "integers")
+    return "bytes" if isinstance(values[0], bytes) else "integers"
 
 
 def _is_dense(values: np.ndarray, samples: int) -> bool:

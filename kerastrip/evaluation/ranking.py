@@ -21,7 +21,8 @@ def hit_ranks(numbers: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.nd
 
     Args:
         numbers: (rows, columns) floats of at least 0, smaller is nearer. Equal numbers
-            stand in the order of their columns.
+            stand in the order of their columns. Numbers below 0 are not looked for, and
+            give wrong ranks.
         row, column: (hits,) the places of the hits, of finite numbers; ordered by row,
             and at least one in every row.
 
@@ -62,6 +63,9 @@ def _hit_ranks(numbers: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.n
     # Cell 0 is for numbers before the first hit, the last cell for those after the last.
     # More cells cost more to count, fewer leave more numbers to sort.
     count = min(int(3 * math.sqrt(len(row) / rows * columns)), 1 << 22)
+    # Where all hits are equally near, the range is 0. Divided by 1e-30 instead, they all
+    # fall into cell 1, and what is farther away goes into the last cell, if need be by
+    # way of infinity.
     scaled = numbers - low
     with np.errstate(over="ignore"):
         scaled *= (count - 1) / np.maximum(range_, 1e-30)
@@ -99,7 +103,8 @@ def _order(values: np.ndarray, row: np.ndarray) -> np.ndarray:
     """The stable order of values by row, then by size; `row` ascends."""
     if values.dtype != np.float32:
         return np.lexsort((values, row))
-    # Much faster: row, value and place in one integer. Adding 0 makes -0 positive.
+    # Much faster: row, value and place in one integer. The bits of floats ascend with the
+    # floats from 0 on, not below. Adding 0 makes -0 positive.
     bits = (values + np.float32(0)).view(np.int32)
     width = len(values).bit_length()
     keys = (((row << 31) | bits) << width) | np.arange(len(values))

@@ -61,7 +61,8 @@ def rerank(
     function does as the program of its authors: neighbours are sought among gallery and
     queries together, so that the answer to a query depends on the other queries (ask
     one by one where this must not be); N(p, k) is p itself and its k nearest others, but
-    for the mean, for which N(p, k2) has k2 rows with p; d is the squared euclidean
+    for the mean, for which N(p, k2) has k2 rows with p (where more than k others equal
+    p, N(p, k) is k + 1 of the equal rows, not always with p); d is the squared euclidean
     distance (for `"cosine"` the cosine distance), divided by the largest distance of p
     to any row; and V(p) has the sum 1.
 
@@ -72,7 +73,8 @@ def rerank(
         queries: (n, dim) embeddings.
         gallery: (m, dim) embeddings. None: the queries themselves, and every query is
             looked up without itself. Queries that lie in the memory of the gallery are
-            not counted twice among the rows.
+            not counted twice among the rows. A copy of a query is another row: in
+            `rerank(e, e.copy(), k)` every query finds its copy, and no warning says so.
         k: number of neighbours per query, 1 ... m; without gallery 1 ... n - 1.
         k1: neighbours of a row that are asked whether they know it. Default 20. With
             fewer rows all are asked.
@@ -140,11 +142,17 @@ def settings(rerank: Any) -> dict[str, Any] | None:
         All three keywords; None for False.
     """
     chosen: dict[str, Any] = {"k1": 20, "k2": 6, "original_weight": 0.3}
+    expected = f"True, False or a dict of {', '.join(chosen)}"
     if isinstance(rerank, Mapping):
         for name in rerank:
+            if str(name).startswith("lambda"):
+                advice = "The lambda of the paper is 'original_weight'."
+                raise _checks.value_error("rerank", expected, name, advice)
             _checks.one_of("rerank", name, tuple(chosen))
         return chosen | dict(rerank)
-    return chosen if _checks.boolean("rerank", rerank) else None
+    if not isinstance(rerank, bool):
+        raise _checks.type_error("rerank", expected, rerank)
+    return chosen if rerank else None
 
 
 class Encodings(NamedTuple):
@@ -302,8 +310,11 @@ class Reranking(NamedTuple):
         least = np.minimum(self.encodings.value[place][j], self.columns.value[other])
         cell = i[j] * size + self.columns.column[other]
         shared = np.bincount(cell, least, minlength=len(rows) * size)
-        # Both vectors have the sum 1, so sum max = 2 - sum min.
-        return (1 - shared / (2 - shared)).reshape(len(rows), size)
+        # Both vectors have the sum 1, so sum max = 2 - sum min. Rounding takes the share of
+        # two equal vectors to 1 +- 3e-16. In float32 it is 1 again: their distance is not
+        # below 0, which `hit_ranks` relies on, and all equal vectors are equally near.
+        share = np.float32(shared / (2 - shared))
+        return np.maximum(1 - share, 0).reshape(len(rows), size)
 
 
 def _encoded(

@@ -476,10 +476,20 @@ class _Lookup(NamedTuple):
         left_out = np.diff(_places(row_kinds[order], kinds))[:, 0]
         # The query itself may be in another group, if there are two of its embedding.
         left_out -= itself & (row_kinds[own] == kinds)
-        parts = queries, rows, codes, row_codes, kinds, row_kinds, own, order
         positives = same_label - left_out
-        _check_positives(positives, gallery is not None, groups is not None)
-        return cls(*parts, same_label, positives)
+        _check_positives(positives, same_label, gallery is not None, groups is not None)
+        return cls(
+            queries=queries,
+            rows=rows,
+            codes=codes,
+            row_codes=row_codes,
+            kinds=kinds,
+            row_kinds=row_kinds,
+            own=own,
+            order=order,
+            same_label=same_label,
+            positives=positives,
+        )
 
     def hits(self, who: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The positives of the queries `who`: places in `who`, ascending, and rows."""
@@ -758,8 +768,14 @@ def check_metrics(metrics: Any) -> tuple[str, ...]:
     if not metrics:
         raise _checks.value_error("metrics", "at least one metric word", metrics)
     for metric in metrics:
-        if not (isinstance(metric, str) and _has_k(metric)):
-            _checks.one_of("metrics", metric, _WORDS)
+        if isinstance(metric, str) and _has_k(metric):
+            continue
+        # As others write it: mAP, mINP, Recall@1, rank-1, R@1.
+        word = re.sub("^(rank[-_@ ]?|r@)", "cmc@", str(metric).lower())
+        if word != metric and (word in _WORDS or _has_k(word)):
+            expected, advice = "a metric word", f"Did you mean {word!r}?"
+            raise _checks.value_error("metrics", expected, metric, advice)
+        _checks.one_of("metrics", metric, _WORDS)
     return metrics
 
 
@@ -789,13 +805,15 @@ def common_codes(
         others: `gallery_labels`, or the argument `name` with "gallery_" before it.
         name: what errors call the two arguments.
     """
-    # In one array integers would become strings without a word.
-    kinds = [table.classes.dtype.kind in "iu" for table in (own, others)]
-    if kinds[0] != kinds[1]:
-        raise _checks.type_error(
-            f"gallery_{name}", f"{name} of the same kind as `{name}`", others.classes
-        )
-    both = LabelTable(np.concatenate([own.classes, others.classes]))
+    if own.kind != others.kind:
+        expected = f"{own.kind}, as `{name}` holds"
+        example = f"{others.kind}, such as {others.classes.tolist()[0]!r}"
+        raise _checks.type_error(f"gallery_{name}", expected, _checks.Told(example))
+    tables = [own.classes, others.classes]
+    if own.classes.dtype != others.classes.dtype:
+        # NumPy would join int64 and uint64 as floats; Python integers are exact.
+        tables = [classes.astype(object) for classes in tables]
+    both = LabelTable(np.concatenate(tables), name=f"gallery_{name}")
     return both.encode(own.classes)[own.codes], both.encode(others.classes)[
         others.codes
     ]
@@ -824,15 +842,23 @@ def check_groups(gallery: Any, groups: Any, gallery_groups: Any) -> None:
         )
 
 
-def _check_positives(positives: np.ndarray, gallery: bool, groups: bool) -> None:
-    """An error if no query has a positive."""
+def _check_positives(
+    positives: np.ndarray, same_label: np.ndarray, gallery: bool, groups: bool
+) -> None:
+    """An error if no query has a positive: for want of labels, or because of the groups."""
     if (positives > 0).any():
         return
-    name = "groups" if groups else "labels"
-    expected = "a label that occurs twice"
-    if groups:
-        expected = "a label that occurs in two groups"
-    elif gallery:
-        expected = "a label of the gallery"
-    told = _checks.Told(f"{len(positives)} queries without a positive")
-    raise _checks.value_error(name, expected, told)
+    if not groups or not same_label.any():
+        expected = "a label of the gallery" if gallery else "a label that occurs twice"
+        told = _checks.Told(
+            f"{len(positives)} queries without another row of their label"
+        )
+        raise _checks.value_error("labels", expected, told)
+    where = "another group of the gallery" if gallery else "two groups"
+    expected = f"a label that occurs in {where}"
+    counts = (same_label > 0).sum(), (same_label == 0).sum()
+    told = _checks.Told(
+        f"{counts[0]} queries whose label occurs in their own group alone, and "
+        f"{counts[1]} without another row of their label"
+    )
+    raise _checks.value_error("groups", expected, told)

@@ -34,6 +34,20 @@ def assert_same_ranking(distances, indices, expected):
     np.testing.assert_allclose(found, nearest, atol=2e-6)
 
 
+def of_ranking(indices, queries, gallery):
+    """map and minp of (n, m) ranked rows; labels and groups of queries and gallery."""
+    (y, groups), (other_y, other_groups) = queries, gallery
+    precisions, last = [], []
+    for i, order in enumerate(indices):
+        same = other_y[order] == y[i]
+        hits = same[~(same & (other_groups[order] == groups[i]))]
+        if hits.any():
+            ranks = np.flatnonzero(hits) + 1
+            precisions.append((np.arange(1, len(ranks) + 1) / ranks).mean())
+            last.append(len(ranks) / ranks[-1])
+    return np.mean(precisions), np.mean(last)
+
+
 class TestRerank:
     @pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
     @pytest.mark.parametrize(
@@ -86,8 +100,22 @@ class TestRerank:
 
     def test_all_rows_at_one_point(self):
         distances, indices = rerank(np.ones((5, 2)), np.ones((30, 2)), 4)
-        assert np.isfinite(distances).all()
-        assert indices.shape == (5, 4)
+        np.testing.assert_array_equal(distances, 0)
+        np.testing.assert_array_equal(indices, [range(4)] * 5)
+
+    @pytest.mark.parametrize("original_weight", [0.0, 0.3])
+    def test_equal_rows_are_never_nearer_than_0(self, rng, original_weight):
+        for _ in range(30):
+            x = rng.normal(size=(12, 8))[rng.integers(0, 12, 50)]
+            distances, _ = rerank(x, None, 49, original_weight=original_weight)
+            assert distances.min() >= 0
+            again, indices = rerank(x, x, 50, original_weight=original_weight)
+            assert again.min() >= 0
+            assert (np.diff(again, axis=1) >= 0).all()
+            if original_weight == 0:  # equal distances stand in the order of the rows
+                tied = np.diff(again, axis=1) == 0
+                assert (np.diff(indices, axis=1)[tied] > 0).all()
+                assert tied.any()
 
     def test_parts_do_not_change_the_result(self, rng, monkeypatch):
         x, _ = clustered(rng, 90, 9)
@@ -139,16 +167,33 @@ class TestMetricsOfTheReranked:
             metrics=self.WORDS,
             rerank={"k1": 8},
         )
-        precisions, last = [], []
-        for i, order in enumerate(indices):
-            same = y[g][order] == y[q][i]
-            hits = same[~(same & (groups[g][order] == groups[q][i]))]
-            if hits.any():
-                ranks = np.flatnonzero(hits) + 1
-                precisions.append((np.arange(1, len(ranks) + 1) / ranks).mean())
-                last.append(len(ranks) / ranks[-1])
-        assert got["map"] == pytest.approx(np.mean(precisions), abs=1e-9)
-        assert got["minp"] == pytest.approx(np.mean(last), abs=1e-9)
+        expected = of_ranking(indices, (y[q], groups[q]), (y[g], groups[g]))
+        assert (got["map"], got["minp"]) == pytest.approx(expected, abs=1e-9)
+
+    @pytest.mark.parametrize("original_weight", [0.0, 0.3])
+    @pytest.mark.parametrize("kind", ["distinct", "one pair", "bursts", "one point"])
+    def test_are_those_of_equal_rows(self, rng, kind, original_weight):
+        for _ in range(15):
+            n = int(rng.integers(20, 60))
+            x = rng.normal(size=(n, 8))
+            if kind == "one pair":
+                x[1] = x[0]
+            elif kind == "bursts":
+                x = x[rng.integers(0, n // 4, n)]
+            elif kind == "one point":
+                x[:] = x[0]
+            y, groups = rng.integers(0, 5, n), rng.integers(0, 3, n)
+            y[1], groups[:2] = y[0], [0, 1]
+            _, indices = rerank(x, None, n - 1, original_weight=original_weight)
+            got = retrieval_metrics(
+                x,
+                y,
+                groups=groups,
+                metrics=("map", "minp"),
+                rerank={"original_weight": original_weight},
+            )
+            expected = of_ranking(indices, (y, groups), (y, groups))
+            assert (got["map"], got["minp"]) == pytest.approx(expected, abs=1e-9)
 
     def test_rise_where_classes_are_clusters(self, rng):
         x, y = clustered(rng, 400, 40, dim=8)
@@ -169,7 +214,11 @@ class TestMetricsOfTheReranked:
         ("value", "error", "expected"),
         [
             ("yes", TypeError, "`rerank`"),
-            ({"lambda": 0.3}, ValueError, "`rerank`.*'original_weight'"),
+            (20, TypeError, "`rerank`.*a dict of k1, k2, original_weight.*20"),
+            ({"lambda_value": 0.3}, ValueError, "`rerank`.*paper is 'original_weight'"),
+            ({"lambda_": 0.3}, ValueError, "`rerank`.*paper is 'original_weight'"),
+            ({"k3": 3}, ValueError, "`rerank`.*one of 'k1'.*'k3'"),
+            ({"lambda": 0.3}, ValueError, "`rerank`.*paper is 'original_weight'"),
             ({"k1": -1}, ValueError, "`k1`"),
         ],
     )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 from sklearn.cluster import KMeans
 
+from kerastrip._labels import LabelTable
 from kerastrip.evaluation import retrieval, verification
 from kerastrip.evaluation.retrieval import METRICS, retrieval_metrics
 from kerastrip.evaluation.verification import (
@@ -130,6 +131,28 @@ class TestRetrieval:
         ):
             assert retrieval_metrics(x, labels) == expected
 
+    @pytest.mark.parametrize(
+        ("own", "others"),
+        [
+            ([10**30, 5, 7], [5, 10**30, 6]),  # both objects
+            ([10**30, 5, 7], [5, 6, 7]),
+            ([5, 6, 7], [7, 10**30, 5]),
+            (np.int64([-1, 5, 7]), np.uint64([5, 6, 2**63])),
+            (np.uint64([2**63, 2**63 + 1, 5]), np.int64([5, -1, 6])),
+            (np.uint32([5, 6, 7]), np.int8([-1, 7, 5])),
+            ([b"a\0", b"b", b"c"], np.array([b"b", b"d", b"cc"])),
+            (np.array(["a", "bb", "c"]), ["bb", "cccc", "d"]),
+        ],
+    )
+    def test_labels_of_a_gallery_meet_in_any_dtype(self, own, others):
+        for first, second in ((own, others), (others, own)):
+            codes, row_codes = retrieval.common_codes(
+                LabelTable(first), LabelTable(second)
+            )
+            expected = [[a == b for b in list(second)] for a in list(first)]
+            assert np.any(expected)
+            np.testing.assert_array_equal(codes[:, None] == row_codes, expected)
+
     def test_cosine_ignores_lengths(self, rng):
         x, y = rng.normal(size=(50, 3)), rng.integers(0, 5, 50)
         unit = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -173,6 +196,13 @@ class TestRetrieval:
             ({"metrics": ()}, "metrics"),
             ({"metrics": ("recall@0",)}, "recall@0"),
             ({"metrics": ("recal@1",)}, "Did you mean 'recall@1'"),
+            *(
+                ({"metrics": (word,)}, f"`metrics`.*'{word}'. Did you mean '{hint}'")
+                for word, hint in {
+                    **{"mAP": "map", "mINP": "minp", "Recall@1": "recall@1"},
+                    **dict.fromkeys(("rank-1", "Rank1", "rank@1", "R@1"), "cmc@1"),
+                }.items()
+            ),
             ({"metrics": ("map@5",)}, "map@r"),
             ({"metrics": (3,)}, "metrics"),
             ({"distance": "angular"}, "distance"),
@@ -237,7 +267,9 @@ class TestGroups:
         gallery = {"gallery": other, "gallery_labels": other_y}
         arguments = {"groups": g, "gallery_groups": other_g, "metrics": self.WORDS}
         if not found:
-            with pytest.raises(ValueError, match="two groups"):
+            known = np.isin(y, other_y).any()
+            expected = "another group of the gallery" if known else "`labels`"
+            with pytest.raises(ValueError, match=expected):
                 retrieval_metrics(x, y, **gallery, **arguments)
             return
         with mock.patch.object(retrieval, "_EXACT", exact):  # float32 or float64
@@ -360,13 +392,20 @@ class TestGroups:
             ({"groups": [0, 1, None, 1]}, ValueError, "`groups`.*None at position 2"),
             ({"groups": ["a", 1, "a", 1]}, TypeError, "`groups`.*one kind"),
             ({"groups": [0.5, 1.0, 1.0, 2.0]}, TypeError, "`groups`"),
-            ({"groups": [3, 3, 3, 3]}, ValueError, "`groups`.*two groups"),
+            ({"groups": [3, 3, 3, 3]}, ValueError, "`groups`.*two groups.*4 queries"),
+            (
+                {"groups": [3, 3, 3, 3], "labels": range(4)},
+                ValueError,
+                "`labels`.*occurs twice.*4 queries",
+            ),
             ({"gallery_groups": [0, 1]}, ValueError, "`gallery_groups`.*`gallery`"),
         ],
     )
     def test_bad_groups(self, change, error, expected):
         with pytest.raises(error, match=expected):
-            retrieval_metrics(np.eye(4), [0, 0, 1, 1], **change)
+            retrieval_metrics(
+                **{"embeddings": np.eye(4), "labels": [0, 0, 1, 1], **change}
+            )
 
     @pytest.mark.parametrize(
         ("change", "error", "expected"),
@@ -374,7 +413,26 @@ class TestGroups:
             ({"gallery_groups": None}, ValueError, "`gallery_groups`.*of `gallery`"),
             ({"groups": None}, ValueError, "`gallery_groups`.*`groups` with it"),
             ({"gallery_groups": [0]}, ValueError, "`gallery_groups`.*2 groups"),
-            ({"gallery_groups": ["0", "1"]}, TypeError, "`gallery_groups`.*`groups`"),
+            (
+                {"gallery_groups": ["1", "0"]},
+                TypeError,
+                "`gallery_groups`.*integers, as `groups` holds, received strings, .*'0'",
+            ),
+            (
+                {"groups": ["a", "b"] * 2, "gallery_groups": [b"b", b"a"]},
+                TypeError,
+                "`gallery_groups`.*strings, as `groups` holds, received bytes, .*b'a'",
+            ),
+            (
+                {"gallery_labels": [5, 6]},
+                ValueError,
+                "`labels`.*a label of the gallery, received 4 queries",
+            ),
+            (
+                {"gallery_labels": [0, 6], "groups": [0] * 4},
+                ValueError,
+                "`groups`.*another group of the gallery, received 2 queries.* and 2 ",
+            ),
             ({"gallery_groups": [0, None]}, ValueError, "`gallery_groups`.*None"),
         ],
     )
