@@ -9,10 +9,13 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import keras
 import numpy as np
 import pytest
+
+from kerastrip.sampling.plan import PKPlan
 
 TESTS = pathlib.Path(__file__).parent
 ROOT = TESTS.parent
@@ -173,3 +176,16 @@ def histogram(sizes, seed=0):
     """Labels 0, 1, ... with these numbers of samples, in mixed order."""
     labels = np.repeat(np.arange(len(sizes)), sizes)
     return np.random.default_rng(seed).permutation(labels)
+
+
+def planned(labels, p, k, **options):
+    """A plan, without its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PKPlan(labels, classes_per_batch=p, samples_per_class=k, **options)
+
+
+def epoch_of(plan, epoch):
+    """`(batches, P, K)` rows of an epoch, in order."""
+    rows = np.stack([plan.indices(epoch, step) for step in range(len(plan))])
+    return rows.reshape(len(plan), -1, plan.samples_per_class)

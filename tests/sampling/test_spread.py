@@ -1,12 +1,11 @@
 """`spread=` and `groups_per_batch=` keep their promises: any labels, words and groups."""
 
 import pickle
-import warnings
 from collections import Counter
 
 import numpy as np
 import pytest
-from harness import histogram
+from harness import epoch_of, histogram, planned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,19 +13,6 @@ from kerastrip.sampling.plan import PKPlan
 from kerastrip.sampling.sampler import PKSampler
 
 MODES = ("balanced", "coverage")
-
-
-def planned(labels, p, k, **options):
-    """A plan, without its warnings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PKPlan(labels, classes_per_batch=p, samples_per_class=k, **options)
-
-
-def epoch_of(plan, epoch):
-    """`(batches, P, K)` rows of an epoch, in order."""
-    rows = np.stack([plan.indices(epoch, step) for step in range(len(plan))])
-    return rows.reshape(len(plan), -1, plan.samples_per_class)
 
 
 @st.composite
