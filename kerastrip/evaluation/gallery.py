@@ -92,6 +92,8 @@ class Gallery:
     Example:
 
     >>> gallery = Gallery([[0.0, 0.0], [3.0, 4.0]], ["ann", "bob"], threshold=1.0)
+    >>> gallery
+    Gallery(2 rows of 2 numbers, threshold=1.0)
     >>> for name, distance, known in gallery.identify([[0.0, 0.5], [9.0, 9.0]]):
     ...     print(name if known else "unknown", round(distance, 1))
     ann 0.5
@@ -125,6 +127,10 @@ class Gallery:
 
     def __len__(self) -> int:
         return sum(map(len, self._rows))
+
+    def __repr__(self) -> str:
+        dim = self._rows[0].shape[1]
+        return f"Gallery({len(self)} rows of {dim} numbers, threshold={self.threshold})"
 
     @property
     def distance(self) -> str:

@@ -714,12 +714,17 @@ def _group_codes(
 
 def _word_codes(spread: Any, samples: int) -> np.ndarray:
     """(samples,) codes of the words of `spread`."""
-    codes = _labels.LabelTable(spread, name="spread").codes
-    if len(codes) != samples:
+    table = _labels.LabelTable(spread, name="spread")
+    if len(table.codes) != samples:
         expected = f"one word for each of {samples} samples"
-        received = _checks.Told(f"{len(codes)} words")
+        received = _checks.Told(f"{len(table.codes)} words")
         raise _checks.value_error("spread", expected, received)
-    return codes
+    if len(table.classes) == samples:
+        _checks.warn(
+            "Every sample has a word of its own in `spread`, so there is nothing to "
+            "spread. Give words that samples share: cameras, sessions, typefaces."
+        )
+    return table.codes
 
 
 def _paired(groups: np.ndarray, codes: np.ndarray) -> np.ndarray:

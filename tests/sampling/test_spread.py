@@ -314,6 +314,12 @@ def test_all_pairs_of_groups_meet():
 
 # ------------------------------------------------------------------------- bad input
 
+
+def test_words_that_no_samples_share_spread_nothing():
+    with pytest.warns(UserWarning, match="nothing to spread"):
+        PKPlan(LABELS, classes_per_batch=2, samples_per_class=2, spread=np.arange(24))
+
+
 LABELS = np.repeat(np.arange(6), 4)
 
 
