@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import reference
 
 from kerastrip.evaluation import audit, auditing
 from kerastrip.evaluation.auditing import LikeOne
-from tests import reference
 
 
 def clusters(rng, sizes, apart=20.0, dim=4):

@@ -4,12 +4,12 @@ import sys
 
 import numpy as np
 import pytest
+import reference
 
 import kerastrip
 from kerastrip.evaluation.reranking import rerank
 from kerastrip.evaluation.retrieval import retrieval_metrics
 from kerastrip.evaluation.search import search
-from tests import reference
 
 
 def clustered(rng, n, classes, dim=6):

@@ -4,6 +4,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
@@ -18,7 +19,6 @@ from kerastrip.evaluation.verification import (
     verification_folds,
     verification_metrics,
 )
-from tests import reference
 
 
 def loops(x, y, gallery=None, gallery_labels=None):
