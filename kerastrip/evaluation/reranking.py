@@ -311,8 +311,8 @@ class Reranking(NamedTuple):
         cell = i[j] * size + self.columns.column[other]
         shared = np.bincount(cell, least, minlength=len(rows) * size)
         # Both vectors have the sum 1, so sum max = 2 - sum min. Rounding takes the share of
-        # two equal vectors to 1 +- 3e-16. In float32 it is 1 again: their distance is not
-        # below 0, which `hit_ranks` relies on, and all equal vectors are equally near.
+        # two equal vectors to 1 +- 3e-16. In float32 it is 1 again, so that all of them
+        # are equally near. No distance may be below 0: `hit_ranks` relies on this.
         share = np.float32(shared / (2 - shared))
         return np.maximum(1 - share, 0).reshape(len(rows), size)
 

@@ -806,7 +806,7 @@ def common_codes(
         name: what errors call the two arguments.
     """
     if own.kind != others.kind:
-        expected = f"{own.kind}, as `{name}` holds"
+        expected = f"{name} of the same kind as `{name}`, {own.kind}"
         example = f"{others.kind}, such as {others.classes.tolist()[0]!r}"
         raise _checks.type_error(f"gallery_{name}", expected, _checks.Told(example))
     tables = [own.classes, others.classes]

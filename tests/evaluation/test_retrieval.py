@@ -416,12 +416,12 @@ class TestGroups:
             (
                 {"gallery_groups": ["1", "0"]},
                 TypeError,
-                "`gallery_groups`.*integers, as `groups` holds, received strings, .*'0'",
+                "`gallery_groups`.*as `groups`, integers, received strings, .*'0'",
             ),
             (
                 {"groups": ["a", "b"] * 2, "gallery_groups": [b"b", b"a"]},
                 TypeError,
-                "`gallery_groups`.*strings, as `groups` holds, received bytes, .*b'a'",
+                "`gallery_groups`.*as `groups`, strings, received bytes, .*b'a'",
             ),
             (
                 {"gallery_labels": [5, 6]},
