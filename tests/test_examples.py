@@ -73,6 +73,7 @@ def test_digits_composes_classes_of_their_own():
 
 
 @pytest.mark.filterwarnings("ignore:.*left out")
+@pytest.mark.slow
 def test_image_folder_learns_from_any_folder_of_class_folders(tmp_path, capsys):
     images, names = load_example("digits").load()
     for row, (image, name) in enumerate(zip(images[:300], names[:300], strict=True)):
@@ -282,6 +283,7 @@ def style(rng, quote, indent, comment):
     return "import os\n" + "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_code_authorship_hears_style_and_no_words(tmp_path):
     example = load_example("code_authorship")
     text = (

@@ -425,6 +425,7 @@ def test_official_runs_that_are_none(omniglot, data):
 # The whole ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_omniglot_from_archives_to_report(omniglot, data, capsys, monkeypatch):
     monkeypatch.setattr(omniglot, "BATCHES", 2)
     official_archive(data / "all_runs.zip", 1)

@@ -204,7 +204,7 @@ def compare(
     >>> result = compare(a, b, labels, metrics=("recall@1", "auc"))
     >>> print(result)
                      a       b    b - a       0.95 interval        p
-    recall@1    0.5200  0.8800  +0.3600     +0.2250 +0.4950  <0.0001
+    recall@1    0.5200  0.8800  +0.3600     +0.2645 +0.4555  <0.0001
     auc         0.9588  0.9888  +0.0300     +0.0169 +0.0431  <0.0001
     recall@1 gained most in: 37 (+0.0369), 18 (+0.0319), 35 (+0.0319)
     recall@1 lost most in: 3 (-0.0081), 6 (-0.0031), 8 (-0.0031)

@@ -297,6 +297,7 @@ def test_bad_pairs():
 
 
 @tensorflow_only
+@pytest.mark.slow
 def test_a_mirrored_model_is_embedded_once_per_sample(run_fork):
     code = """
 import keras, numpy as np, tensorflow as tf

@@ -58,7 +58,8 @@ def batch(rng, histogram=(4, 4, 4, 4, 3, 1, 5), dim=6):
 @pytest.mark.backend
 @pytest.mark.parametrize(
     ("case", "metric"),
-    [(case, "L2") for case in range(8)]
+    [(case, "L2") for case in (0, 1, 5, 7)]
+    + [pytest.param(case, "L2", marks=pytest.mark.slow) for case in (2, 3, 4, 6)]
     + [(case, metric) for case in (1, 5, 7) for metric in ("squared-L2", "angular")],
 )
 def test_golden_values_and_gradients(case, metric, triplet_golden):
@@ -117,7 +118,7 @@ def test_a_class_too_large_for_the_table(word, distance, rng):
     seed=st.integers(0, 2**16),
     word=st.sampled_from(mining.MININGS),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_any_histogram_agrees_with_the_loops(labels, seed, word):
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(len(labels), 3)).astype(np.float32)

@@ -294,7 +294,7 @@ def check_one_trace(sizes, jit_compile, oracle_up_to=130):
 @tensorflow_only
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_one_trace_serves_several_sizes(jit_compile):
-    check_one_trace((0, 3, 33), jit_compile)
+    check_one_trace((0, 33), jit_compile)
 
 
 @tensorflow_only
