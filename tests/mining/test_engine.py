@@ -292,7 +292,9 @@ def check_one_trace(sizes, jit_compile, oracle_up_to=130):
 
 
 @tensorflow_only
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    "jit_compile", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_one_trace_serves_several_sizes(jit_compile):
     check_one_trace((0, 33), jit_compile)
 
