@@ -136,6 +136,7 @@ def assert_same(found, single):
 
 
 @tensorflow_only
+@pytest.mark.slow
 def test_two_replicas_that_gather_train_as_one_device(run_fork):
     script = "import test_replicas; test_replicas.main(2, 'active', quick=True)"
     [(single, gathered)] = printed(run_fork(script))

@@ -300,6 +300,7 @@ def test_a_real_collapse():
     assert history["loss"][-1] == pytest.approx(0.2, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_healthy_training_is_left_alone():
     alarms, history = train(TripletLoss(margin=0.2), 1e-3)
     assert alarms == []

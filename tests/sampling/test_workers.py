@@ -426,6 +426,7 @@ def test_workers_rest_when_others_start_and_come_back(monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
+@pytest.mark.slow
 def test_workers_of_samplers_that_are_never_freed_do_not_pile_up(monkeypatch):
     monkeypatch.setattr(workers, "_REST", 0.0)
     kept = []

@@ -184,6 +184,7 @@ class Slow:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path, monkeypatch):
     """kill -9 at any moment: the work goes on, and every row is right in the end."""
     monkeypatch.setattr(cache, "_ROWS", 4)
