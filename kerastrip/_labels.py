@@ -357,3 +357,8 @@ def sorted_by(strata: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         part = packed[start : start + step]
         order[start : start + len(part)] = part & ((1 << bits) - 1)
     return order, sizes[sizes > 0]
+
+
+def counted(counts: np.ndarray) -> np.ndarray:
+    """0 ... count-1 for each count, one after the other: 2 0 3 gives 0 1 0 1 2."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

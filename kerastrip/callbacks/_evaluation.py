@@ -10,10 +10,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -218,14 +216,6 @@ def check_interval_classes(interval: float, codes: np.ndarray) -> None:
         )
 
 
-@contextlib.contextmanager
-def without_word_of_few_classes() -> Iterator[None]:
-    """Keeps the warning back that an interval rests on few classes."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The intervals rest on")
-        yield
-
-
 def _values(table: LabelTable) -> np.ndarray:
     """(n,) the labels of a table, one for each row."""
     return table.decode(table.codes)
@@ -308,6 +298,12 @@ class EpochEvaluation:
             history.on_epoch_end = hook
         self._watch = watch_of(self._callback.model, self._output)
         self._used_distance = self._distance_to_use()
+
+    def tell_of_few(self, words: str) -> None:
+        """Warns, once in a `fit`, with the words of `few_classes_warning` if any."""
+        if words and not self._told_of_few:
+            self._told_of_few = True
+            _checks.warn(words)
 
     def end_fit(self) -> None:
         """Gives the `History` its hook back."""
@@ -415,18 +411,11 @@ class EpochEvaluation:
                     )
                 return dict.fromkeys(self._keys, float("nan"))
             arguments += [embeddings, labels]
-        # The first measurement of a `fit` may warn of few classes, the others not again.
-        quiet = (
-            without_word_of_few_classes if self._told_of_few else contextlib.nullcontext
+        return self._measure(
+            *arguments,
+            distance=self._used_distance,
+            verbose=verbose,
         )
-        with quiet():
-            figures = self._measure(
-                *arguments,
-                distance=self._used_distance,
-                verbose=verbose,
-            )
-        self._told_of_few = True
-        return figures
 
 
 def _then_hide(hook: Any, hidden: set[str], epoch: int, logs: Any = None) -> None:

@@ -16,6 +16,7 @@ from kerastrip.callbacks._evaluation import (
 )
 from kerastrip.evaluation.intervals import check_interval
 from kerastrip.evaluation.retrieval import (
+    CLUSTERING,
     check_groups,
     check_metrics,
     lookup_figures,
@@ -25,9 +26,6 @@ from kerastrip.evaluation.retrieval import (
 __all__ = [
     "RetrievalEvaluation",
 ]
-
-# These figures are no means over queries and get no interval.
-_CLUSTERING = ("nmi", "ami")
 
 
 class RetrievalEvaluation(keras.callbacks.Callback):
@@ -169,7 +167,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
             keys=self._metrics,
             with_ends=()
             if interval is None
-            else [word for word in self._metrics if word not in _CLUSTERING],
+            else [word for word in self._metrics if word not in CLUSTERING],
             measure=self._measure,
             every=every,
             prefix=prefix,
@@ -194,7 +192,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         verbose: bool,
     ) -> dict[str, float]:
         # Not `retrieval_metrics`, which would warn in every epoch.
-        figures, met = lookup_figures(
+        figures, met, few = lookup_figures(
             embeddings,
             labels,
             gallery,
@@ -212,6 +210,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
             _checks.warn(
                 f"{type(self).__name__}: {self_match_warning(met, len(embeddings))}"
             )
+        self._evaluation.tell_of_few(few)
         return figures
 
     @property

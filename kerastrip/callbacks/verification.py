@@ -15,7 +15,11 @@ from kerastrip.callbacks._evaluation import (
     HeldOut,
     check_interval_classes,
 )
-from kerastrip.evaluation.intervals import check_interval, with_intervals
+from kerastrip.evaluation.intervals import (
+    check_interval,
+    few_classes_warning,
+    with_intervals,
+)
 from kerastrip.evaluation.verification import (
     VerificationCurve,
     check_codes,
@@ -166,8 +170,9 @@ class VerificationEvaluation(keras.callbacks.Callback):
             pairs=self._pairs,
             metrics=self._metrics,
             distance=distance,
-            verbose=verbose,
+            curve=self.curve,
         )
+        self._evaluation.tell_of_few(few_classes_warning(scores))
         return with_intervals(figures, scores, self._interval)
 
     @property

@@ -16,12 +16,12 @@ from kerastrip.evaluation.intervals import (
     ClassScores,
     check_classes,
     check_interval,
+    few_classes_warning,
     t_distribution,
 )
 
 __all__ = ["Comparison", "Difference", "compare"]
 
-_NOT_SUMS = ("nmi", "ami")
 _NOTHING = 1e-12  # rounding
 
 
@@ -235,7 +235,10 @@ def compare(
         _scores(side, labels, metrics, gallery=rows, distance=word, **words)
         for side, rows, word in zip((a, b), searched, distances, strict=True)
     )
-    check_classes(next(iter(first.values())))
+    scores = next(iter(first.values()))
+    check_classes(scores)
+    if few := few_classes_warning(scores):
+        _checks.warn(few)
     figures = {m: _difference(first[m], second[m], m, level) for m in first}
     table = LabelTable(labels)
     return Comparison(figures, table.classes[np.unique(table.codes)], level)
@@ -260,7 +263,7 @@ def _scores(
     scores: dict[str, ClassScores] = {}
     if others or not of_pairs:
         for metric in retrieval.check_metrics(others):
-            if metric in _NOT_SUMS:
+            if metric in retrieval.CLUSTERING:
                 expected = "metric words that are sums over classes"
                 raise _checks.value_error("metrics", expected, metric)
         found = retrieval.class_scores(embeddings, labels, metrics=others, **words)

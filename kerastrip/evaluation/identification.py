@@ -16,7 +16,7 @@ import numpy as np
 
 from kerastrip import _checks
 from kerastrip._labels import LabelTable
-from kerastrip.evaluation.retrieval import common_codes, label_table
+from kerastrip.evaluation.retrieval import ITSELF, common_codes, label_table
 from kerastrip.evaluation.search import embeddings_array, search
 
 __all__ = [
@@ -26,9 +26,6 @@ __all__ = [
     "identification_curve",
     "identification_metrics",
 ]
-
-# A nearest row this much nearer than the second nearest is the query itself.
-_ITSELF = 1e-4
 
 
 class IdentificationPoint(NamedTuple):
@@ -325,7 +322,7 @@ def _warn_of_copies(distances: np.ndarray, hits: np.ndarray, distance: str) -> N
     if distances.shape[1] < 2:
         return
     # The other two distances grow with the square of the euclidean one.
-    ratio = _ITSELF if distance == "euclidean" else _ITSELF**2
+    ratio = ITSELF if distance == "euclidean" else ITSELF**2
     nearer, farther = distances.T
     met = np.flatnonzero(hits & (nearer <= ratio * farther) & (farther > 0))
     if len(met):

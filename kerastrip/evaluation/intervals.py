@@ -14,15 +14,18 @@ import numpy as np
 from kerastrip import _checks
 
 __all__ = [
+    "FEW_CLASSES",
     "ClassScores",
     "check_classes",
     "check_interval",
+    "effective_number",
+    "few_classes_warning",
     "t_distribution",
     "with_intervals",
 ]
 
 # With fewer classes of equal size a warning says that the ends are rough.
-_FEW = 20
+FEW_CLASSES = 20
 
 
 class ClassScores(NamedTuple):
@@ -43,13 +46,8 @@ class ClassScores(NamedTuple):
 
     @property
     def freedom(self) -> float:
-        """The effective number of classes less 1, at least 1.
-
-        (sum n)^2 / sum n^2 classes of equal size would tell as much as classes of the
-        sizes n.
-        """
-        sizes = self.sizes.astype(np.float64)
-        return max(float(sizes.sum() ** 2 / (sizes**2).sum()) - 1.0, 1.0)
+        """The effective number of classes less 1, at least 1."""
+        return max(effective_number(self.sizes) - 1.0, 1.0)
 
     def shares(self, metric: str) -> np.ndarray:
         """(classes,) what each class adds to a figure, in the mean nothing.
@@ -81,6 +79,15 @@ class ClassScores(NamedTuple):
         shared = np.bincount(at, shared, len(keys))
         difference = self.scores[metric] - others.scores[metric]
         return ClassScores({metric: difference}, self.sizes, keys, {metric: shared})
+
+
+def effective_number(sizes: np.ndarray) -> float:
+    """How many classes of equal size would tell as much as classes of the sizes n.
+
+    This is (sum n)^2 / sum n^2 (Kish, "Survey Sampling", 1965).
+    """
+    sizes = sizes.astype(np.float64)
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
 def check_interval(value: Any) -> float | None:
@@ -123,8 +130,6 @@ def with_intervals(
         Efron, "Better Bootstrap Confidence Intervals", 1987 (BCa).
 
         Efron, Stein, "The Jackknife Estimate of Variance", 1981.
-
-        Kish, "Survey Sampling", 1965 (the effective number).
     """
     check_classes(scores)
     results = {}
@@ -155,7 +160,7 @@ def _ends(figure: float, error: float, t: float, classes: float) -> tuple[float,
 
 
 def check_classes(scores: ClassScores) -> None:
-    """An error for one class, a warning for few."""
+    """An error for one class, of which nobody knows how much classes differ."""
     counted = int((scores.sizes > 0).sum())
     if counted < 2:
         raise _checks.value_error(
@@ -164,15 +169,20 @@ def check_classes(scores: ClassScores) -> None:
             "change",
             _checks.Told(f"{counted} with two rows or more"),
         )
+
+
+def few_classes_warning(scores: ClassScores) -> str:
+    """The warning for intervals that rest on few classes; "" for enough classes."""
     effective = scores.freedom + 1
-    if effective < _FEW:
-        _checks.warn(
-            f"The intervals rest on {counted} classes, whose sizes make them worth "
-            f"{effective:.1f} classes of equal size. How much classes differ is hardly "
-            f"known from fewer than {_FEW}: take the ends as rough, and expect that they "
-            "miss the truth more often than they say. More classes help, more rows of "
-            "the same classes do not."
-        )
+    if effective >= FEW_CLASSES:
+        return ""
+    return (
+        f"The intervals rest on {(scores.sizes > 0).sum()} classes, whose sizes make "
+        f"them worth {effective:.1f} classes of equal size. How much classes differ is "
+        f"hardly known from fewer than {FEW_CLASSES}: take the ends as rough, and expect "
+        "that they miss the truth more often than they say. More classes help, more "
+        "rows of the same classes do not."
+    )
 
 
 def t_distribution(freedom: float) -> tuple[np.ndarray, np.ndarray]:

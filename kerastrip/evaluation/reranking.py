@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kerastrip import _checks
+from kerastrip._labels import counted
 from kerastrip.evaluation.search import (
     Space,
     embeddings_array,
@@ -180,7 +181,7 @@ class Encodings(NamedTuple):
         """Where the numbers of some rows are: places in `rows`, and in `column`."""
         first, count = self.start[rows], self.start[rows + 1] - self.start[rows]
         i = np.repeat(np.arange(len(rows)), count)
-        return i, np.arange(len(i)) + (first - np.cumsum(count) + count)[i]
+        return i, first[i] + counted(count)
 
     def averaged(self, near: np.ndarray) -> Encodings:
         """The mean of V over the rows that are near to each row (section 3.4).

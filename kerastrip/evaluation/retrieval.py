@@ -13,8 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kerastrip import _checks
-from kerastrip._labels import LabelTable
-from kerastrip.evaluation.intervals import ClassScores, check_interval, with_intervals
+from kerastrip._labels import LabelTable, counted
+from kerastrip.evaluation.intervals import (
+    ClassScores,
+    check_interval,
+    few_classes_warning,
+    with_intervals,
+)
 from kerastrip.evaluation.ranking import hit_ranks
 from kerastrip.evaluation.reranking import Reranking, settings
 from kerastrip.evaluation.search import (
@@ -27,6 +32,8 @@ from kerastrip.evaluation.search import (
 )
 
 __all__ = [
+    "CLUSTERING",
+    "ITSELF",
     "METRICS",
     "check_groups",
     "check_metrics",
@@ -48,16 +55,17 @@ METRICS = (
     "mrr",
 )
 _WHOLE = ("map", "minp")  # they need the whole ranking
-_CLUSTERING = ("nmi", "ami")
+# They are no means over the queries.
+CLUSTERING = ("nmi", "ami")
 # What `_Block.gains` returns.
 _Gains = tuple[np.ndarray, dict[str, np.ndarray]]
-_WORDS = (*METRICS, "cmc@1", "knn@5", *_WHOLE, *_CLUSTERING)
+_WORDS = (*METRICS, "cmc@1", "knn@5", *_WHOLE, *CLUSTERING)
 # Up to so many distances are computed in float64, more in float32.
 _EXACT = 1 << 24
 # So many more neighbours are found where it counts how they would move up.
 _SPARE = 32
 # A nearest row this much nearer than the second nearest is the query itself.
-_ITSELF = 1e-4
+ITSELF = 1e-4
 
 
 def retrieval_metrics(
@@ -197,12 +205,8 @@ def retrieval_metrics(
         Ye, Shen, Lin, Xiang, Shao, Hoi, "Deep Learning for Person Re-identification: A
         Survey and Outlook", 2021, section 4.1 (mINP).
     """
-    if (gallery is None) != (gallery_labels is None):
-        raise _checks.value_error(
-            "gallery", "`gallery` and `gallery_labels` together", gallery
-        )
-    own = None if gallery is None else shared_rows(embeddings, gallery)
-    results, met = lookup_figures(
+    own = _own_rows(embeddings, gallery, gallery_labels)
+    results, met, few = lookup_figures(
         embeddings,
         labels,
         gallery,
@@ -219,7 +223,18 @@ def retrieval_metrics(
     )
     if len(met):
         _checks.warn(self_match_warning(met, len(embeddings)))
+    if few:
+        _checks.warn(few)
     return results
+
+
+def _own_rows(embeddings: Any, gallery: Any, gallery_labels: Any) -> np.ndarray | None:
+    """`shared_rows`, after the check that the gallery has labels; None without gallery."""
+    if (gallery is None) != (gallery_labels is None):
+        raise _checks.value_error(
+            "gallery", "`gallery` and `gallery_labels` together", gallery
+        )
+    return None if gallery is None else shared_rows(embeddings, gallery)
 
 
 def lookup_figures(
@@ -237,8 +252,8 @@ def lookup_figures(
     interval: float | None = None,
     seed: int = 0,
     verbose: bool = False,
-) -> tuple[dict[str, float], np.ndarray]:
-    """The dict of `retrieval_metrics`, and the queries that seem to find themselves.
+) -> tuple[dict[str, float], np.ndarray, str]:
+    """The dict of `retrieval_metrics`, and what it warns of.
 
     Args:
         embeddings, labels, gallery, gallery_labels: as for `retrieval_metrics`.
@@ -249,9 +264,9 @@ def lookup_figures(
         metrics, distance, rerank, interval, seed, verbose: as for `retrieval_metrics`.
 
     Returns:
-        The dict of `retrieval_metrics`, and the numbers of the queries that seem to be
-        in the gallery although `own` knows no row for them: their nearest row is equal
-        to them and has their label.
+        The dict of `retrieval_metrics`; the numbers of the queries that seem to be in
+        the gallery although `own` knows no row for them: their nearest row is equal to
+        them and has their label; and `few_classes_warning`, "" without intervals.
     """
     metrics = check_metrics(metrics)
     check_groups(gallery, groups, gallery_groups)
@@ -269,17 +284,18 @@ def lookup_figures(
         lookup, metrics, distance, reranked, verbose, gains=gains
     )
     found = {metric: float(np.nanmean(each)) for metric, each in values.items()}
-    if not set(_CLUSTERING).isdisjoint(metrics):
+    if not set(CLUSTERING).isdisjoint(metrics):
         found |= _clustering(lookup.queries, lookup.codes, metrics, seed)
-    found = {metric: found[metric] for metric in metrics}
+    found, few = {metric: found[metric] for metric in metrics}, ""
     if interval is not None and gains is not None:
         scores = _class_scores(lookup, values, gains)
         found = with_intervals(found, scores, interval)
+        few = few_classes_warning(scores)
     counts: dict[str, float] = {"queries": int((lookup.positives > 0).sum())}
     counts["lone_queries"] = int((lookup.same_label == 0).sum())
     if groups is not None:
         counts["lone_across_groups"] = len(lookup.codes) - sum(counts.values())
-    return found | counts, met
+    return found | counts, met, few
 
 
 def class_scores(
@@ -303,12 +319,8 @@ def class_scores(
         metrics, distance, rerank, verbose: as for `retrieval_metrics`, but for `nmi`
             and `ami`.
     """
-    if (gallery is None) != (gallery_labels is None):
-        raise _checks.value_error(
-            "gallery", "`gallery` and `gallery_labels` together", gallery
-        )
+    own = _own_rows(embeddings, gallery, gallery_labels)
     check_groups(gallery, groups, gallery_groups)
-    own = None if gallery is None else shared_rows(embeddings, gallery)
     searched = gallery, gallery_labels, gallery_groups
     lookup = _Lookup.of(embeddings, labels, groups, searched=searched, own=own)
     gains: list[_Gains] = []
@@ -379,7 +391,7 @@ def _query_values(
     values = {
         metric: np.full(len(positives), np.nan)
         for metric in metrics
-        if metric not in _CLUSTERING
+        if metric not in CLUSTERING
     }
     met = [np.empty(0, np.int64)]  # numbers of the queries that meet themselves
     few = len(chosen) * len(lookup.rows) <= _EXACT
@@ -510,9 +522,8 @@ class _Lookup(NamedTuple):
         """The rows whose code is that of a query: places in `codes`, and rows."""
         places = _places(row_codes[self.order], codes)
         counts = np.diff(places)[:, 0]
-        before = np.cumsum(counts) - counts
         i = np.repeat(np.arange(len(codes)), counts)
-        return i, self.order[np.arange(len(i)) + (places[:, 0] - before)[i]]
+        return i, self.order[places[i, 0] + counted(counts)]
 
 
 def _places(ordered: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -593,7 +604,7 @@ class _Block(NamedTuple):
             if metric == "minp":
                 return self.positives / self.ranks[after - 1]
             first = after - self.positives
-            nth = np.arange(1, len(self.ranks) + 1) - np.repeat(first, self.positives)
+            nth = 1 + counted(self.positives)
             return np.add.reduceat(nth / self.ranks, first) / self.positives
         if name in ("recall", "cmc"):
             return self.hits[:, : int(k)].max(axis=1)
@@ -655,7 +666,7 @@ class _Block(NamedTuple):
         neighbours = self.neighbours[i]
         row, column = np.nonzero(neighbours != gone[:, None])
         left = np.bincount(row, minlength=len(i))
-        place = np.arange(len(row)) - np.repeat(np.cumsum(left) - left, left)
+        place = counted(left)
         moved = np.full_like(neighbours, -1)
         moved[row, place] = neighbours[row, column]
         codes = self.codes[i]
@@ -694,7 +705,7 @@ def _meets_itself(space: Space, span: slice, block: _Block) -> np.ndarray:
     """(n,) whether the nearest row of a query is the same sample, with the same label.
 
     Two forward passes over one sample may differ by rounding. So a row counts as the
-    same sample if it is `_ITSELF` times nearer than the second nearest row. Where many
+    same sample if it is `ITSELF` times nearer than the second nearest row. Where many
     rows are equal (a collapsed model, data of few values) no query counts.
 
     Args:
@@ -709,7 +720,7 @@ def _meets_itself(space: Space, span: slice, block: _Block) -> np.ndarray:
     )
     first = two.argmin(axis=1)[:, None]
     nearer, farther = two.min(axis=1), two.max(axis=1)
-    equal = (nearer <= _ITSELF * farther) & (farther > 0)
+    equal = (nearer <= ITSELF * farther) & (farther > 0)
     return equal & np.take_along_axis(block.hits, first, axis=1)[:, 0]
 
 
@@ -757,7 +768,7 @@ def _clustering(
     )
     return {
         metric: float(score(codes, clusters))
-        for metric, score in zip(_CLUSTERING, functions, strict=True)
+        for metric, score in zip(CLUSTERING, functions, strict=True)
         if metric in metrics
     }
 

@@ -18,6 +18,7 @@ from kerastrip.distances import DISTANCES
 from kerastrip.evaluation.intervals import (
     ClassScores,
     check_interval,
+    few_classes_warning,
     with_intervals,
 )
 from kerastrip.evaluation.retrieval import label_table
@@ -309,7 +310,10 @@ def verification_metrics(
     if interval is None:
         return figures
     scores = _scores(curve, embeddings, labels, pairs, metrics, distance)
-    return with_intervals(figures, scores, interval)
+    figures = with_intervals(figures, scores, interval)
+    if few := few_classes_warning(scores):
+        _checks.warn(few)
+    return figures
 
 
 def class_scores(
@@ -320,16 +324,20 @@ def class_scores(
     metrics: Sequence[str] = METRICS,
     distance: str = "euclidean",
     verbose: bool = False,
+    curve: VerificationCurve | None = None,
 ) -> ClassScores:
     """The figures of `verification_metrics` as sums over the classes.
 
     Args:
         embeddings, labels, pairs, metrics, distance, verbose: as for
             `verification_metrics`.
+        curve: the curve of the pairs, for who has it already. Default None: it is
+            computed here.
     """
-    curve = verification_curve(
-        embeddings, labels, pairs=pairs, distance=distance, verbose=verbose
-    )
+    if curve is None:
+        curve = verification_curve(
+            embeddings, labels, pairs=pairs, distance=distance, verbose=verbose
+        )
     return _scores(curve, embeddings, labels, pairs, check_metrics(metrics), distance)
 
 

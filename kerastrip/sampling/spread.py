@@ -249,7 +249,7 @@ class Spread:
             cycles, open_[mixed]
         )
         stratum = np.repeat(mixed, begun)
-        turn = np.repeat(cycles * open_[mixed], begun) + _counted(begun)
+        turn = np.repeat(cycles * open_[mixed], begun) + _labels.counted(begun)
         draw, row = np.divmod(turn, extra[stratum])
         given[self._first_open[stratum] + self._mixed(stratum, draw, row)[1]] += 1
         return given
@@ -356,8 +356,3 @@ def _filled_to(
         low = np.where(fits, middle, low)
         high = np.where(fits, high, middle - 1)
     return low
-
-
-def _counted(counts: np.ndarray) -> np.ndarray:
-    """0..count-1 for each count, one after the other."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -13,12 +13,16 @@ import numpy as np
 
 from kerastrip import plotting
 from kerastrip._labels import LabelTable
-from kerastrip.callbacks._evaluation import ENDS, without_word_of_few_classes
+from kerastrip.callbacks._evaluation import ENDS
 from kerastrip.callbacks.collapse import Alarm
 from kerastrip.callbacks.report import page
 from kerastrip.evaluation.auditing import audit
-from kerastrip.evaluation.intervals import with_intervals
-from kerastrip.evaluation.retrieval import retrieval_metrics
+from kerastrip.evaluation.intervals import (
+    FEW_CLASSES,
+    effective_number,
+    with_intervals,
+)
+from kerastrip.evaluation.retrieval import lookup_figures
 from kerastrip.evaluation.verification import (
     VerificationCurve,
     class_scores,
@@ -49,9 +53,6 @@ _SETTINGS = ("margin", "mining", "distance", "gamma")
 _CLEAR, _JUDGES = 0.3, 0.5
 _TILES = ("loss", "val_loss", "easy", "hard")
 _HELD_OUT_TILES = ("recall@1", "map@r", "map", "eer")
-
-# With so many effective classes the ends of intervals are no longer rough.
-_ENOUGH = 20
 
 # key -> a value for each epoch, NaN for an epoch whose logs lack the key.
 _History = Mapping[str, Sequence[float]]
@@ -128,19 +129,24 @@ def _figures(
     if classes < 2:  # nobody knows how much classes differ
         interval = None
     of_pairs = {"auc": curve.auc, "eer": curve.eer}
-    with without_word_of_few_classes():  # the page has it
-        figures = retrieval_metrics(
-            embeddings,
-            labels,
-            groups=groups,
-            metrics=_RETRIEVAL if groups is None else (*_RETRIEVAL, *_OF_GROUPS),
-            interval=interval,
-            **how,
+    # Not `retrieval_metrics`, which would warn of few classes: the page tells of them.
+    figures, *_ = lookup_figures(
+        embeddings,
+        labels,
+        None,
+        None,
+        own=None,
+        groups=groups,
+        metrics=_RETRIEVAL if groups is None else (*_RETRIEVAL, *_OF_GROUPS),
+        interval=interval,
+        **how,
+    )
+    if interval is not None:
+        scores = class_scores(
+            embeddings, labels, metrics=[*of_pairs], curve=curve, **how
         )
-        if interval is not None:
-            scores = class_scores(embeddings, labels, metrics=[*of_pairs], **how)
-            of_pairs = with_intervals(of_pairs, scores, interval)
-            figures |= {"interval": interval, "classes": classes}
+        of_pairs = with_intervals(of_pairs, scores, interval)
+        figures |= {"interval": interval, "classes": classes}
     return figures | of_pairs
 
 
@@ -175,7 +181,7 @@ def _effective_classes(labels: Any, groups: Any) -> float:
     cells = np.arange(len(codes)) if groups is None else LabelTable(groups).codes
     of_class = np.unique(np.stack([codes, cells]), axis=1)[0]
     sizes = np.bincount(codes)[np.bincount(of_class) > 1]
-    return float(sizes.sum() ** 2 / (sizes**2).sum()) if len(sizes) > 1 else 0.0
+    return effective_number(sizes) if len(sizes) > 1 else 0.0
 
 
 def _samples(
@@ -229,7 +235,8 @@ def best_epoch(
 ) -> tuple[int, str] | None:
     """The epoch of the highest `map@r`, or else of the least loss; and a sentence on it.
 
-    With groups `map` takes the place of `map@r`: it is what is asked across groups. None if there are fewer than two epochs to compare.
+    With groups `map` takes the place of `map@r`: it is what is asked across groups. None
+    if there are fewer than two epochs to compare.
     """
     kinds: dict[str, dict[int, float]] = {
         name: dict(zip(epochs, history[name], strict=True))
@@ -373,11 +380,11 @@ def _interval_told(counts: Mapping[str, float]) -> str:
         f" Shade and note of the latest value: the {100 * level:.4g} % interval, within "
         "which the figure would move if the classes were others."
     )
-    if classes >= _ENOUGH:
+    if classes >= FEW_CLASSES:
         return words
     return (
         f"{words} It is rough: the classes are worth {classes:.1f} classes of equal size, "
-        f"and how much classes differ is hardly known from fewer than {_ENOUGH}."
+        f"and how much classes differ is hardly known from fewer than {FEW_CLASSES}."
     )
 
 
